@@ -1,0 +1,1 @@
+"""Networks that map images to class logits, and generators that map classes to images."""

@@ -1,0 +1,145 @@
+"""A network as two files, `model.safetensors` and `config.json`, and back. Never a pickle.
+
+The configuration holds all that is needed to build the network again: no hub, no folder, no
+download.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dist_tl.config import StrictModel, validate
+from dist_tl.errors import ConfigError
+from dist_tl.models.networks import AnyNetworkConfig, Network, NetworkConfig, build_network
+from dist_tl.models.wording import few
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+
+class NetworkFile(StrictModel):
+    """What config.json holds."""
+
+    network: NetworkConfig
+    num_classes: int = Field(ge=2)
+    image_shape: tuple[int, int, int]
+
+
+def save_network(
+    network: Network,
+    config: AnyNetworkConfig | None = None,
+    num_classes: int | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+) -> dict[str, bytes]:
+    """The files that stand for `network`: file name to bytes, the same for the same weights.
+
+    A network knows its own configuration; what the caller names beside it is only checked, so
+    that one arm's weights are not filed under another arm's configuration.
+
+    Raises:
+        ConfigError: `config`, `num_classes` or `image_shape` is given and not the network's own.
+    """
+    if config is not None and config not in (network.config, network.portable_config):
+        raise ConfigError("save_network: this network was built from another configuration")
+    _check_equal("classes", num_classes, network.num_classes)
+    _check_equal("image shape", image_shape and tuple(image_shape), network.image_shape)
+    description = NetworkFile(
+        network=network.portable_config,
+        num_classes=network.num_classes,
+        image_shape=network.image_shape,
+    )
+    tensors = {name: _stored(tensor) for name, tensor in _distinct_tensors(network).items()}
+    return {
+        CONFIG: (description.model_dump_json(indent=2) + "\n").encode(),
+        WEIGHTS: safetensors.torch.save(tensors),
+    }
+
+
+def load_network(files: Mapping[str, bytes]) -> Network:
+    """The network that `save_network` wrote, weights and buffers bit for bit, in training mode.
+
+    Raises:
+        ConfigError: a file is missing or unreadable, or tensors are missing, left over, or of
+            another shape or kind than the configuration says; the message names them.
+    """
+    if absent := [name for name in (CONFIG, WEIGHTS) if name not in files]:
+        raise ConfigError(f"a saved network is {CONFIG} and {WEIGHTS}; missing: {absent[0]}")
+    description = validate(NetworkFile, _json(files[CONFIG]), source=CONFIG)
+    tensors = _tensors(files[WEIGHTS])
+    network = build_network(
+        description.network,
+        num_classes=description.num_classes,
+        image_shape=description.image_shape,
+        rng=torch.Generator().manual_seed(0),
+    )
+    # A head taken over from a library may lack the bias that a fresh one has, or the reverse.
+    network.head = nn.utils.skip_init(
+        nn.Linear, network.num_features, network.num_classes, bias="head.bias" in tensors
+    )
+    _put_in_place(_distinct_tensors(network), tensors)
+    return network
+
+
+def _check_equal(what: str, given: Any, own: Any) -> None:
+    if given is not None and given != own:
+        raise ConfigError(f"save_network: {what}: the network has {own}, got {given}")
+
+
+def _distinct_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """The live parameters and buffers, a shared one under its first name only."""
+    distinct: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        distinct.setdefault(id(tensor), (name, tensor))
+    return dict(distinct.values())
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    # A clone, since safetensors refuses tensors that are views of one memory.
+    return tensor.detach().cpu().contiguous().clone()
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise ConfigError(f"{CONFIG} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{CONFIG}: expected a mapping, got {type(value).__name__}")
+    return value
+
+
+def _tensors(data: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise ConfigError(f"{WEIGHTS} is not a whole safetensors file: {error}") from None
+
+
+def _put_in_place(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    if missing := set(own) - set(saved):
+        raise ConfigError(f"{WEIGHTS} lacks {few(missing)}, which {CONFIG} asks for")
+    if extra := set(saved) - set(own):
+        raise ConfigError(f"{WEIGHTS} holds {few(extra)}, which {CONFIG} does not ask for")
+    for name, tensor in own.items():
+        if tensor.shape != saved[name].shape or not _same_kind(tensor, saved[name]):
+            raise ConfigError(
+                f"{WEIGHTS}: {name}: expected {_describe(tensor)}, got {_describe(saved[name])}"
+            )
+    for name, tensor in own.items():
+        # Into .data: shared parameters stay shared, and a network saved in bfloat16 comes back so.
+        # A clone, since the loaded tensors may be views of the file's bytes.
+        tensor.data = saved[name].clone()
+
+
+def _same_kind(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype or (one.is_floating_point() and other.is_floating_point())
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -1,0 +1,194 @@
+"""Target networks and source classifiers: a trunk and a linear head, from whatever library.
+
+Not covered: reading and writing them (`files.py`).
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dist_tl.errors import ConfigError
+from dist_tl.models.hugging_face import TransformersConfig, build_transformers
+from dist_tl.models.inputs import ImageShape
+from dist_tl.models.resnet import ResNetConfig, ResNetTrunk
+from dist_tl.models.taps import record_blocks
+from dist_tl.models.timm_networks import TimmConfig, build_timm
+
+AnyNetworkConfig = ResNetConfig | TransformersConfig | TimmConfig
+NetworkConfig = Annotated[AnyNetworkConfig, Field(discriminator="kind")]
+
+
+class Network(nn.Module):
+    """logits = head(trunk(images)).
+
+    Attributes:
+        trunk: images (N, C, H, W) in [-1, 1] to feature vectors (N, D).
+        head: linear, D to the number of classes.
+        config: what it was built from.
+        portable_config: the same network without any path or download, to save beside its weights.
+        image_shape: (C, H, W) of the images it takes.
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        head: nn.Linear,
+        *,
+        config: AnyNetworkConfig,
+        portable_config: AnyNetworkConfig,
+        image_shape: ImageShape,
+    ) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+        self.config = config
+        self.portable_config = portable_config
+        self.image_shape = image_shape
+
+    @property
+    def num_features(self) -> int:
+        """Width D of the feature vectors."""
+        return self.head.in_features
+
+    @property
+    def num_classes(self) -> int:
+        """Width of the logits."""
+        return self.head.out_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, num_classes) of images (N, C, H, W) in [-1, 1]."""
+        return self.head(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """The head's input, (N, num_features), in the network's own dtype.
+
+        Raises:
+            ValueError: the images are not (N, *image_shape).
+        """
+        return self.trunk(self._checked(images))
+
+    def blocks(self, images: Tensor) -> list[Tensor]:
+        """Output of every block in depth order, from one forward pass.
+
+        Returns:
+            Maps (N, C, H, W), or token sequences (N, T, D) where the architecture works on tokens;
+            the last item is the head's input, (N, num_features).
+
+        Raises:
+            ValueError: the images are not (N, *image_shape).
+        """
+        return record_blocks(self.trunk, self._checked(images))
+
+    def _checked(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[1:]) != self.image_shape:
+            expected = ", ".join(str(size) for size in self.image_shape)
+            raise ValueError(f"expected images (N, {expected}), got {tuple(images.shape)}")
+        return images.to(self.head.weight.dtype)
+
+
+def build_network(
+    config: AnyNetworkConfig,
+    *,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    rng: torch.Generator,
+) -> Network:
+    """A network in training mode whose initial weights follow from `config` and `rng` alone.
+
+    Args:
+        num_classes: width of the head, >= 2.
+        image_shape: (C, H, W) of the images in [-1, 1] that it will be given.
+        rng: a CPU generator; one number is drawn from it for the trunk, and the fresh head's
+            weights where the head is ours. torch's global generator is left as it was.
+
+    Raises:
+        ConfigError: the configuration cannot be built, or not for such images and classes.
+    """
+    if num_classes < 2:
+        raise ConfigError(f"a classifier needs 2 classes or more, got {num_classes}")
+    if len(image_shape) != 3 or min(image_shape) < 1:
+        raise ConfigError(f"expected an image shape (C, H, W), got {image_shape}")
+    with _seeded_by(rng):
+        trunk, head, portable = _build_parts(config, num_classes, image_shape)
+    if head is None:
+        num_features = _num_features(trunk, image_shape)
+        head = fresh_head(num_features, num_classes, rng)
+    network = Network(
+        trunk, head, config=config, portable_config=portable, image_shape=tuple(image_shape)
+    )
+    return network.train()
+
+
+def _build_parts(
+    config: AnyNetworkConfig, num_classes: int, image_shape: ImageShape
+) -> tuple[nn.Module, nn.Linear | None, AnyNetworkConfig]:
+    if isinstance(config, TransformersConfig):
+        return build_transformers(config, num_classes=num_classes, image_shape=image_shape)
+    if isinstance(config, TimmConfig):
+        return build_timm(config, num_classes=num_classes, image_shape=image_shape)
+    return ResNetTrunk(config, image_shape), None, config
+
+
+@contextmanager
+def _seeded_by(rng: torch.Generator) -> Iterator[None]:
+    """Torch's global CPU generator seeded by a draw from `rng`, and put back at the end.
+
+    Libraries initialise from the global generator and take no other.
+    """
+    seed = int(torch.randint(2**62, (), generator=rng, device=rng.device))
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        # Not torch.manual_seed, which would also seed the accelerators, and leave them so.
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _num_features(trunk: nn.Module, image_shape: ImageShape) -> int:
+    was_training = trunk.training
+    with torch.no_grad():
+        features = trunk.eval()(torch.zeros(1, *image_shape))
+    trunk.train(was_training)
+    return features.shape[1]
+
+
+def fresh_head(num_features: int, num_classes: int, rng: torch.Generator) -> nn.Linear:
+    """A linear layer with weights N(0, 0.01^2) drawn from `rng` and bias 0, float32 on the CPU."""
+    head = nn.utils.skip_init(nn.Linear, num_features, num_classes)
+    with torch.no_grad():
+        head.weight.normal_(0.0, 0.01, generator=rng)
+        head.bias.zero_()
+    return head
+
+
+def replace_head(network: Network, num_classes: int, rng: torch.Generator) -> Network:
+    """A copy of `network` with a fresh head; its trunk is equal bit for bit and shares no memory.
+
+    This is the handover from one label set to another (specs: pseudo pre-training).
+
+    Args:
+        num_classes: width of the new head, >= 2.
+        rng: a CPU generator for the head's weights, N(0, 0.01^2); its bias is 0.
+
+    Raises:
+        ConfigError: `num_classes` is below 2.
+    """
+    if num_classes < 2:
+        raise ConfigError(f"a classifier needs 2 classes or more, got {num_classes}")
+    head = fresh_head(network.num_features, num_classes, rng).to(network.head.weight)
+    handed_over = Network(
+        copy.deepcopy(network.trunk),
+        head,
+        config=network.config,
+        portable_config=network.portable_config,
+        image_shape=network.image_shape,
+    )
+    return handed_over.train(network.training)
+
+
+def parameter_count(network: nn.Module) -> int:
+    """Number of learnable numbers, each shared one counted once."""
+    return sum(parameter.numel() for parameter in network.parameters())

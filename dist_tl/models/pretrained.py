@@ -1,0 +1,84 @@
+"""Folders of pretrained classifiers: where they are, and which pixels they were trained on.
+
+Only JSON and safetensors files are ever fetched from a hub, so no pickle and no code can come in.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dist_tl.errors import ConfigError
+from dist_tl.models.inputs import Normalise
+from dist_tl.models.wording import one_line
+
+_FILES = ("config.json", "*processor_config.json", "*.safetensors", "*.safetensors.index.json")
+
+
+def local_folder(path: str) -> Path:
+    """`path` if it is a folder, else a local copy of that hub repository's safetensors and JSON.
+
+    Raises:
+        ConfigError: neither exists, or there is no safetensors file.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(path, allow_patterns=list(_FILES)))
+        except Exception as error:
+            raise ConfigError(
+                f"{path} is neither a folder here nor a model that the hub would give us: "
+                f"{one_line(error)}"
+            ) from error
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"{path} holds no *.safetensors file, and pickled weights are never loaded; save the "
+            "model again with save_pretrained"
+        )
+    return folder
+
+
+def saved_statistics(folder: Path) -> Normalise | None:
+    """Mean and standard deviation for pixels in [0, 1], from the folder's image processor.
+
+    None where it says nothing, so that images stay in [-1, 1].
+
+    Raises:
+        ConfigError: the processor's file is not JSON, or its numbers make no sense.
+    """
+    options = _processor_options(folder)
+    if options is None:
+        return None
+    try:
+        return _statistics(options)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"{folder}: its image processor has no usable image_mean and image_std ({error!r}); "
+            "set normalise"
+        ) from error
+
+
+def _statistics(options: dict[str, Any]) -> Normalise:
+    normalises = options.get("do_normalize", "image_mean" in options)
+    mean, std = (options["image_mean"], options["image_std"]) if normalises else (0.0, 1.0)
+    # A processor multiplies pixels of 0..255 by this; 1/255 unless somebody chose otherwise.
+    rescale = options.get("rescale_factor", 1 / 255) if options.get("do_rescale", True) else 1.0
+    return Normalise(mean=_divided(mean, 255 * rescale), std=_divided(std, 255 * rescale))
+
+
+def _processor_options(folder: Path) -> dict[str, Any] | None:
+    nested = _read_json(folder / "processor_config.json").get("image_processor")
+    return nested or _read_json(folder / "preprocessor_config.json") or None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON: {error}") from None
+
+
+def _divided(values: float | list[float], divisor: float) -> tuple[float, ...]:
+    values = values if isinstance(values, list) else [values]
+    return tuple(value / divisor for value in values)
