@@ -1,0 +1,201 @@
+"""The report of a run: one HTML page that opens offline and needs nothing beside itself.
+
+The page says what happened and adds nothing: the same input gives the same bytes.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from dist_tl.report import gallery as pictures
+from dist_tl.report import plots
+from dist_tl.report.gallery import Gallery
+from dist_tl.report.summary import MARKS_EXPLAINED, ordered, points, table_rows, verdict
+from dist_tl.report.svg import Plot, responsive
+from dist_tl.results import RunResults, StageRecord
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A figure with its name and, where it is not plain, what it means."""
+
+    name: str
+    value: str
+    meaning: str = ""
+
+
+def build_page(
+    results: RunResults,
+    *,
+    metrics: Mapping[str, Sequence[Mapping[str, Any]]],
+    gallery: Gallery | None,
+) -> str:
+    """The whole page as text.
+
+    Args:
+        metrics: stage name to its metric rows; rows with `step` and `loss` become curves.
+        gallery: images to show, if there are any.
+    """
+    template = resources.files("dist_tl.report").joinpath("page.html").read_text("utf-8")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    groups = plots.group_curves(metrics)
+    header, *rows = table_rows(results)
+    inside = sum(not summary.reference for summary in results.summaries)
+    return environment.from_string(template).render(
+        results=results,
+        verdict=verdict(results),
+        header=header,
+        arm_rows=rows[:inside],
+        reference_rows=rows[inside:],
+        has_intervals=any(s.accuracy.half_width is not None for s in results.summaries),
+        marks_explained=MARKS_EXPLAINED,
+        accuracy=_accuracy_plot(results),
+        losses=_loss_plot(groups),
+        panels_left_out=max(0, len(groups) - plots.MAX_PANELS),
+        pseudo_tiles=pictures.pseudo_tiles(gallery) if gallery else [],
+        target_tiles=pictures.target_tiles(gallery) if gallery else [],
+        timeline=_timeline_plot(results.stages),
+        kinds=[kind for kind in plots.KINDS if any(s.kind == kind for s in results.stages)],
+        stage_rows=_stage_rows(results),
+        quality=_quality_facts(results),
+        shards=_shard_facts(results),
+        run_facts=_run_facts(results),
+    )
+
+
+def _accuracy_plot(results: RunResults) -> Plot | None:
+    if not results.summaries:
+        return None
+    return responsive(
+        lambda width: plots.draw_accuracy(
+            ordered(results), results.scores, results.baseline, width=width
+        ),
+        name="accuracy",
+        label="Accuracy of every arm with its 95 % interval; the table above has the numbers.",
+    )
+
+
+def _loss_plot(groups: Mapping[str, Sequence[Mapping[int, float]]]) -> Plot | None:
+    if not groups:
+        return None
+    return responsive(
+        lambda width: plots.draw_losses(groups, width=width),
+        name="loss",
+        label=f"Training loss over optimizer steps of {', '.join(groups)}.",
+    )
+
+
+def _timeline_plot(stages: Sequence[StageRecord]) -> Plot | None:
+    if not stages:
+        return None
+    return responsive(
+        lambda width: plots.draw_timeline(stages, width=width),
+        name="timeline",
+        label=f"When each of {len(stages)} stages worked; the list below has the numbers.",
+    )
+
+
+def _stage_rows(results: RunResults) -> list[tuple[str, ...]]:
+    """Number, name, kind, start, seconds, steps, samples, starved, overlap; by start."""
+    origin = min((stage.started for stage in results.stages), default=0.0)
+    return [
+        (
+            str(number),
+            stage.name,
+            stage.kind,
+            f"{stage.started - origin:,.1f}",
+            f"{stage.ended - stage.started:,.1f}",
+            _count(stage.figures.get("steps")),
+            _count(stage.figures.get("samples")),
+            _tenths(stage.figures.get("starved_s")),
+            _tenths(results.overlap.get(stage.name)),
+        )
+        for number, stage in enumerate(plots.by_start(results.stages), 1)
+    ]
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _tenths(value: float | None) -> str:
+    return "" if value is None else f"{value:,.1f}"
+
+
+def _quality_facts(results: RunResults) -> list[Fact]:
+    quality = results.quality
+    if quality is None:
+        return []
+    facts = [
+        Fact(
+            "Agreement",
+            f"{points(quality.agreement)} %",
+            "samples in which the source classifier sees the class that was asked for",
+        )
+    ]
+    if quality.frechet is not None:
+        meaning = "to real source images, in the source classifier's features"
+        facts.append(Fact("Fréchet distance", f"{quality.frechet:,.2f}", meaning))
+    if quality.frechet_real is not None:
+        meaning = "the same distance between two halves of the real images"
+        facts.append(Fact("Its floor", f"{quality.frechet_real:,.2f}", meaning))
+    return [*facts, Fact("Samples judged", f"{quality.samples:,}")]
+
+
+def _shard_facts(results: RunResults) -> list[Fact]:
+    """What the generators stored and how well the trainers were fed; absent figures stay out."""
+    making = [stage for stage in results.stages if stage.kind == "generate"]
+    facts = []
+    if (shards := _total(making, "shards")) is not None:
+        facts.append(Fact("Shards", f"{shards:,.0f}"))
+    if (stored := _total(making, "bytes")) is not None:
+        facts.append(Fact("Stored", byte_text(stored)))
+    if (samples := _total(making, "samples")) is not None:
+        facts.append(Fact("Pseudo samples", f"{samples:,.0f}"))
+        if seconds := busy_seconds((stage.started, stage.ended) for stage in making):
+            meaning = "while at least one stage was generating"
+            facts.append(Fact("Samples a second", f"{samples / seconds:,.1f}", meaning))
+    if (starved := _total(results.stages, "starved_s")) is not None:
+        meaning = "trainers waiting for data, summed over stages"
+        facts.append(Fact("Starved", f"{starved:,.1f} s", meaning))
+    if results.overlap:
+        meaning = "first optimizer steps ahead of the last shard they read, summed over stages"
+        facts.append(Fact("Overlap", f"{sum(results.overlap.values()):,.1f} s", meaning))
+    return facts
+
+
+def _total(stages: Iterable[StageRecord], figure: str) -> float | None:
+    values = [stage.figures[figure] for stage in stages if figure in stage.figures]
+    return sum(values) if values else None
+
+
+def busy_seconds(spans: Iterable[tuple[float, float]]) -> float:
+    """Seconds in which at least one of the (start, end) spans was open."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def byte_text(size: float) -> str:
+    """A size in bytes as people read it, in powers of 1024."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"
+
+
+def _run_facts(results: RunResults) -> list[Fact]:
+    return [
+        Fact("Wall time", f"{results.wall_seconds:,.1f} s"),
+        Fact("Peak memory", byte_text(results.peak_memory_bytes)),
+        Fact("Stages", f"{len(results.stages):,}"),
+        Fact("Job fingerprint", results.fingerprint),
+    ]

@@ -1,0 +1,128 @@
+"""The results in words and rows: one verdict, one table, the same for terminal, README and page.
+
+Accuracies and gains are in per cent and in percentage points; a gain is paired by seed.
+"""
+
+from collections.abc import Sequence
+
+from dist_tl.results import ArmSummary, Interval, RunResults
+
+BETTER, WORSE = "▲", "▼"
+MARKS_EXPLAINED = (
+    f"{BETTER} above and {WORSE} below the baseline: the 95 % interval of the paired gain excludes "
+    "zero. Intervals are Student t over seeds and not corrected for the number of arms."
+)
+
+
+def ordered(results: RunResults) -> list[ArmSummary]:
+    """The arms inside the setting in the order of the job, then the reference arms."""
+    return sorted(results.summaries, key=lambda summary: summary.reference)
+
+
+def table_rows(results: RunResults) -> list[tuple[str, ...]]:
+    """The results table as text: the header, one row an arm, reference arms last and named so.
+
+    A note column is there only where an arm has a note.
+    """
+    arms = ordered(results)
+    header = ("arm", "accuracy %", f"gain over {results.baseline}", "seconds", "samples", "note")
+    rows = [header, *(_row(summary, results.baseline) for summary in arms)]
+    width = len(header) if any(summary.note for summary in arms) else len(header) - 1
+    return [row[:width] for row in rows]
+
+
+def _row(summary: ArmSummary, baseline: str) -> tuple[str, ...]:
+    return (
+        f"{summary.arm} (reference)" if summary.reference else summary.arm,
+        with_half_width(summary.accuracy),
+        "baseline" if summary.arm == baseline else gain_text(summary.gain),
+        f"{summary.seconds:,.1f}" if summary.seconds < 100 else f"{summary.seconds:,.0f}",
+        f"{summary.samples:,.0f}",
+        summary.note,
+    )
+
+
+def with_half_width(share: Interval, sign: str = "") -> str:
+    """A share in per cent, e.g. "91.2 ± 1.3"; without "±" where one seed gives no interval."""
+    mean = points(share.mean, sign)
+    return mean if share.half_width is None else f"{mean} ± {points(share.half_width)}"
+
+
+def gain_text(gain: Interval | None) -> str:
+    """A gain in points with its sign, and a mark where its interval excludes zero."""
+    if gain is None:
+        return "-"
+    mark = (BETTER if gain.mean > 0 else WORSE) if gain.excludes_zero else ""
+    return f"{with_half_width(gain, '+')} {mark}".strip()
+
+
+def points(share: float, sign: str = "") -> str:
+    """`share` times 100 with one decimal; never "-0.0"."""
+    value = round(100 * share, 1)
+    return f"{value or 0.0:{sign if value else ''}.1f}"
+
+
+def verdict(results: RunResults) -> str:
+    """One sentence: which arm beat the baseline and by how much, or that none did.
+
+    Reference arms never win: they use what the setting forbids.
+    """
+    base = next((s for s in results.summaries if s.arm == results.baseline), None)
+    if base is None:
+        return f"No verdict: the baseline {results.baseline} was not scored."
+    compared = [(s.arm, s.gain) for s in results.summaries if s.gain and not s.reference]
+    base_score = f"{points(base.accuracy.mean)} %"
+    if not compared:
+        return f"Nothing to compare: only the baseline {base.arm} was run ({base_score})."
+    top, top_gain = max(compared, key=lambda pair: pair[1].mean)
+    clear = [(arm, gain) for arm, gain in compared if gain.excludes_zero and gain.mean > 0]
+    if not clear:
+        return _no_winner(f"{base.arm} ({base_score})", top, top_gain, len(compared))
+    arm, gain = max(clear, key=lambda pair: pair[1].mean)
+    sentence = (
+        f"{arm} won: {points(base.accuracy.mean + gain.mean)} % against {base_score} for "
+        f"{base.arm}, a gain of {points(gain.mean)} points {_bounds(gain)}"
+    )
+    if top_gain.mean > gain.mean:
+        sentence += (
+            f"; {top} was higher on average ({points(top_gain.mean, '+')}), "
+            "but its interval includes zero"
+        )
+    return sentence + "."
+
+
+def _no_winner(base: str, top: str, gain: Interval, count: int) -> str:
+    best = "the only one" if count == 1 else f"the best of {count}"
+    if points(gain.mean) == points(0.0):
+        return f"No route beat {base}: {best}, {top}, came out even {_bounds(gain)}."
+    size = f"{points(abs(gain.mean))} points {'above' if gain.mean > 0 else 'below'}"
+    if gain.mean < 0:
+        return f"No route beat {base}: {best}, {top}, was {size} {_bounds(gain)}."
+    if gain.half_width is None:
+        return (
+            f"No route can be said to beat {base} from one seed: {best}, {top}, was {size}, "
+            "which may be chance."
+        )
+    return (
+        f"No route beat {base} beyond noise: {best}, {top}, was {size}, and its interval includes "
+        f"zero {_bounds(gain)}."
+    )
+
+
+def _bounds(gain: Interval) -> str:
+    if gain.half_width is None:
+        return "(one seed, no interval)"
+    low, high = points(gain.mean - gain.half_width), points(gain.mean + gain.half_width)
+    return f"(95 % interval {low} to {high}, {gain.count} seeds)"
+
+
+def markdown_table(results: RunResults) -> str:
+    """The results table in GitHub's Markdown, ending in a newline."""
+    header, *rows = table_rows(results)
+    rule = ["---", *["---:"] * 4, *["---"] * (len(header) - 5)]
+    return "".join(_markdown_line(cells) for cells in (header, rule, *rows))
+
+
+def _markdown_line(cells: Sequence[str]) -> str:
+    escaped = (" ".join(cell.split()).replace("|", "\\|") for cell in cells)
+    return "| " + " | ".join(escaped) + " |\n"
