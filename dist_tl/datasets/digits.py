@@ -1,0 +1,35 @@
+"""scikit-learn's handwritten digits: 1797 gray images of 8x8 pixels that need no download."""
+
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from dist_tl.datasets.listing import Listing
+from dist_tl.datasets.selection import SourceConfig
+from dist_tl.datasets.views import ViewsConfig
+
+
+class DigitsConfig(SourceConfig):
+    """The digits 0 to 9, classes named "0" to "9"."""
+
+    source: Literal["digits"] = "digits"
+    views: ViewsConfig = Field(
+        ViewsConfig(kind="digits"), description="How images are varied in training."
+    )
+
+
+def list_digits() -> Listing:
+    """All 1797 digits, with levels 0..16 spread over 0..255 and rounded."""
+    # scikit-learn takes a second to import, which `dist-tl plan` of other data need not wait for.
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255.0 / 16.0)).astype(np.uint8)
+    return Listing(
+        names=[f"digit {i}" for i in range(len(images))],
+        labels=digits.target.astype(np.int64),
+        class_names=tuple(str(name) for name in range(10)),
+        read=lambda i: Image.fromarray(images[i]),
+    )

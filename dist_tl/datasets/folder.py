@@ -1,0 +1,80 @@
+"""Images in a local folder that has one sub-folder a class."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import Field, field_validator
+
+from dist_tl.datasets.decode import IMAGE_SUFFIXES, MAX_FILE_BYTES, decode_image
+from dist_tl.datasets.listing import Listing
+from dist_tl.datasets.selection import SourceConfig, require_local
+from dist_tl.errors import ConfigError, DataError
+
+
+class FolderConfig(SourceConfig):
+    """A folder of classes, each a folder of JPEG and PNG files, at any depth below it."""
+
+    source: Literal["folder"] = "folder"
+    path: str = Field(min_length=1, description="Local folder with one sub-folder a class.")
+
+    _local = field_validator("path")(require_local)
+
+
+def list_folder(config: FolderConfig) -> Listing:
+    """Every image below the class folders, by sorted class name and sorted path.
+
+    Hidden files and folders, and files of other kinds, are passed over.
+
+    Raises:
+        ConfigError: the path is not a folder.
+        DataError: the folder is empty, or has no sub-folders.
+    """
+    root = Path(config.path).expanduser()
+    classes = _class_folders(root)
+    files = [_images_below(folder) for folder in classes]
+    paths = [path for in_class in files for path in in_class]
+    return Listing(
+        names=[str(path) for path in paths],
+        labels=np.repeat(np.arange(len(files)), [len(in_class) for in_class in files]),
+        class_names=tuple(folder.name for folder in classes),
+        read=lambda i: _read(paths[i]),
+    )
+
+
+def _class_folders(root: Path) -> list[Path]:
+    if not root.is_dir():
+        found = "a file" if root.exists() else "nothing"
+        raise ConfigError(f"path: expected a folder at {root}, found {found}")
+    entries = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
+    if not entries:
+        raise DataError(f"{root} is empty; expected one sub-folder of images a class")
+    folders = sorted((entry for entry in entries if entry.is_dir()), key=lambda entry: entry.name)
+    if not folders:
+        raise DataError(
+            f"{root} has files ({min(entry.name for entry in entries)}, ...) but no sub-folders; "
+            "move the images of each class into a sub-folder that bears the name of the class"
+        )
+    return folders
+
+
+def _images_below(folder: Path) -> list[Path]:
+    paths = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    ]
+    return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _read(path: Path) -> Image.Image:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise DataError(f"{path} is larger than {MAX_FILE_BYTES} bytes; scale it down")
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    return decode_image(data, name=str(path))

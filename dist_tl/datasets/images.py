@@ -1,0 +1,94 @@
+"""Labelled images at rest (uint8), and the one mapping between uint8 and float pixels.
+
+Not covered: where images come from (`spec.py`) and what is drawn from them (`views.py`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dist_tl.errors import NumericsError
+
+
+def to_float(images: NDArray[np.uint8]) -> Tensor:
+    """Pixels as networks see them: x / 127.5 - 1.
+
+    Args:
+        images: uint8 [N, H, W, C].
+
+    Returns:
+        float32 [N, C, H, W] in [-1, 1], a fresh tensor.
+
+    Raises:
+        ValueError: the input is not uint8 with four dimensions.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise ValueError(f"expected uint8 [N, H, W, C], got {images.dtype} {images.shape}")
+    channels_first = images.transpose(0, 3, 1, 2).astype(np.float32, order="C")
+    return torch.from_numpy(channels_first).div_(127.5).sub_(1.0)
+
+
+def to_uint8(images: Tensor) -> NDArray[np.uint8]:
+    """The inverse of :func:`to_float`: rounded to the nearest level, clamped to 0..255.
+
+    Args:
+        images: floating point [N, C, H, W] on any device.
+
+    Returns:
+        uint8 [N, H, W, C].
+
+    Raises:
+        ValueError: the input is not floating point with four dimensions.
+        NumericsError: a pixel is NaN or infinite; the message names the first such image.
+    """
+    if not images.is_floating_point() or images.ndim != 4:
+        raise ValueError(f"expected floating [N, C, H, W], got {images.dtype} {images.shape}")
+    pixels = images.detach().to("cpu", torch.float32)
+    broken = ~pixels.isfinite().flatten(1).all(dim=1)
+    if bool(broken.any()):
+        first = int(broken.nonzero()[0])
+        raise NumericsError(f"image {first} of {len(pixels)} has a pixel that is not finite")
+    levels = ((pixels + 1.0) * 127.5).round_().clamp_(0.0, 255.0).to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImages:
+    """A data set in memory.
+
+    Attributes:
+        images: uint8 [N, H, W, C], C being 1 or 3.
+        labels: int64 [N], indices into `class_names`.
+        class_names: one name a class, in the order of the labels.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are; a subset keeps those of the whole."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W), as networks ask for it."""
+        _, height, width, channels = self.images.shape
+        return channels, height, width
+
+    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> "LabelledImages":
+        """The images at `indices`, in that order, with the same class names."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return LabelledImages(self.images[chosen], self.labels[chosen], self.class_names)
+
+    def tensor(self, indices: Sequence[int] | NDArray[np.int64] | None = None) -> Tensor:
+        """The images (at `indices`, or all) as float32 [N, C, H, W] in [-1, 1]."""
+        return to_float(self.images if indices is None else self.subset(indices).images)

@@ -1,0 +1,184 @@
+"""What a job keeps of a source: classes, groups of classes, a part, a limit.
+
+The part is taken before classes are chosen or grouped, so that part 0 under one naming of the
+classes and part 1 under another never share an image.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, StrictInt, StrictStr, model_validator
+
+from dist_tl.config import StrictModel
+from dist_tl.datasets.listing import Listing
+from dist_tl.datasets.splits import deal, draw_evenly
+from dist_tl.datasets.views import ViewsConfig
+from dist_tl.errors import ConfigError, DataError
+from dist_tl.seeds import numpy_rng
+
+# Strict, because YAML reads `no` and `yes` as booleans, which would pass for the indices 0 and 1.
+ClassKey = StrictInt | StrictStr
+
+
+class PartConfig(StrictModel):
+    """One of several disjoint parts, each holding every class in the same proportion."""
+
+    index: int = Field(ge=0, description="Which part, counted from 0.")
+    of: int = Field(ge=1, description="Into how many parts the data is divided.")
+    seed: int = Field(0, description="Fixes the division; the same for parts that must not meet.")
+
+    @model_validator(mode="after")
+    def _index_is_below(self) -> "PartConfig":
+        if self.index >= self.of:
+            raise ValueError(f"index {self.index} of {self.of} parts: expected 0..{self.of - 1}")
+        return self
+
+
+class SourceConfig(StrictModel):
+    """What every source of labelled images understands."""
+
+    classes: tuple[ClassKey, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Classes to keep, by name or index; they are renumbered in this order.",
+    )
+    groups: dict[str, tuple[ClassKey, ...]] | None = Field(
+        None,
+        min_length=1,
+        description="New class name -> its original classes. New classes are numbered in the "
+        "order of their sorted names; classes in no group are dropped.",
+    )
+    part: PartConfig | None = Field(None, description="Keep one disjoint part of the source.")
+    size: int | None = Field(
+        None, ge=1, le=2048, description="Side in pixels of the square images; default: as stored."
+    )
+    channels: Literal[1, 3] | None = Field(
+        None, description="1 gray, 3 colour; default: as stored."
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Keep at most this many images, all classes alike."
+    )
+    views: ViewsConfig = Field(
+        ViewsConfig(kind="natural"), description="How images are varied in training."
+    )
+
+    @model_validator(mode="after")
+    def _one_way_of_choosing(self) -> "SourceConfig":
+        if self.classes is not None and self.groups is not None:
+            raise ValueError("classes and groups both choose classes; keep one of them")
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Positions in a listing, sorted, with the labels and class names that the job gives them."""
+
+    indices: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+
+
+def select(listing: Listing, config: SourceConfig, *, seed: int) -> Selection:
+    """The images that a job keeps.
+
+    Args:
+        seed: fixes which images a `limit` keeps, and nothing else.
+
+    Raises:
+        ConfigError: a class that does not exist or is chosen twice, or too few images for the
+            part or the limit.
+        DataError: a chosen class has no images.
+    """
+    new_label, class_names = _relabelling(config, listing.class_names)
+    _require_images(listing, new_label, num_parts=config.part.of if config.part else 1)
+    keep = new_label[listing.labels] >= 0
+    if config.part is not None:
+        rng = numpy_rng(config.part.seed, "part of the data", config.part.of)
+        keep &= deal(listing.labels, config.part.of, rng) == config.part.index
+    indices = np.flatnonzero(keep)
+    labels = new_label[listing.labels[indices]]
+    if config.limit is not None and config.limit < len(indices):
+        if config.limit < len(class_names):
+            raise ConfigError(
+                f"limit: {config.limit} is less than one image for each of the "
+                f"{len(class_names)} classes; raise it or choose fewer classes"
+            )
+        kept = draw_evenly(labels, config.limit, numpy_rng(seed, "limit"))
+        indices, labels = indices[kept], labels[kept]
+    return Selection(indices, labels, class_names)
+
+
+def require_local(path: str) -> str:
+    """`path` itself.
+
+    Raises:
+        ValueError: it is a URL; labelled data is read from local files only.
+    """
+    if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+://", path):
+        raise ValueError(
+            f"{path} is a URL, and labelled data is read from local paths only; "
+            "mount the bucket or copy it to a local folder, and give that path"
+        )
+    return path
+
+
+def _relabelling(
+    config: SourceConfig, class_names: tuple[str, ...]
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """The new label of every original class (-1: dropped), and the new class names."""
+    groups = _groups(config, class_names)
+    new_label = np.full(len(class_names), -1, dtype=np.int64)
+    for label, (name, members) in enumerate(groups):
+        for member in members:
+            if new_label[member] >= 0:
+                before = groups[new_label[member]][0]
+                where = f"in {before!r} and {name!r}" if before != name else f"twice in {name!r}"
+                where = where if config.groups else "listed twice"
+                raise ConfigError(f"class {class_names[member]!r} is {where}; keep it once")
+            new_label[member] = label
+    return new_label, tuple(name for name, _ in groups)
+
+
+def _groups(config: SourceConfig, class_names: tuple[str, ...]) -> list[tuple[str, list[int]]]:
+    if config.classes is not None:
+        chosen = [_find(key, class_names) for key in config.classes]
+        return [(class_names[index], [index]) for index in chosen]
+    if config.groups is not None:
+        # Sorted: a job's fingerprint ignores the order of keys, so the labels must as well.
+        return [
+            (name, [_find(key, class_names) for key in members])
+            for name, members in sorted(config.groups.items())
+        ]
+    return [(name, [index]) for index, name in enumerate(class_names)]
+
+
+def _find(key: int | str, class_names: Sequence[str]) -> int:
+    if isinstance(key, int):
+        if 0 <= key < len(class_names):
+            return key
+        hint = f"; write '{key}' in quotes to mean a name" if str(key) in class_names else ""
+        raise ConfigError(f"class index {key}: expected 0..{len(class_names) - 1}{hint}")
+    if key in class_names:
+        return class_names.index(key)
+    near = difflib.get_close_matches(key, class_names, n=1, cutoff=0.0)
+    raise ConfigError(f"there is no class {key!r}; did you mean {near[0]!r}?")
+
+
+def _require_images(listing: Listing, new_label: NDArray[np.int64], *, num_parts: int) -> None:
+    counts = np.bincount(listing.labels, minlength=len(new_label))
+    for index in np.flatnonzero(new_label >= 0):
+        name = listing.class_names[index]
+        if counts[index] == 0:
+            raise DataError(
+                f"class {name!r} has no images; add some, or leave it out with classes or groups"
+            )
+        if counts[index] < num_parts:
+            raise ConfigError(
+                f"class {name!r} has {counts[index]} images, too few for {num_parts} parts; "
+                f"part.of can be at most {counts[index]}"
+            )

@@ -1,0 +1,205 @@
+"""Labelled images in local webdataset tars: members KEY.jpg or KEY.png, and KEY.cls.
+
+The tars are indexed once and images are read at their offsets, so only what a job keeps is
+decoded. Nothing is ever extracted to disk or unpickled.
+"""
+
+import glob
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from dist_tl.datasets.decode import IMAGE_SUFFIXES, MAX_FILE_BYTES, decode_image
+from dist_tl.datasets.listing import Listing
+from dist_tl.datasets.selection import SourceConfig, require_local
+from dist_tl.errors import ConfigError, DataError
+
+MAX_LABEL = 1_000_000
+
+
+class WdsConfig(SourceConfig):
+    """Tars of images with integer labels, as webdataset lays them out."""
+
+    source: Literal["wds"] = "wds"
+    path: str | tuple[str, ...] = Field(
+        min_length=1, description="One tar, several tars, or patterns such as data/train-*.tar."
+    )
+    classes_file: str | None = Field(
+        None, description="Text file of class names, one a line; default: the labels themselves."
+    )
+
+    @field_validator("path", "classes_file")
+    @classmethod
+    def _local(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        for path in (value,) if isinstance(value, str) else value or ():
+            require_local(path)
+        return value
+
+
+@dataclass(frozen=True)
+class _Member:
+    """Where the bytes of one tar member lie."""
+
+    tar: Path
+    name: str
+    offset: int
+    num_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.tar}"
+
+    def read(self) -> bytes:
+        try:
+            with self.tar.open("rb") as file:
+                file.seek(self.offset)
+                return file.read(self.num_bytes)
+        except OSError as error:
+            raise DataError(f"{self} cannot be read: {error.strerror}") from None
+
+
+def list_tars(config: WdsConfig) -> Listing:
+    """Every sample of the tars, in the order of the paths and of their members.
+
+    Members that are neither images nor `.cls` are passed over.
+
+    Raises:
+        ConfigError: a path or pattern matches nothing, or a tar is named twice.
+        DataError: a file is no plain tar, a member has an unsafe name or is too large, a sample
+            lacks its image or label, or a label is not an integer that names a class.
+    """
+    patterns = (config.path,) if isinstance(config.path, str) else config.path
+    samples = [sample for tar in _tar_paths(patterns) for sample in _samples(tar)]
+    if not samples:
+        raise DataError(f"{', '.join(patterns)}: no members KEY.jpg or KEY.png with KEY.cls")
+    images = [image for image, _ in samples]
+    labels = np.array([_label(member) for _, member in samples], dtype=np.int64)
+    if config.classes_file is None:
+        class_names = tuple(str(label) for label in range(labels.max() + 1))
+    else:
+        class_names = _class_names(Path(config.classes_file).expanduser())
+    if labels.max() >= len(class_names):
+        _, member = samples[int(labels.argmax())]
+        raise DataError(
+            f"{member} is {labels.max()}, but {config.classes_file} names {len(class_names)} "
+            f"classes (labels 0..{len(class_names) - 1}); correct one of them"
+        )
+    return Listing(
+        names=[str(image) for image in images],
+        labels=labels,
+        class_names=class_names,
+        read=lambda i: decode_image(images[i].read(), name=str(images[i])),
+    )
+
+
+def _tar_paths(patterns: tuple[str, ...]) -> list[Path]:
+    paths: list[Path] = []
+    for pattern in patterns:
+        literal = Path(pattern).expanduser()
+        # A name that exists is meant as it stands, even where it holds a bracket.
+        found = [literal] if literal.exists() else sorted(map(Path, glob.glob(str(literal))))
+        if not found:
+            raise ConfigError(f"path: nothing matches {pattern}; expected a local tar or a pattern")
+        paths += found
+    for path in paths:
+        if path.is_dir():
+            raise ConfigError(f"path: {path} is a folder; give its tars, e.g. {path}/*.tar")
+        if paths.count(path) > 1:
+            raise ConfigError(f"path: {path} is named twice, so its images would count twice")
+    return paths
+
+
+def _samples(tar: Path) -> Iterator[tuple[_Member, _Member]]:
+    """(image, label) of every sample of a tar."""
+    images: dict[str, _Member] = {}
+    labels: dict[str, _Member] = {}
+    for member in _members(tar):
+        key, suffix = _key_and_suffix(member.name)
+        if suffix in IMAGE_SUFFIXES:
+            _keep(images, key, member)
+        elif suffix == "cls":
+            _keep(labels, key, member)
+    for key, label in labels.items():
+        if key not in images:
+            raise DataError(f"{label} has no image {key}.jpg or {key}.png beside it; add it")
+    for key, image in images.items():
+        if key not in labels:
+            raise DataError(f"{image} has no label {key}.cls beside it; add it")
+        yield image, labels[key]
+
+
+def _key_and_suffix(name: str) -> tuple[str, str]:
+    # As in webdataset: the key ends at the first dot of the file name.
+    folder, slash, file_name = name.rpartition("/")
+    stem, _, suffix = file_name.partition(".")
+    return f"{folder}{slash}{stem}", suffix.lower()
+
+
+def _keep(members: dict[str, _Member], key: str, member: _Member) -> None:
+    if key in members:
+        raise DataError(f"{member} and {members[key].name} share the key {key!r}; keep one")
+    members[key] = member
+
+
+def _members(tar: Path) -> Iterator[_Member]:
+    """The regular files of an uncompressed tar, with their names and sizes checked."""
+    end = 0
+    try:
+        with tarfile.open(tar, mode="r:") as archive:
+            for info in archive:
+                _check_member(info, tar)
+                if info.isreg():
+                    yield _Member(tar, info.name, info.offset_data, info.size)
+                end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        _require_end_mark(tar, end)
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(f"{tar} is no plain tar ({error}); unpack it if compressed") from None
+    except OSError as error:
+        raise DataError(f"{tar} cannot be read: {error.strerror}") from None
+
+
+def _require_end_mark(tar: Path, end: int) -> None:
+    # tarfile takes a cut or a damaged header after the first member for the end of the archive.
+    with tar.open("rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise DataError(f"{tar} is cut off or damaged at byte {end}; copy the file again")
+
+
+def _check_member(info: tarfile.TarInfo, tar: Path) -> None:
+    path = PurePosixPath(info.name)
+    if path.is_absolute() or ".." in path.parts or "\\" in info.name:
+        raise DataError(f"{tar} has a member with the unsafe name {info.name!r}; pack it again")
+    if not (info.isreg() or info.isdir()) or info.issparse():
+        raise DataError(f"{info.name} in {tar} is a link or special file; pack plain files only")
+    if info.size > MAX_FILE_BYTES:
+        raise DataError(
+            f"{info.name} in {tar} has {info.size} bytes, more than {MAX_FILE_BYTES}; scale it down"
+        )
+
+
+def _label(member: _Member) -> int:
+    text = member.read()[:64]
+    try:
+        label = int(text)
+    except ValueError:
+        raise DataError(f"{member} holds {text[:20]!r}; expected an integer label") from None
+    if not 0 <= label < MAX_LABEL:
+        raise DataError(f"{member} holds {label}; expected a label in 0..{MAX_LABEL - 1}")
+    return label
+
+
+def _class_names(path: Path) -> tuple[str, ...]:
+    try:
+        names = tuple(line.strip() for line in path.read_text("utf-8").splitlines())
+    except OSError as error:
+        raise ConfigError(f"classes_file: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text; expected one class name a line") from None
+    if not names or "" in names or len(set(names)) < len(names):
+        raise DataError(f"{path} has no names, an empty line or a name twice; one name a line")
+    return names

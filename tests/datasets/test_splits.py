@@ -1,0 +1,164 @@
+"""Stratified divisions: nothing lost, nothing shared, and what each seed may change."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dist_tl.datasets.splits import deal, draw_evenly, folds, split_target
+from dist_tl.errors import ConfigError
+
+SEEDS = st.integers(0, 2**31)
+
+
+@st.composite
+def shuffled_labels(draw, smallest=4, largest=25):
+    """1 to 5 classes, each with `smallest` to `largest` images, in random order."""
+    counts = draw(st.lists(st.integers(smallest, largest), min_size=1, max_size=5))
+    labels = np.repeat(np.arange(len(counts)), counts)
+    return np.random.default_rng(draw(SEEDS)).permutation(labels)
+
+
+def split(labels, labels_per_class=2, test_fraction=0.3, data_seed=0, draw_seed=0, **more):
+    return split_target(
+        labels,
+        labels_per_class=labels_per_class,
+        test_fraction=test_fraction,
+        data_seed=data_seed,
+        draw_seed=draw_seed,
+        **more,
+    )
+
+
+def counts(labels, indices):
+    return np.bincount(labels[indices], minlength=labels.max() + 1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shuffled_labels(), st.floats(0.01, 0.5), st.integers(1, 2), SEEDS, SEEDS)
+def test_a_split_is_disjoint_sorted_covers_all_and_counts_as_asked(labels, share, k, seed, draw):
+    result = split(labels, k, share, seed, draw)
+    parts = (result.train, result.pool, result.test)
+    assert np.sort(np.concatenate(parts)).tolist() == list(range(len(labels)))
+    for part in parts:
+        assert part.dtype == np.int64
+        assert (np.diff(part) > 0).all()
+    total = np.bincount(labels)
+    assert (counts(labels, result.train) == k).all()
+    assert (np.abs(counts(labels, result.test) - share * total) <= 1.0).all()
+    assert counts(labels, result.test).min() >= 1
+
+
+@settings(deadline=None, max_examples=30)
+@given(shuffled_labels(smallest=8), SEEDS, SEEDS)
+def test_the_test_split_depends_on_the_data_seed_alone(labels, draw, other_draw):
+    first, second = split(labels, 1, draw_seed=draw), split(labels, 4, draw_seed=other_draw)
+    assert first.test.tolist() == second.test.tolist()
+
+
+def test_each_seed_changes_what_it_should():
+    labels = np.arange(400) % 4
+    base = split(labels, 10)
+    assert split(labels, 10, draw_seed=1).train.tolist() != base.train.tolist()
+    assert split(labels, 10, data_seed=1).test.tolist() != base.test.tolist()
+    assert split(labels, 10).train.tolist() == base.train.tolist()
+
+
+def test_more_labels_a_class_keep_those_of_fewer():
+    labels = np.arange(60) % 3
+    draws = [set(split(labels, k).train) for k in (1, 2, 5, 14)]
+    assert all(few < many for few, many in pairwise(draws))
+
+
+def test_a_class_is_split_alike_whatever_other_classes_there_are():
+    labels = np.repeat([0, 1, 2], 20)
+    only_last = split(labels[40:])
+    assert split(labels).test[-6:].tolist() == (only_last.test + 40).tolist()
+
+
+def test_the_smallest_classes_still_give_one_image_to_each_side():
+    result = split(np.array([0, 0, 1, 1]), 1, 0.01)
+    assert (len(result.train), len(result.pool), len(result.test)) == (2, 0, 2)
+    assert len(split(np.array([0, 0, 1, 1]), 1, 0.99).train) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels_per_class": 4}, "labels_per_class: 4 is more than class 1 .* 5 images.* most 3"),
+        ({"labels_per_class": 4, "class_names": ("cat", "dog")}, "class 'dog' can give"),
+        ({"labels_per_class": 0}, "at least 1, got 0"),
+        ({"test_fraction": 0.0}, "test_fraction: expected more than 0"),
+        ({"test_fraction": 1.0}, "less than 1, got 1.0"),
+    ],
+)
+def test_an_impossible_split_is_refused_with_what_works(arguments, message):
+    labels = np.array([0] * 9 + [1] * 5)
+    with pytest.raises(ConfigError, match=message):
+        split(labels, **{"test_fraction": 0.4, **arguments})
+
+
+def test_the_largest_number_of_labels_that_the_message_names_works():
+    labels = np.array([0] * 9 + [1] * 5)
+    assert counts(labels, split(labels, 3, 0.4).train).tolist() == [3, 3]
+
+
+def test_a_class_of_a_single_image_is_refused():
+    with pytest.raises(ConfigError, match="class 1 has a single image"):
+        split(np.array([0, 0, 0, 1]), 1)
+
+
+def test_labels_that_are_not_integers_in_a_row_are_refused():
+    for labels in (np.zeros(3), np.zeros((2, 2), np.int64), np.zeros(0, np.int64)):
+        with pytest.raises(ValueError, match="expected integer labels"):
+            split(labels)
+
+
+@settings(deadline=None, max_examples=40)
+@given(shuffled_labels(), st.integers(2, 4), SEEDS)
+def test_every_image_is_tested_in_one_fold_and_every_class_is_in_both_parts(labels, num, seed):
+    pairs = folds(labels, num, seed)
+    assert len(pairs) == num
+    tested = np.concatenate([test for _, test in pairs])
+    assert np.sort(tested).tolist() == list(range(len(labels)))
+    for train, test in pairs:
+        assert np.sort(np.concatenate([train, test])).tolist() == list(range(len(labels)))
+        assert counts(labels, train).min() >= 1
+        assert counts(labels, test).min() >= 1
+    assert np.ptp([len(test) for _, test in pairs]) <= 1
+
+
+def test_folds_follow_their_seed():
+    labels = np.arange(40) % 2
+    first, again, other = (folds(labels, 4, seed)[0][1].tolist() for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_too_few_or_too_many_folds_are_refused():
+    labels = np.array([0] * 6 + [7] * 3)
+    assert len(folds(labels, 3, 0)) == 3
+    with pytest.raises(ConfigError, match="4 is more than the 3 images of class 7"):
+        folds(labels, 4, 0)
+    with pytest.raises(ConfigError, match="at least 2, got 1"):
+        folds(labels, 1, 0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(shuffled_labels(smallest=1), st.integers(1, 6), SEEDS)
+def test_hands_differ_by_at_most_one_in_every_class_and_in_total(labels, num_hands, seed):
+    hand = deal(labels, num_hands, np.random.default_rng(seed))
+    table = np.array([counts(labels, hand == k) for k in range(num_hands)])
+    assert np.ptp(table, axis=0).max() <= 1
+    assert np.ptp(table.sum(axis=1)) <= 1
+
+
+@settings(deadline=None, max_examples=40)
+@given(shuffled_labels(smallest=1), st.data())
+def test_an_even_draw_has_its_size_and_leaves_no_class_out(labels, data):
+    num_classes = labels.max() + 1
+    num_drawn = data.draw(st.integers(num_classes, len(labels)))
+    drawn = draw_evenly(labels, num_drawn, np.random.default_rng(data.draw(SEEDS)))
+    assert len(set(drawn)) == num_drawn
+    assert counts(labels, drawn).min() >= 1
