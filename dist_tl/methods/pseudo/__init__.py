@@ -1,0 +1,5 @@
+"""Transfer through a conditional generator: pseudo pre-training, P-SSL, and what judges them.
+
+After Yamaguchi et al., "Transfer Learning with Pre-trained Conditional Generative Models",
+arXiv:2204.12833.
+"""

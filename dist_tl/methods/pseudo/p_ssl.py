@@ -1,0 +1,186 @@
+"""P-SSL: labelled target images and unlabelled pseudo samples in one loss.
+
+    L = CE(f(x_B), y_B) + weight * l_u(f; pseudo_U)
+
+Pseudo samples are not target images, so what they do to batch-norm statistics decides whether
+they help or ruin a model; both ways of handling them that work are here.
+
+After Yamaguchi et al., arXiv:2204.12833.
+
+Shape suffixes: B = labelled batch, U = pseudo batch, C = target classes.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dist_tl.config import StrictModel
+from dist_tl.methods.pseudo.conditions import ConditionConfig, require_finite
+from dist_tl.methods.pseudo.guard import GuardConfig
+from dist_tl.methods.pseudo.losses import (
+    TWO_VIEWS,
+    Algorithm,
+    unmasked_fraction,
+    unsupervised_loss,
+)
+
+BatchNorm = Literal["joint", "separate"]
+
+
+class PSSLConfig(StrictModel):
+    """How pseudo samples enter the training of the target network."""
+
+    algorithm: Algorithm = Field("uda", description="The unsupervised loss.")
+    weight: float = Field(0.1, ge=0, description="Lambda, the unsupervised loss's weight; 0: off.")
+    batchnorm: BatchNorm = Field(
+        "joint",
+        description="joint: real and pseudo images in one pass, statistics from all; separate: "
+        "pseudo images in their own pass, running statistics untouched.",
+    )
+    threshold: float | None = Field(
+        None, ge=0, le=1, description="Confidence a pseudo image needs; absent: the algorithm's."
+    )
+    sharpening: float | None = Field(
+        None, gt=0, description="Temperature of UDA's target; absent: 0.4."
+    )
+    pseudo_per_labelled: int = Field(1, ge=1, description="U / B: pseudo images per labelled one.")
+    condition: ConditionConfig = Field(
+        default_factory=ConditionConfig, description="What the generator is asked for."
+    )
+    lambda_guard: GuardConfig | Literal["off"] = Field(
+        default_factory=GuardConfig,
+        description="Cross-validation on the target labels that must favour weight over 0; or off.",
+    )
+
+    @field_validator("lambda_guard", mode="before")
+    @classmethod
+    def _yaml_reads_off_as_false(cls, value: Any) -> Any:
+        return "off" if value is False else value
+
+    @model_validator(mode="after")
+    def _options_belong_to_the_algorithm(self) -> "PSSLConfig":
+        if self.sharpening is not None and self.algorithm != "uda":
+            raise ValueError(f"sharpening belongs to uda; remove it for {self.algorithm}")
+        if self.threshold is not None and self.algorithm == "entropy_min":
+            raise ValueError("entropy_min has no threshold; remove it")
+        return self
+
+
+def supervised_loss(network: nn.Module, images_B: Tensor, labels_B: Tensor) -> Tensor:
+    """Cross-entropy in nats, mean over the batch, float32: the loss of scratch and of PP."""
+    return functional.cross_entropy(network(images_B).float(), labels_B)
+
+
+def pssl_loss(
+    network: nn.Module,
+    images_B: Tensor,
+    labels_B: Tensor,
+    weak_U: Tensor | None,
+    strong_U: Tensor | None,
+    *,
+    weight: float,
+    algorithm: Algorithm = "uda",
+    batchnorm: BatchNorm = "joint",
+    threshold: float | None = None,
+    sharpening: float | None = None,
+    sample_indices: Sequence[int] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The P-SSL loss of one batch, a float32 scalar in nats, and what to log.
+
+    With weight 0 the pseudo branch is skipped: loss, gradients and buffers equal
+    :func:`supervised_loss` bit for bit. With `batchnorm="separate"` pseudo images are normalised
+    by their own batch statistics, and the weak pass of uda and fixmatch keeps no graph.
+
+    Args:
+        weak_U, strong_U: (U, channels, height, width) views of the same pseudo images, on the
+            path of the real ones; strong_U is not read by pseudo_label and entropy_min, neither
+            with weight 0.
+        weight: lambda_t, from :func:`~dist_tl.methods.pseudo.losses.loss_weight`.
+        sample_indices: the pseudo samples' numbers, for messages.
+
+    Returns:
+        The loss, and detached float32 scalars "loss_supervised", "loss_unsupervised" (before the
+        weight) and "unmasked" (share of pseudo images that count).
+
+    Raises:
+        ValueError: weight < 0, or views missing or of another shape than the real images.
+        NumericsError: a logit of a pseudo image is not finite; the message names the sample.
+    """
+    if weight < 0:
+        raise ValueError(f"expected weight >= 0, got {weight}")
+    if weight == 0:
+        loss = supervised_loss(network, images_B, labels_B)
+        return loss, _figures(loss, torch.zeros_like(loss), torch.zeros_like(loss))
+    views = _views(images_B, weak_U, strong_U, algorithm)
+    if batchnorm == "joint":
+        logits_BC, *view_logits = _joint_pass(network, images_B, views)
+    else:
+        logits_BC = network(images_B)
+        view_logits = _separate_passes(network, views)
+    for logits_UC in view_logits:
+        require_finite(logits_UC, what="logits of pseudo sample", sample_indices=sample_indices)
+    weak_UC, strong_UC = view_logits[0], view_logits[-1]
+    supervised = functional.cross_entropy(logits_BC.float(), labels_B)
+    unsupervised = unsupervised_loss(
+        weak_UC, strong_UC, algorithm=algorithm, threshold=threshold, sharpening=sharpening
+    )
+    unmasked = unmasked_fraction(weak_UC, algorithm=algorithm, threshold=threshold)
+    return supervised + weight * unsupervised, _figures(supervised, unsupervised, unmasked)
+
+
+@contextmanager
+def frozen_running_statistics(network: nn.Module) -> Iterator[None]:
+    """Inside, normalisation layers in training mode use batch statistics and remember nothing."""
+    # The pass works on copies: restoring values in place would bump the version of tensors that
+    # the labelled pass has saved for its backward.
+    tracking = [part for part in network.modules() if "running_mean" in part._buffers]
+    originals = [dict(part._buffers) for part in tracking]
+    for part, buffers in zip(tracking, originals, strict=True):
+        for name, buffer in buffers.items():
+            part._buffers[name] = None if buffer is None else buffer.clone()
+    try:
+        yield
+    finally:
+        for part, buffers in zip(tracking, originals, strict=True):
+            part._buffers.update(buffers)
+
+
+def _views(
+    images_B: Tensor, weak_U: Tensor | None, strong_U: Tensor | None, algorithm: Algorithm
+) -> list[Tensor]:
+    named = {"weak": weak_U, "strong": strong_U} if algorithm in TWO_VIEWS else {"weak": weak_U}
+    shape = tuple(images_B.shape[1:])
+    views: list[Tensor] = []
+    for name, view in named.items():
+        if view is None or tuple(view.shape[1:]) != shape:
+            got = None if view is None else tuple(view.shape)
+            raise ValueError(f"expected the {name} view of pseudo images (U, *{shape}), got {got}")
+        views.append(view)
+    return views
+
+
+def _joint_pass(network: nn.Module, images_B: Tensor, views: list[Tensor]) -> tuple[Tensor, ...]:
+    sizes = [len(images_B), *(len(view) for view in views)]
+    return network(torch.cat([images_B, *views])).split(sizes)
+
+
+def _separate_passes(network: nn.Module, views: list[Tensor]) -> list[Tensor]:
+    with frozen_running_statistics(network):
+        if len(views) == 1:
+            return [network(views[0])]
+        with torch.no_grad():
+            weak_UC = network(views[0])
+        return [weak_UC, network(views[1])]
+
+
+def _figures(supervised: Tensor, unsupervised: Tensor, unmasked: Tensor) -> dict[str, Tensor]:
+    return {
+        "loss_supervised": supervised.detach(),
+        "loss_unsupervised": unsupervised.detach(),
+        "unmasked": unmasked.detach(),
+    }

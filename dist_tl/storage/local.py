@@ -1,0 +1,142 @@
+"""Objects as plain files: every write is whole or absent, and stays after a crash.
+
+Not covered: validation of keys and the wording of errors, which `objects.py` does for every store.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Ours, and the names under which an embedded S3 server (rclone) receives uploads: a killed one
+# leaves them behind.
+TEMPORARY_PREFIXES = (".tmp-", ".rclone_temp_", ".rclone_multipart_upload_")
+
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+class LocalFolder:
+    """A folder on this machine, or on a file system that all machines share."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def read(self, key: str) -> bytes | None:
+        """The object's bytes; None where there is no such object."""
+        try:
+            return (self._root / key).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+
+    def write(self, key: str, data: bytes, *, create_only: bool) -> bool:
+        """Put an object; False where `create_only` and the key is taken."""
+
+        def fill(part: Path) -> None:
+            part.write_bytes(data)
+
+        return self._publish(key, fill, create_only=create_only)
+
+    def put_file(self, local: Path, key: str) -> None:
+        """Copy a file into the folder."""
+
+        def fill(part: Path) -> None:
+            shutil.copyfile(local, part)
+
+        self._publish(key, fill, create_only=False)
+
+    def get_file(self, key: str, local: Path) -> None:
+        """Copy an object to a plain file."""
+        shutil.copyfile(self._root / key, local)
+
+    def size(self, key: str) -> int | None:
+        """The object's length in bytes; None where there is no such object."""
+        try:
+            status = (self._root / key).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """Every key below `prefix`, in no particular order, temporary ones included."""
+        for folder, _, names in os.walk(self._root / prefix, onerror=_unless_missing):
+            below = Path(folder).relative_to(self._root)
+            yield from ((below / name).as_posix() for name in names)
+
+    def delete(self, key: str) -> None:
+        """Remove an object, if it is there."""
+        (self._root / key).unlink(missing_ok=True)
+
+    def delete_all(self, prefix: str) -> None:
+        """Remove everything below `prefix`, left-over temporary files included."""
+        for folder, _, names in os.walk(self._root / prefix, topdown=False):
+            for name in names:
+                Path(folder, name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another writer may have put something new there
+                os.rmdir(folder)
+
+    def remedy(self, error: Exception) -> str:
+        """What the user can do about an error of the file system."""
+        if isinstance(error, PermissionError):
+            return "choose a folder that this user may read and write"
+        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return "free some space, or choose another disk; nothing partial was published"
+        if isinstance(error, NotADirectoryError | FileExistsError | IsADirectoryError):
+            return "a file and a folder cannot share a name: remove one or choose another URL"
+        return "check that the folder exists and that its disk is healthy"
+
+    def _publish(self, key: str, fill: Callable[[Path], None], *, create_only: bool) -> bool:
+        target = self._root / key
+        _make_folder(target.parent)
+        part = target.parent / f"{TEMPORARY_PREFIXES[0]}{secrets.token_hex(8)}"
+        try:
+            fill(part)
+            _flush_to_disk(part)
+            if create_only and not _take_name(part, target):
+                return False
+            if not create_only:
+                os.replace(part, target)
+            _flush_to_disk(target.parent)
+            return True
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _take_name(part: Path, target: Path) -> bool:
+    try:
+        os.link(part, target)  # the one call that fails when the name exists and never shows a part
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        # Like an object store without conditional writes; `probe` tells the caller.
+        os.replace(part, target)
+    return True
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _flush_to_disk(folder.parent)
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot flush a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error

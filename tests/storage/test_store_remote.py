@@ -1,0 +1,192 @@
+"""S3 when it races, fails, refuses, or is not there; and secrets, which no error may tell."""
+
+import multiprocessing
+import threading
+import time
+
+import pytest
+
+from dist_tl.errors import StorageError
+from dist_tl.storage.objects import ObjectStore
+
+pytestmark = pytest.mark.s3
+
+
+def test_of_many_creators_on_a_conditional_store_exactly_one_wins(moto):
+    store = ObjectStore("s3://bucket/race")
+    for i in range(8):
+        barrier, wins = threading.Barrier(6), []
+
+        def race(me, i=i, barrier=barrier, wins=wins):
+            barrier.wait()
+            if store.write(f"{i}", str(me).encode(), create_only=True):
+                wins.append(me)
+
+        threads = [threading.Thread(target=race, args=(me,)) for me in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        [winner] = wins
+        assert store.read(f"{i}") == str(winner).encode()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        (500, "InternalError"),
+        (503, "SlowDown"),
+        (429, "TooMany"),
+        (409, "ConditionalRequestConflict"),
+    ],
+)
+def test_a_passing_failure_is_not_noticed(moto, no_waits, fault):
+    store = ObjectStore("s3://bucket/flaky")
+    moto.faults += [fault, fault]
+    store.write("k", b"x")
+    moto.faults += [fault]
+    assert store.read("k") == b"x"
+    moto.faults += [fault]
+    assert store.list() == ["k"]
+
+
+def test_a_lasting_failure_is_reported_after_a_few_tries(moto, no_waits):
+    moto.faults += [(503, "SlowDown")] * 100
+    with pytest.raises(StorageError, match=r"cannot write s3://bucket/k: SlowDown.*try again"):
+        ObjectStore("s3://bucket").write("k", b"x")
+    assert len(moto.requests) == 4
+    moto.faults.clear()
+
+
+def test_a_refusal_is_not_tried_again(moto, no_waits):
+    moto.faults += [(403, "AccessDenied")]
+    with pytest.raises(StorageError, match=r"AccessDenied.*set AWS_ACCESS_KEY_ID"):
+        ObjectStore("s3://bucket").read("k")
+    assert len(moto.requests) == 1
+
+
+def test_waits_between_tries_grow(moto, monkeypatch):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    moto.faults += [(500, "InternalError")] * 5
+    with pytest.raises(StorageError):
+        ObjectStore("s3://bucket").read("k")
+    assert len(waits) == 4
+    assert waits == sorted(waits)
+    assert 3 < sum(waits) < 8
+
+
+def test_a_create_whose_answer_was_lost_leaves_the_object_whole(moto, no_waits):
+    store = ObjectStore("s3://bucket/lost")
+    moto.faults += [None, None, "lost"]  # two look-ups, then the put is obeyed but not answered
+    assert store.write("k", b"mine", create_only=True) is False
+    assert store.read("k") == b"mine"
+
+
+def test_a_missing_bucket_is_never_an_empty_store(moto):
+    store = ObjectStore("s3://no-such-bucket/run")
+    for use in (
+        lambda: store.read_or_none("k"),
+        lambda: store.exists("k"),
+        lambda: store.list(),
+        lambda: store.write("k", b"x"),
+        lambda: store.delete("k"),
+        lambda: store.probe(),
+    ):
+        with pytest.raises(StorageError, match=r"no-such-bucket.*create the bucket"):
+            use()
+
+
+def test_an_unreachable_server_is_named(use_environment, no_waits):
+    use_environment(
+        {
+            "AWS_ACCESS_KEY_ID": "k",
+            "AWS_SECRET_ACCESS_KEY": "very-secret-value",
+            "AWS_ENDPOINT_URL": "http://me:hidden-login@127.0.0.1:1",
+        }
+    )
+    with pytest.raises(StorageError, match=r"server runs.*http://127\.0\.0\.1:1\)") as caught:
+        ObjectStore("s3://bucket/run").probe()
+    assert "hidden-login" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
+def test_no_credentials_is_named(moto, monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(StorageError, match=r"NoCredentials.*set AWS_ACCESS_KEY_ID"):
+        ObjectStore("s3://bucket").read("k")
+
+
+def test_an_endpoint_without_a_scheme_is_explained(moto, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost")
+    with pytest.raises(StorageError, match="http://host:port"):
+        ObjectStore("s3://bucket").read("k")
+
+
+def test_a_secret_that_the_server_quotes_is_not_passed_on(moto, use_environment):
+    use_environment({"AWS_SECRET_ACCESS_KEY": "wJalr/XUtnFEMI"})
+    moto.faults += [(400, "Bad: wJalr/XUtnFEMI")]
+    store = ObjectStore("s3://bucket")
+    with pytest.raises(StorageError) as caught:
+        store.read("k")
+    assert "wJalr" not in str(caught.value)
+    assert "wJalr" not in repr(store)
+    assert "wJalr" not in repr(vars(store))
+
+
+def test_new_credentials_in_the_environment_are_used_at_once(embedded_server, use_environment):
+    use_environment(embedded_server.environment())
+    store = ObjectStore(f"{embedded_server.url}/rotate")
+    store.write("k", b"x")
+    use_environment({"AWS_SECRET_ACCESS_KEY": "wrong"})
+    with pytest.raises(StorageError, match="AWS_SECRET_ACCESS_KEY"):
+        store.read("k")
+    use_environment(embedded_server.environment())
+    assert store.read("k") == b"x"
+
+
+def _read_in_child(store, results):
+    results.put(store.read("k"))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_store_in_use_survives_a_new_process(moto, method):
+    store = ObjectStore("s3://bucket/fork")
+    store.write("k", b"x")
+    context = multiprocessing.get_context(method)
+    results = context.SimpleQueue()
+    child = context.Process(target=_read_in_child, args=(store, results))
+    child.start()
+    child.join(timeout=30)
+    alive = child.is_alive()
+    child.kill()
+    assert not alive, "the child hung"
+    assert results.get() == b"x"
+    assert store.read("k") == b"x"
+
+
+def test_one_read_is_one_request(moto):
+    store = ObjectStore("s3://bucket/count")
+    store.write("k", b"x" * 100_000)
+    moto.requests.clear()
+    store.read("k")
+    assert store.read_or_none("missing") is None
+    assert moto.requests == [("GET", "/bucket/count/k"), ("GET", "/bucket/count/missing")]
+
+
+def test_a_large_file_goes_up_in_parts_and_comes_back_whole(moto, tmp_path, monkeypatch):
+    # The smallest part that S3 allows, in place of s3fs's 50 MiB.
+    monkeypatch.setattr("s3fs.core.calculate_chunksize", lambda *_, **__: 5 * 2**20)
+    source = tmp_path / "large"
+    source.write_bytes(bytes(range(256)) * (11 * 4096))
+    store = ObjectStore("s3://bucket/large")
+    store.put_file(source, "k")
+    assert sum(method == "PUT" for method, _ in moto.requests) > 1
+    store.get_file("k", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == source.read_bytes()
+    store.delete("k")
