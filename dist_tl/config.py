@@ -120,7 +120,7 @@ def validate(model: type[Model], data: Mapping[str, Any], *, source: str) -> Mod
 
 
 def _explain(problem: Any, error: ValidationError, data: Mapping[str, Any]) -> str:
-    path = ".".join(str(part) for part in problem["loc"]) or "the job"
+    path = ".".join(_real_path(problem["loc"], data)) or "the job"
     if problem["type"] == "extra_forbidden":
         return f"{path}: unknown key{_nearest(problem['loc'], data)}"
     if problem["type"] == "missing":
@@ -130,6 +130,24 @@ def _explain(problem: Any, error: ValidationError, data: Mapping[str, Any]) -> s
     if isinstance(value, dict | list) or problem["type"] == "value_error":
         return f"{path}: {message}"
     return f"{path}: {message}, got {value!r}"
+
+
+def _real_path(loc: tuple[int | str, ...], data: Any) -> list[str]:
+    """`loc` without the names of union members, which pydantic puts between the keys."""
+    path = []
+    for i, part in enumerate(loc):
+        inside = isinstance(data, Mapping) and part not in data
+        if inside and i + 1 < len(loc) and loc[i + 1] in [*data, *_known_keys()]:
+            continue
+        path.append(str(part))
+        data = _descend(data, part)
+    return path
+
+
+def _descend(data: Any, part: int | str) -> Any:
+    if isinstance(data, Mapping):
+        return data.get(part)
+    return data[part] if isinstance(data, list) and isinstance(part, int) else None
 
 
 # Every field name of every configuration, for hints: a misspelt key is usually near its own name,

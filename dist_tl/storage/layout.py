@@ -8,6 +8,7 @@ import re
 JOB = "job.json"
 RESULTS = "results.json"
 REPORT = "report.html"
+GALLERY = "gallery.safetensors"
 
 MODEL_TENSORS = "model.safetensors"
 MODEL_CONFIG = "config.json"

@@ -26,11 +26,11 @@ def is_alive(process_id):
         return False
 
 
-def wait_until_dead(process_id, timeout_s=10):
+def wait_until(reached, timeout_s=10):
     deadline = time.monotonic() + timeout_s
-    while is_alive(process_id) and time.monotonic() < deadline:
+    while not reached() and time.monotonic() < deadline:
         time.sleep(0.02)
-    return not is_alive(process_id)
+    return reached()
 
 
 @pytest.fixture
@@ -65,8 +65,7 @@ def test_acknowledged_objects_survive_kill_9(tmp_path, use_environment):
         for key, data in written.items():
             store.write(key, data)
         os.kill(server.process_id, signal.SIGKILL)
-        assert wait_until_dead(server.process_id)
-        assert not server.is_running()
+        assert wait_until(lambda: not server.is_running())
         server.start()
         use_environment(server.environment())
         assert {key: store.read(key) for key in store.list()} == written
@@ -192,7 +191,7 @@ def test_the_server_dies_with_its_parent_even_by_kill_9_but_not_by_its_ctrl_c(tm
     driver.wait()
     driver.stdout.close()
     try:
-        assert wait_until_dead(process_id)
+        assert wait_until(lambda: not is_alive(process_id))
     finally:
         subprocess.run(["rm", "-r", "--", scratch], check=True)
 
@@ -201,7 +200,7 @@ def test_a_driver_that_forgets_to_stop_leaves_nothing(tmp_path):
     command = [sys.executable, "-c", DRIVER, str(tmp_path / "runs"), "0"]
     told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     process_id, _, scratch = told.split()
-    assert wait_until_dead(process_id)
+    assert wait_until(lambda: not is_alive(process_id))
     assert not Path(scratch).exists()
 
 

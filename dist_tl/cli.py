@@ -1,0 +1,198 @@
+"""The `dist-tl` command: verbs only.
+
+Exit codes: 0 done, 2 bad input, 3 failed and can be started again, 130 interrupted.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from dist_tl.display import TerminalProgress, console, errors, show_table
+from dist_tl.errors import ConfigError, DataError, DistTLError
+from dist_tl.telemetry import configure_logging, redact
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
+
+app = typer.Typer(
+    name="dist-tl",
+    help="""Get the best target model from little labelled data, without the source data.
+
+    A job is a YAML file; `launch/presets` has some to start from. Any of its keys can be changed
+    on the command line by its path, e.g. [bold]target.labels_per_class=10 run=runs/k10[/bold].
+
+    dist-tl plan JOB.yaml     check a job and see what it will do; starts nothing\n
+    dist-tl run JOB.yaml      run it; the same command goes on after an interruption\n
+    dist-tl report RUN        make the page of a finished run again\n
+    dist-tl doctor            what this machine has, and what would not work on it
+
+    Exit codes: 0 done, 2 bad input, 3 failed and can be started again, 130 interrupted.""",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the job, e.g. trainers.workers=1."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@app.command()
+def plan(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check a job against its data; show its stages, shards, actors and checkpoints.
+
+    Starts nothing and writes nothing.
+    """
+    from dist_tl.jobs.planning import plan_job
+    from dist_tl.jobs.specs import read_job
+
+    table = plan_job(read_job(job, overrides or []))
+    if as_json:
+        print(table.model_dump_json(indent=1))
+        return
+    console.print(f"run {table.run}, store {table.store}", highlight=False)
+    show_table("Actors", ("role", "size"), list(table.actors.items()))
+    if table.generate:
+        show_table(
+            "Pseudo samples (Ray actors)",
+            ("stage", "shards", "samples", "MB at most"),
+            [
+                (row.stage, str(row.shards), str(row.samples), f"{row.bytes_at_most / 1e6:.1f}")
+                for row in table.generate
+            ],
+        )
+    show_table(
+        "Training (one worker group, in this order)",
+        ("stage", "objective", "steps", "rows a step", "parameters", "MB a checkpoint"),
+        [
+            (
+                row.stage,
+                row.objective,
+                str(row.steps),
+                str(row.rows_per_step),
+                "of its trunk" if row.parameters is None else f"{row.parameters:,}",
+                "" if row.checkpoint_bytes is None else f"{row.checkpoint_bytes / 1e6:.1f}",
+            )
+            for row in table.train
+        ],
+    )
+    if table.trials:
+        console.print(f"and {table.trials} short trials for the lambda guards", highlight=False)
+
+
+@app.command()
+def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Run a job on a private Ray cluster, or on the one RAY_ADDRESS names.
+
+    Running the same job again goes on from what is committed. Ctrl-C stops cleanly.
+    """
+    from dist_tl.jobs.specs import read_job
+
+    spec = read_job(job, overrides or [])
+    from dist_tl.jobs.run import open_store, run_job
+    from dist_tl.report.collect import write_report
+    from dist_tl.report.summary import table_rows, verdict
+
+    with TerminalProgress() as progress:
+        results = run_job(spec, progress)
+    if results is None:
+        return
+    with open_store(spec) as store:
+        page = write_report(store)
+    if as_json:
+        print(results.model_dump_json(indent=1))
+        return
+    header, *rows = table_rows(results)
+    show_table(f"{results.run}: accuracy on the test split", header, rows)
+    for finding in results.findings:
+        console.print(f"- {finding}", highlight=False, markup=False)
+    console.print(verdict(results), style="bold", highlight=False, markup=False)
+    minutes, seconds = divmod(round(results.wall_seconds), 60)
+    console.print(
+        f"{minutes} min {seconds} s, peak memory {results.peak_memory_bytes / 2**30:.1f} GiB; "
+        f"page: {results.run}/{page}",
+        highlight=False,
+        markup=False,
+    )
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder or URL of a finished run.")],
+    as_json: AsJson = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the results table as Markdown.")
+    ] = False,
+) -> None:
+    """Make the page of a finished run again, and print its table."""
+    from dist_tl.report.collect import read_results, write_report
+    from dist_tl.report.summary import markdown_table, table_rows, verdict
+    from dist_tl.storage.objects import ObjectStore
+
+    store = ObjectStore(run)
+    results = read_results(store)
+    page = write_report(store)
+    if as_json:
+        print(results.model_dump_json(indent=1))
+    elif markdown:
+        print(markdown_table(results), end="")
+    else:
+        header, *rows = table_rows(results)
+        show_table(f"{results.run}: accuracy on the test split", header, rows)
+        console.print(verdict(results), style="bold", highlight=False, markup=False)
+        console.print(f"page: {store.url}/{page}", highlight=False, markup=False)
+
+
+@app.command()
+def doctor(
+    store: Annotated[
+        str | None, typer.Option("--store", help="A store to try, e.g. s3://bucket/prefix.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what this machine has, and what would not work on it and why."""
+    from dist_tl.jobs.doctor import examine
+
+    checks = examine(store)
+    if as_json:
+        print(json.dumps([check.model_dump() for check in checks], indent=1))
+    else:
+        rows = [(check.name, check.state, check.finding) for check in checks]
+        show_table("What this machine has", ("what", "state", "finding"), rows)
+    if any(check.state == "fails" for check in checks):
+        raise typer.Exit(FAILED)
+
+
+def main() -> NoReturn:
+    """Run the command; every named error becomes one message and an exit code."""
+    configure_logging(logging.WARNING)
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except (typer.Exit, SystemExit) as leaving:
+        code: Any = getattr(leaving, "exit_code", getattr(leaving, "code", 0))
+        sys.exit(code)
+    except (KeyboardInterrupt, typer.Abort):
+        errors.print("interrupted; the same command goes on from what is committed")
+        sys.exit(INTERRUPTED)
+    except typer.TyperException as error:
+        error.show()
+        sys.exit(BAD_INPUT)
+    except (ConfigError, DataError) as error:
+        _explain(error)
+        sys.exit(BAD_INPUT)
+    except DistTLError as error:
+        _explain(error)
+        errors.print("the same command goes on from what is committed")
+        sys.exit(FAILED)
+
+
+def _explain(error: DistTLError) -> None:
+    text = redact(str(error))
+    errors.print(f"{type(error).__name__}: {text}", style="red", markup=False, highlight=False)

@@ -1,0 +1,1 @@
+"""Thin Ray shells: processes, retries and back-pressure, no arithmetic. Owns ray."""

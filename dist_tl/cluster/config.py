@@ -1,0 +1,51 @@
+"""How large the parts of a cluster are: plain configuration, read without ray."""
+
+from pydantic import Field, model_validator
+
+from dist_tl.config import StrictModel
+
+
+class SessionConfig(StrictModel):
+    """The private Ray cluster; ignored where RAY_ADDRESS names another."""
+
+    num_cpus: int = Field(
+        8, ge=1, description="Logical CPUs: what actors share by their `cpus`, not cores."
+    )
+    object_store_mb: int = Field(200, ge=80, description="Shared memory for Ray's objects.")
+
+
+class GeneratorsConfig(StrictModel):
+    """The pool of generator workers, sized independently of the trainers."""
+
+    min: int = Field(1, ge=0, description="Workers kept while there is work.")
+    max: int = Field(2, ge=1, description="Workers at most, while readers wait for shards.")
+    cpus: float = Field(1.0, gt=0, description="CPUs that Ray reserves for each worker.")
+    gpus: float = Field(0.0, ge=0, description="GPUs that Ray reserves for each worker.")
+    threads: int = Field(1, ge=1, description="Torch threads a worker; part of what fixes pixels.")
+    window: int = Field(64, ge=1, description="Shards made ahead of the slowest reader at most.")
+    low_backlog: int = Field(4, ge=0, description="Committed, unread shards below which to grow.")
+    max_restarts: int = Field(3, ge=0, description="Restarts of a worker before the job fails.")
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> "GeneratorsConfig":
+        if self.min > self.max:
+            raise ValueError(f"expected min <= max, got {self.min} > {self.max}")
+        return self
+
+
+class TrainersConfig(StrictModel):
+    """The sharded trainers' worker group."""
+
+    workers: int = Field(2, ge=1, description="Data-parallel workers; lanes must be divisible.")
+    cpus: float = Field(1.0, gt=0, description="CPUs that Ray reserves for each worker.")
+    gpus: float = Field(0.0, ge=0, description="GPUs that Ray reserves for each worker.")
+    threads: int = Field(1, ge=1, description="Torch threads a worker.")
+    max_failures: int = Field(3, ge=0, description="Restarts of the group before the job fails.")
+
+
+class TrialsConfig(StrictModel):
+    """How trials share the cluster."""
+
+    cpus: float = Field(1.0, gt=0, description="CPUs that Ray reserves for each trial.")
+    gpus: float = Field(0.0, ge=0, description="GPUs that Ray reserves for each trial.")
+    max_retries: int = Field(3, ge=0, description="Fresh starts of a trial whose worker died.")

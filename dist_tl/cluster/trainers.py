@@ -1,0 +1,152 @@
+"""The trainers: one Ray Train worker group that takes training stages from a mailbox.
+
+Ray Train starts the workers, joins them into a process group, and restarts all of them when one
+is lost; the stages' own checkpoints make the restart cheap and exact.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.actor import ActorHandle
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from dist_tl.cluster.config import TrainersConfig
+from dist_tl.cluster.mailbox import Snapshot
+from dist_tl.errors import DistTLError, WorkerError
+from dist_tl.shards.order import ShardPlan
+from dist_tl.storage.objects import ObjectStore
+from dist_tl.train.spec import StageResult, StageSpec
+from dist_tl.train.stage import run_stage
+
+POLL_S = 0.1
+
+
+class TrainerGroup:
+    """Use as a context manager; the workers start in the background at once.
+
+    Args:
+        store_url: where stages, shards and models are.
+        scratch: a folder for what Ray Train writes beside our own checkpoints.
+    """
+
+    def __init__(
+        self, config: TrainersConfig, store_url: str, mailbox: ActorHandle, scratch: str
+    ) -> None:
+        self._mailbox = mailbox
+        self._failure: BaseException | None = None
+        settings = {
+            "mailbox": mailbox,
+            "store_url": store_url,
+            "threads": config.threads,
+            "use_gpu": config.gpus > 0,
+        }
+        self._trainer = TorchTrainer(
+            _work,
+            train_loop_config=settings,
+            torch_config=TorchConfig(backend="nccl" if config.gpus else "gloo", timeout_s=120),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=config.workers,
+                use_gpu=config.gpus > 0,
+                resources_per_worker=_resources(config),
+            ),
+            run_config=ray.train.RunConfig(
+                name="trainers",
+                storage_path=scratch,
+                failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            ),
+        )
+        self._thread = threading.Thread(target=self._fit, daemon=True, name="trainers")
+
+    def __enter__(self) -> "TrainerGroup":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ray.get(self._mailbox.close.remote())
+        self._thread.join(timeout=10)
+
+    def _fit(self) -> None:
+        try:
+            self._trainer.fit()
+        except BaseException as error:  # a thread must hand over whatever ended it
+            self._failure = error
+
+    def post(self, spec: StageSpec) -> int:
+        """Queue a stage; returns the ticket to wait with."""
+        return ray.get(self._mailbox.post.remote(spec))
+
+    def wait(
+        self, ticket: int, *, on_poll: Callable[[Snapshot], None] = lambda _: None
+    ) -> StageResult:
+        """The result of a queued stage, once it is stored.
+
+        Raises:
+            DistTLError: the named error that a worker met.
+            WorkerError: the group died more often than it may be restarted.
+        """
+        while True:
+            snapshot: Snapshot = ray.get(self._mailbox.snapshot.remote())
+            on_poll(snapshot)
+            if ticket in snapshot.results:
+                return snapshot.results[ticket]
+            if snapshot.error is not None:
+                raise snapshot.error
+            if not self._thread.is_alive():
+                raise WorkerError(
+                    "the trainers gave up; start the same job again to go on from the last "
+                    f"checkpoint. Ray's reason: {self._failure}"
+                )
+            time.sleep(POLL_S)
+
+
+def _resources(config: TrainersConfig) -> dict[str, float]:
+    resources = {"CPU": config.cpus}
+    if config.gpus:
+        resources["GPU"] = config.gpus
+    return resources
+
+
+def _work(settings: dict[str, Any]) -> None:
+    """What each worker does: take a stage, run it, take the next."""
+    if not settings["use_gpu"]:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(settings["threads"])
+    torch.backends.cudnn.deterministic = True
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    mailbox, store = settings["mailbox"], ObjectStore(settings["store_url"])
+    done: int | None = None
+    while (task := ray.get(mailbox.take.remote(done))) is not None:
+        try:
+            result = run_stage(
+                task.spec,
+                store,
+                rank=rank,
+                world_size=world_size,
+                on_progress=_reporter(mailbox, task.spec, rank),
+            )
+        except DistTLError as error:
+            # Trying again would meet it again; the driver ends the job with this very error.
+            ray.get(mailbox.give_up.remote(error))
+            raise
+        if rank == 0:
+            ray.get(mailbox.finish.remote(task.index, result))
+        done = task.index
+
+
+def _reporter(
+    mailbox: ActorHandle, spec: StageSpec, rank: int
+) -> Callable[[int, float, int | None], None]:
+    sources = [rows for rows in (spec.labelled, spec.unlabelled) if isinstance(rows, ShardPlan)]
+    source = sources[0].stage if sources else None
+
+    def report(step: int, loss: float, position: int | None) -> None:
+        mailbox.progress.remote(spec.name, rank, step, loss, source, position)
+
+    return report

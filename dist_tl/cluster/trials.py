@@ -1,0 +1,56 @@
+"""Trials: independent training stages of one worker each, side by side on the cluster."""
+
+from collections.abc import Callable, Sequence
+
+import ray
+import torch
+
+from dist_tl.cluster.config import TrialsConfig
+from dist_tl.errors import DistTLError, WorkerError
+from dist_tl.storage.objects import ObjectStore
+from dist_tl.train.engine import join_group
+from dist_tl.train.spec import StageResult, StageSpec
+from dist_tl.train.stage import run_stage
+
+
+class Trials:
+    """Trials that have been started; collect them with :meth:`results`."""
+
+    def __init__(self, config: TrialsConfig, store_url: str) -> None:
+        remote = ray.remote(_run_alone).options(
+            num_cpus=config.cpus, num_gpus=config.gpus, max_retries=config.max_retries
+        )
+        self._start = lambda specs: remote.remote(specs, store_url, config.gpus > 0)
+
+    def start(self, specs: Sequence[StageSpec]) -> ray.ObjectRef:
+        """Start a few stages, one after another in one worker; returns the ticket."""
+        return self._start(list(specs))
+
+    def results(
+        self, ticket: ray.ObjectRef, *, on_poll: Callable[[], None] = lambda: None
+    ) -> list[StageResult]:
+        """The results in the order of the specifications.
+
+        Raises:
+            DistTLError: the named error that a trial met.
+            WorkerError: a worker died more often than a trial may start again.
+        """
+        while not ray.wait([ticket], timeout=0.2)[0]:
+            on_poll()
+        try:
+            return ray.get(ticket)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, DistTLError):
+                raise error.cause from None
+            raise
+        except ray.exceptions.RayError as error:
+            raise WorkerError(f"a trial was lost: {error}; start the same job again") from None
+
+
+def _run_alone(specs: list[StageSpec], store_url: str, use_gpu: bool) -> list[StageResult]:
+    if not use_gpu:
+        torch.set_num_threads(1)
+    torch.backends.cudnn.deterministic = True
+    join_group(0, 1)
+    store = ObjectStore(store_url)
+    return [run_stage(spec, store, rank=0, world_size=1) for spec in specs]

@@ -1,0 +1,163 @@
+"""What a job will do, from its file and its data alone: nothing is started, nothing is written."""
+
+from dist_tl.config import StrictModel
+from dist_tl.jobs.source_plan import open_assets, planned_facts, source_stages
+from dist_tl.jobs.specs import Job, RunConfig, SourceConfig, SourceJob
+from dist_tl.jobs.transfer_plan import TransferPlan, check_target
+from dist_tl.methods.pseudo.guard import GuardConfig, num_guard_folds
+from dist_tl.models.networks import parameter_count
+from dist_tl.shards.drawing import GenerateSpec
+from dist_tl.storage.objects import ObjectStore
+from dist_tl.train.models import NewGenerator, NewNetwork, build_model
+from dist_tl.train.rows import load_rows
+from dist_tl.train.spec import StageSpec
+
+BYTES_PER_PARAMETER = 12  # float32 weights and Adam's two moments
+TAR_OVERHEAD = 3 * 1024  # headers and padding of a sample's three members
+
+
+class TrainRow(StrictModel):
+    """One training stage."""
+
+    stage: str
+    objective: str
+    steps: int
+    rows_per_step: int
+    parameters: int | None
+    checkpoint_bytes: int | None
+
+
+class GenerateRow(StrictModel):
+    """One stage of pseudo samples."""
+
+    stage: str
+    shards: int
+    samples: int
+    bytes_at_most: int
+
+
+class PlanTable(StrictModel):
+    """The whole job."""
+
+    run: str
+    store: str
+    actors: dict[str, str]
+    generate: tuple[GenerateRow, ...]
+    train: tuple[TrainRow, ...]
+    trials: int
+    notes: tuple[str, ...] = ()
+
+
+def plan_job(job: Job) -> PlanTable:
+    """Check the job against its data and list its stages.
+
+    Raises:
+        ConfigError: the job cannot work.
+        DataError: its data is damaged.
+    """
+    if isinstance(job, SourceJob):
+        facts = planned_facts(job.source, job.seed)
+        stages = source_stages(job, job.source, facts)
+        return _table(job, [], stages, trials=0)
+    target = check_target(job)
+    if isinstance(job.source, SourceConfig):
+        facts = planned_facts(job.source, job.seed)
+        stages = source_stages(job, job.source, facts)
+    else:
+        facts, stages = open_assets(ObjectStore(job.run), job.source), []
+    plan = TransferPlan(job, facts, target)
+    plan.check_shapes()
+    if any(arm.route == "real_source" for arm in job.arms):
+        stages += [plan.real_source_trunk(repeat) for repeat in plan.seeds]
+    return _table(
+        job,
+        plan.generate_stages(),
+        [*stages, *plan.training_stages()],
+        trials=num_trials(plan),
+    )
+
+
+def num_trials(plan: TransferPlan) -> int:
+    """Cross-validation runs of all lambda guards."""
+    total = 0
+    for arm in plan.pseudo_arms():
+        loss = plan.p_ssl(arm).loss
+        if isinstance(loss.lambda_guard, GuardConfig):
+            labels = load_rows(plan.rows(0, "train")).labels
+            folds = num_guard_folds(labels, loss.lambda_guard) or 0
+            total += folds * len(loss.lambda_guard.candidates(loss.weight)) * len(plan.seeds)
+    return total
+
+
+def _table(
+    job: Job,
+    generate: list[GenerateSpec],
+    train: list[StageSpec],
+    *,
+    trials: int,
+) -> PlanTable:
+    sizes = _parameters(train)
+    return PlanTable(
+        run=job.run,
+        store=job.store,
+        actors=_actors(job),
+        generate=tuple(_generate_row(spec) for spec in generate),
+        train=tuple(_train_row(spec, sizes.get(_model_key(spec))) for spec in train),
+        trials=trials,
+    )
+
+
+def _actors(job: RunConfig) -> dict[str, str]:
+    actors = {"trainers": f"{job.trainers.workers} x {job.trainers.cpus:g} CPU"}
+    if job.trainers.gpus:
+        actors["trainers"] += f" + {job.trainers.gpus:g} GPU"
+    for name in ("generators", "trials"):
+        config = getattr(job, name, None)
+        if config is not None:
+            count = f"{config.min} to {config.max}" if name == "generators" else "as CPUs allow"
+            actors[name] = f"{count} x {config.cpus:g} CPU"
+            actors[name] += f" + {config.gpus:g} GPU" if config.gpus else ""
+    return actors
+
+
+def _generate_row(spec: GenerateSpec) -> GenerateRow:
+    channels, height, width = spec.image_shape
+    per_sample = channels * height * width + 4 * spec.num_classes + TAR_OVERHEAD
+    return GenerateRow(
+        stage=spec.name,
+        shards=spec.plan().num_shards,
+        samples=spec.num_samples,
+        bytes_at_most=spec.num_samples * per_sample,
+    )
+
+
+def _train_row(spec: StageSpec, parameters: int | None) -> TrainRow:
+    return TrainRow(
+        stage=spec.name,
+        objective=spec.objective.kind,
+        steps=spec.steps,
+        rows_per_step=spec.batch_size + spec.unlabelled_batch_size,
+        parameters=parameters,
+        checkpoint_bytes=None if parameters is None else parameters * BYTES_PER_PARAMETER,
+    )
+
+
+def _model_key(spec: StageSpec) -> str:
+    """Stages with one key train models of one size."""
+    return spec.model.model_dump_json()
+
+
+def _parameters(stages: list[StageSpec]) -> dict[str, int]:
+    """Sizes of the models that can be built without an earlier stage's result."""
+    fresh = {
+        _model_key(spec): spec
+        for spec in stages
+        if isinstance(spec.model, NewNetwork | NewGenerator)
+    }
+    store = ObjectStore("memory://plan")  # fresh models read nothing from it
+    return {
+        key: parameter_count(
+            build_model(spec.model, store, image_shape=spec.image_shape, seed=spec.seed)
+        )
+        for key, spec in fresh.items()
+    }

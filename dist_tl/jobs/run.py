@@ -1,0 +1,137 @@
+"""Run a job of any kind in its store, or go on with it: claim the folder, run, keep the results."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dist_tl.config import differing_fields, fingerprint
+from dist_tl.errors import ConfigError
+from dist_tl.jobs.exports import export_models, write_gallery
+from dist_tl.jobs.source import find_source, train_source
+from dist_tl.jobs.specs import MAY_CHANGE, Job, RunConfig, SourceJob
+from dist_tl.jobs.transfer import run_transfer
+from dist_tl.jobs.transfer_results import transfer_results
+from dist_tl.jobs.versions import versions
+from dist_tl.jobs.workers import open_workers
+from dist_tl.results import RunResults
+from dist_tl.storage import layout
+from dist_tl.storage.embedded import EmbeddedS3
+from dist_tl.storage.objects import ObjectStore
+from dist_tl.telemetry import Progress
+
+
+def run_job(job: Job, progress: Progress) -> RunResults | None:
+    """Run `job`, or go on where an earlier start of the same job stopped.
+
+    Returns:
+        What was found; None for kinds that find nothing but make models.
+
+    Raises:
+        ConfigError: the job cannot work, or the run's folder holds another job.
+        DistTLError: it failed; what is committed stays, and the same call goes on from there.
+    """
+    began = time.monotonic()
+    with open_store(job) as store:
+        claim(job, store)
+        done = store.read_or_none(layout.RESULTS)
+        if done is not None:
+            progress.say("this run is done; its results are shown again")
+            return RunResults.model_validate_json(done)
+        if isinstance(job, SourceJob):
+            _run_source(job, store, progress)
+            return None
+        outcome = run_transfer(job, store, progress)
+        results = transfer_results(
+            outcome,
+            run=job.run,
+            fingerprint=identity(job),
+            wall_seconds=time.monotonic() - began,
+        )
+        export_models(outcome, store)
+        write_gallery(outcome, store)
+        store.write(layout.RESULTS, results.model_dump_json(indent=1).encode())
+        return results
+
+
+def _run_source(job: SourceJob, store: ObjectStore, progress: Progress) -> None:
+    facts = find_source(store)
+    if facts is None:
+        with open_workers(job, store, progress) as workers:
+            facts = train_source(job, job.source, workers)
+    progress.say(
+        f"source classifier at {store.url}/{facts.classifier} "
+        f"({facts.classifier_accuracy:.1%} on held-out images), generator at {facts.generator}"
+    )
+
+
+@contextmanager
+def open_store(job: RunConfig) -> Iterator[ObjectStore]:
+    """The run's store, checked to be writable; served on loopback for `store: embedded`.
+
+    Raises:
+        StorageError: the store refuses; the message says what to check.
+    """
+    if job.store == "direct":
+        store = ObjectStore(job.run)
+        store.probe()
+        yield store
+        return
+    with EmbeddedS3(job.run) as server:
+        before = {key: os.environ.get(key) for key in server.environment()}
+        # Ray's processes are our children and inherit this; no file or log ever holds it.
+        os.environ.update(server.environment())
+        try:
+            store = ObjectStore(server.url)
+            store.probe()
+            yield store
+        finally:
+            for key, value in before.items():
+                _restore(key, value)
+
+
+def _restore(key: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(key, None)
+    else:
+        os.environ[key] = value
+
+
+def identity(job: Job) -> str:
+    """Fingerprint of everything in the job that changes its results."""
+    return fingerprint(_identifying(job))
+
+
+def _identifying(job: Job) -> dict[str, Any]:
+    return job.model_dump(mode="json", exclude={*MAY_CHANGE, "run"})
+
+
+def claim(job: Job, store: ObjectStore) -> None:
+    """Write job.json, or check that the folder holds this very job.
+
+    Raises:
+        ConfigError: it holds another; the message names the fields that differ.
+    """
+    found = store.read_or_none(layout.JOB)
+    if found is not None:
+        theirs, ours = json.loads(found)["job"], job.model_dump(mode="json")
+        for key in (*MAY_CHANGE, "run"):
+            theirs.pop(key, None)
+            ours.pop(key, None)
+        if differing := differing_fields(theirs, ours):
+            raise ConfigError(
+                f"{job.run} holds another job: {', '.join(differing)} differ; choose another "
+                f"run folder (run=...), or delete that one. May change between starts: "
+                f"{', '.join(MAY_CHANGE)}"
+            )
+        return
+    store.write_json(
+        layout.JOB,
+        {
+            "job": job.model_dump(mode="json"),
+            "fingerprint": identity(job),
+            "versions": versions(),
+        },
+    )

@@ -1,0 +1,72 @@
+"""From a run's folder to its page: everything is read from the store, nothing from the job."""
+
+import json
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load as load_arrays
+
+from dist_tl.errors import ConfigError
+from dist_tl.report.gallery import Gallery
+from dist_tl.report.page import build_page
+from dist_tl.results import RunResults
+from dist_tl.storage import layout
+from dist_tl.storage.objects import ObjectStore
+
+
+def read_results(store: ObjectStore) -> RunResults:
+    """The results of a finished run.
+
+    Raises:
+        ConfigError: there are none: the run is not done, or is no run.
+    """
+    data = store.read_or_none(layout.RESULTS)
+    if data is None:
+        raise ConfigError(
+            f"{store.url} holds no {layout.RESULTS}; start the job with `dist-tl run`, or let it "
+            "end, and then report"
+        )
+    return RunResults.model_validate_json(data)
+
+
+def write_report(store: ObjectStore) -> str:
+    """Make the page of a finished run and store it; returns its key.
+
+    Raises:
+        ConfigError: the run has no results yet.
+    """
+    results = read_results(store)
+    metrics = {stage.name: _rows(store, stage.name) for stage in results.stages}
+    page = build_page(
+        results,
+        metrics={name: rows for name, rows in metrics.items() if rows},
+        gallery=_gallery(store),
+    )
+    store.write(layout.REPORT, page.encode())
+    return layout.REPORT
+
+
+def _rows(store: ObjectStore, stage: str) -> list[dict[str, Any]]:
+    data = store.read_or_none(layout.metrics_key(stage)) or b""
+    return [json.loads(line) for line in data.splitlines() if line.strip()]
+
+
+def _gallery(store: ObjectStore) -> Gallery | None:
+    data = store.read_or_none(layout.GALLERY)
+    if data is None:
+        return None
+    arrays, names = load_arrays(data), _metadata(data)
+    return Gallery(
+        pseudo_images=arrays["pseudo_images"],
+        conditions=arrays["conditions"],
+        source_classes=tuple(json.loads(names["source_classes"])),
+        target_images=arrays["target_images"],
+        target_labels=arrays["target_labels"].astype(np.int64),
+        target_classes=tuple(json.loads(names["target_classes"])),
+    )
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    # A safetensors file begins with the length of its JSON header; texts are in __metadata__.
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]).get("__metadata__", {})

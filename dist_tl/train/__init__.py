@@ -1,0 +1,1 @@
+"""Sharded training: engine, objectives, loop, checkpoints. Owns deepspeed and torch.distributed."""

@@ -1,0 +1,215 @@
+"""Sharded checkpoints: every rank its own files, COMMIT last.
+
+A checkpoint is a folder that holds two files a rank (tensors, and where they belong) and COMMIT,
+which names every file with its digest. What has no COMMIT does not exist: it is ignored by
+readers and swept by the next save. Each file says which slice of which parameter it holds, so
+readers with another number of ranks can find what they need.
+
+Not covered: restoring with another number of ranks; it is refused with a clear error.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from dist_tl.config import StrictModel
+from dist_tl.errors import CheckpointError, CheckpointMismatchError
+from dist_tl.storage import layout
+from dist_tl.storage.objects import ObjectStore
+from dist_tl.train.engine import Engine
+
+FORMAT = 1
+logger = logging.getLogger(__name__)
+
+
+class CheckpointConfig(StrictModel):
+    """When a stage saves, and how much it keeps."""
+
+    every_steps: int = Field(500, ge=0, description="Optimizer steps between saves; 0 never.")
+    keep: int = Field(2, ge=1, description="Committed checkpoints kept while a stage trains.")
+
+
+class FileRecord(StrictModel):
+    """One file of a checkpoint."""
+
+    key: str
+    sha256: str
+    bytes: int
+
+
+class Commit(StrictModel):
+    """The marker that makes a checkpoint exist."""
+
+    format: int = FORMAT
+    step: int = Field(description="Optimizer steps done.")
+    cursor: int = Field(description="Global batches consumed.")
+    world_size: int
+    fingerprint: str = Field(description="Of the stage; another stage's checkpoint is refused.")
+    files: tuple[FileRecord, ...]
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a training run is: optimizer steps done, and global batches consumed."""
+
+    step: int = 0
+    cursor: int = 0
+
+    def advance(self) -> "TrainState":
+        """The state one step and one global batch later."""
+        return TrainState(self.step + 1, self.cursor + 1)
+
+
+class Checkpoints:
+    """The checkpoints of one stage, seen by one rank. `save` and `restore` are collectives."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        stage: str,
+        config: CheckpointConfig,
+        *,
+        fingerprint: str,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._store, self._stage, self._config = store, stage, config
+        self._fingerprint, self._rank, self._world_size = fingerprint, rank, world_size
+        self.seconds_blocked = 0.0
+
+    def is_due(self, step: int) -> bool:
+        """Whether a save belongs after optimizer step `step`."""
+        return self._config.every_steps > 0 and step % self._config.every_steps == 0
+
+    def save(self, engine: Engine, state: TrainState) -> None:
+        """Store the engine and `state`; returns once the checkpoint is committed.
+
+        Raises:
+            StorageError: the store refused a file; nothing is committed then.
+        """
+        began = time.monotonic()
+        if not self._committed(state.step):
+            records = self._gather(self._write_own_files(engine, state.step))
+            if self._rank == 0:
+                self._commit(state, records)
+            dist.barrier()
+        self.seconds_blocked += time.monotonic() - began
+
+    def restore(self, engine: Engine) -> TrainState:
+        """Load the latest committed checkpoint into the engine; a new state where none exists.
+
+        Raises:
+            CheckpointMismatchError: it belongs to another stage or another number of workers.
+            CheckpointError: a file is missing or altered.
+        """
+        commit = self._latest()
+        if commit is None:
+            return TrainState()
+        if commit.fingerprint != self._fingerprint:
+            raise CheckpointMismatchError(
+                f"stage {self._stage}: its checkpoint at step {commit.step} was made by another "
+                f"job ({commit.fingerprint}, this one is {self._fingerprint}); use another run name"
+            )
+        if commit.world_size != self._world_size:
+            raise CheckpointMismatchError(
+                f"stage {self._stage}: its checkpoint at step {commit.step} was made by "
+                f"{commit.world_size} workers, this job has {self._world_size}; "
+                f"go on with trainers.workers={commit.world_size}, or use another run name"
+            )
+        engine.load_local_state(self._read_own_tensors(commit), num_updates=commit.step)
+        return TrainState(commit.step, commit.cursor)
+
+    def clear(self) -> None:
+        """Remove all checkpoints: the stage's result is stored, nobody will resume from them."""
+        if self._rank == 0:
+            for step in self._steps():
+                self._remove(step)
+
+    def _write_own_files(self, engine: Engine, step: int) -> list[FileRecord]:
+        tensors = engine.local_state()
+        slices = {
+            f.name: {"shape": list(f.shape), "offset": f.offset, "length": f.master.numel()}
+            for f in engine.fragments
+        }
+        index = {"format": FORMAT, "slices": slices, "optimizer_step": engine.num_updates}
+        records = []
+        for key, data in (
+            (layout.rank_tensors_key(self._stage, step, self._rank), save_tensors(tensors)),
+            (
+                layout.rank_state_key(self._stage, step, self._rank),
+                json.dumps(index, sort_keys=True).encode(),
+            ),
+        ):
+            self._store.write(key, data)
+            digest = hashlib.sha256(data).hexdigest()
+            records.append(FileRecord(key=key, sha256=digest, bytes=len(data)))
+        return records
+
+    def _gather(self, records: Sequence[FileRecord]) -> list[FileRecord]:
+        gathered: list[Any] = [None] * self._world_size
+        dist.all_gather_object(gathered, list(records))
+        return [record for part in gathered for record in part]
+
+    def _commit(self, state: TrainState, records: Sequence[FileRecord]) -> None:
+        commit = Commit(
+            step=state.step,
+            cursor=state.cursor,
+            world_size=self._world_size,
+            fingerprint=self._fingerprint,
+            files=tuple(records),
+        )
+        self._store.write_json(
+            layout.commit_key(self._stage, state.step), commit.model_dump(mode="json")
+        )
+        logger.info("stage %s: checkpoint at step %d committed", self._stage, state.step)
+        # Uncommitted remains of earlier attempts go too; later ones cannot exist yet.
+        committed = [step for step in self._steps() if self._committed(step)]
+        kept = committed[-self._config.keep :]
+        for step in self._steps():
+            if step not in kept:
+                self._remove(step)
+
+    def _latest(self) -> Commit | None:
+        """Rank 0 decides, so that all ranks restore the same checkpoint."""
+        found: list[Any] = [None]
+        if self._rank == 0:
+            steps = [step for step in self._steps() if self._committed(step)]
+            found = [self._store.read_json(self._commit_key(steps[-1])) if steps else None]
+        dist.broadcast_object_list(found, src=0)
+        return None if found[0] is None else Commit.model_validate(found[0])
+
+    def _read_own_tensors(self, commit: Commit) -> dict[str, torch.Tensor]:
+        key = layout.rank_tensors_key(self._stage, commit.step, self._rank)
+        [record] = [record for record in commit.files if record.key == key]
+        data = self._store.read(key)
+        if hashlib.sha256(data).hexdigest() != record.sha256:
+            raise CheckpointError(
+                f"{key} is not what was committed ({len(data)} of {record.bytes} bytes); delete "
+                "that checkpoint's folder to go on from the one before"
+            )
+        return load_tensors(data)
+
+    def _steps(self) -> list[int]:
+        keys = self._store.list(layout.checkpoints_prefix(self._stage))
+        steps = {layout.parse_checkpoint_step(key) for key in keys}
+        return sorted(step for step in steps if step is not None)
+
+    def _committed(self, step: int) -> bool:
+        return self._store.exists(self._commit_key(step))
+
+    def _remove(self, step: int) -> None:
+        self._store.delete(self._commit_key(step))
+        self._store.delete_all(layout.checkpoint_prefix(self._stage, step) + "/")
+
+    def _commit_key(self, step: int) -> str:
+        return layout.commit_key(self._stage, step)

@@ -1,0 +1,120 @@
+"""The model a stage starts from, and the files it leaves."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from dist_tl.config import StrictModel
+from dist_tl.errors import ConfigError
+from dist_tl.models.files import load_network, save_network
+from dist_tl.models.generators.diffusion import ClassDiffusion, DiffusionConfig
+from dist_tl.models.networks import Network, NetworkConfig, build_network, replace_head
+from dist_tl.seeds import torch_rng
+from dist_tl.storage import layout
+from dist_tl.storage.objects import ObjectStore
+
+FILES = (layout.MODEL_TENSORS, layout.MODEL_CONFIG)
+ImageShape = tuple[int, int, int]
+
+
+class NewNetwork(StrictModel):
+    """A network with fresh weights."""
+
+    kind: Literal["new"] = "new"
+    network: NetworkConfig
+    num_classes: int = Field(ge=2)
+
+
+class Handover(StrictModel):
+    """A trained trunk, kept bit for bit, under a fresh head."""
+
+    kind: Literal["handover"] = "handover"
+    model: str = Field(
+        description="Where the trained model's files are: a key of the run, or a URL."
+    )
+    num_classes: int = Field(ge=2)
+
+
+class NewGenerator(StrictModel):
+    """A class-conditional diffusion model with fresh weights."""
+
+    kind: Literal["generator"] = "generator"
+    generator: DiffusionConfig
+    num_classes: int = Field(ge=2)
+
+
+ModelSpec = Annotated[NewNetwork | Handover | NewGenerator, Field(discriminator="kind")]
+
+
+def build_model(
+    spec: ModelSpec, store: ObjectStore, *, image_shape: ImageShape, seed: int
+) -> nn.Module:
+    """The module to train; its fresh weights follow from `seed` alone.
+
+    Raises:
+        ConfigError: the model's files are missing, or made for images of another shape.
+    """
+    match spec:
+        case NewNetwork():
+            return build_network(
+                spec.network,
+                num_classes=spec.num_classes,
+                image_shape=image_shape,
+                rng=torch_rng(seed, "initial weights"),
+            )
+        case NewGenerator():
+            return ClassDiffusion(
+                spec.generator,
+                num_classes=spec.num_classes,
+                image_shape=image_shape,
+                rng=torch_rng(seed, "initial weights"),
+            )
+        case Handover():
+            network = load_classifier(store, spec.model, image_shape=image_shape)
+            return replace_head(network, spec.num_classes, torch_rng(seed, "fresh head"))
+
+
+def read_files(store: ObjectStore, place: str) -> dict[str, bytes]:
+    """The files of a model: a key of the run's store, or a URL or path of its own.
+
+    Raises:
+        ConfigError: a file is missing.
+    """
+    own = not ("://" in place or place.startswith(("/", "./", "../")))
+    folder = store.child(place) if own else ObjectStore(place)
+    found = {name: folder.read_or_none(name) for name in FILES}
+    missing = [name for name, data in found.items() if data is None]
+    if missing:
+        raise ConfigError(f"no model at {folder.url}: {' and '.join(missing)} not found there")
+    return {name: data for name, data in found.items() if data is not None}
+
+
+def load_classifier(
+    store: ObjectStore, place: str, *, image_shape: ImageShape | None = None
+) -> Network:
+    """A trained network in training mode.
+
+    Raises:
+        ConfigError: its files are missing or damaged, or it takes images of another shape.
+    """
+    network = load_network(read_files(store, place))
+    if image_shape is not None and network.image_shape != tuple(image_shape):
+        raise ConfigError(
+            f"the model at {place} takes images of (channels, height, width) "
+            f"{network.image_shape}, the data has {tuple(image_shape)}; set the data's size and "
+            "channels to the model's"
+        )
+    return network
+
+
+def model_files(module: nn.Module) -> dict[str, bytes]:
+    """The files that stand for a trained module: file name to bytes."""
+    return save_network(module) if isinstance(module, Network) else module.to_files()
+
+
+def load_weights(module: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
+    """`module` with the given weights and buffers, in eval mode."""
+    module.load_state_dict(weights)
+    return module.eval().requires_grad_(False)

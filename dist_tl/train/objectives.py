@@ -1,0 +1,124 @@
+"""What a training step minimises. Small classes; the losses themselves live in `methods`.
+
+An objective maps (module, batch, step) to a mean loss and figures worth logging. It holds what
+the loss needs beside the module under training: a teacher, a schedule, a seed.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dist_tl.config import StrictModel
+from dist_tl.methods.pseudo.distillation import (
+    DistillationConfig,
+    logit_matching_loss,
+    soft_targets_loss,
+)
+from dist_tl.methods.pseudo.losses import loss_weight
+from dist_tl.methods.pseudo.p_ssl import PSSLConfig, pssl_loss, supervised_loss
+from dist_tl.seeds import torch_rng
+from dist_tl.train.feeds import Batch
+
+Figures = dict[str, Tensor]
+Objective = Callable[[nn.Module, Batch, int], tuple[Tensor, Figures]]
+
+
+class SupervisedSpec(StrictModel):
+    """Cross-entropy to the labels: scratch, fine-tuning, and pseudo pre-training."""
+
+    kind: Literal["supervised"] = "supervised"
+
+
+class PSSLSpec(StrictModel):
+    """Labelled target images and unlabelled pseudo samples together."""
+
+    kind: Literal["p_ssl"] = "p_ssl"
+    p_ssl: PSSLConfig
+
+
+class DistillationSpec(StrictModel):
+    """Learn from the labels and from a teacher's logits."""
+
+    kind: Literal["distillation"] = "distillation"
+    distillation: DistillationConfig
+    teacher: str = Field(description="Where the teacher's model files are.")
+
+
+class DiffusionSpec(StrictModel):
+    """Learn to denoise images under their class: how the demo's generator is made."""
+
+    kind: Literal["diffusion"] = "diffusion"
+
+
+ObjectiveSpec = Annotated[
+    SupervisedSpec | PSSLSpec | DistillationSpec | DiffusionSpec, Field(discriminator="kind")
+]
+
+
+def supervised(module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Figures]:
+    """Cross-entropy in nats, mean over the batch."""
+    return supervised_loss(module, batch.images, batch.labels), {}
+
+
+class PSSL:
+    """P-SSL with its warm-up."""
+
+    def __init__(self, config: PSSLConfig, num_steps: int) -> None:
+        self._config, self._num_steps = config, num_steps
+
+    def __call__(self, module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Figures]:
+        config = self._config
+        return pssl_loss(
+            module,
+            batch.images,
+            batch.labels,
+            batch.weak,
+            batch.strong,
+            weight=loss_weight(step, weight=config.weight, num_steps=self._num_steps),
+            algorithm=config.algorithm,
+            batchnorm=config.batchnorm,
+            threshold=config.threshold,
+            sharpening=config.sharpening,
+            sample_indices=batch.numbers,
+        )
+
+
+class Distillation:
+    """The student sees what the teacher sees: the same augmented images."""
+
+    def __init__(self, config: DistillationConfig, teacher: nn.Module) -> None:
+        self._config, self._teacher = config, teacher.eval().requires_grad_(False)
+
+    def __call__(self, module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Figures]:
+        with torch.no_grad():
+            teacher = self._teacher(batch.images)
+        student = module(batch.images)
+        if self._config.kind == "logit_matching":
+            return logit_matching_loss(student, teacher), {}
+        loss = soft_targets_loss(
+            student,
+            teacher,
+            batch.labels,
+            temperature=self._config.temperature,
+            label_weight=self._config.label_weight,
+        )
+        return loss, {}
+
+
+class Diffusion:
+    """Denoising; noise and times are drawn per lane, so they do not depend on the ranks."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def __call__(self, module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Figures]:
+        images = batch.images.chunk(len(batch.lanes))
+        labels = batch.labels.chunk(len(batch.lanes))
+        losses = [
+            module.loss(x, y, rng=torch_rng(self._seed, "diffusion", step, lane))
+            for x, y, lane in zip(images, labels, batch.lanes, strict=True)
+        ]
+        return torch.stack(losses).mean(), {}

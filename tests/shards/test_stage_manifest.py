@@ -1,0 +1,102 @@
+"""The manifest of a stage and the entries of its shards: who may write, and what is damaged."""
+
+import pytest
+
+from dist_tl.errors import ConfigError, ShardError
+from dist_tl.shards.manifest import (
+    StageManifest,
+    check_entry,
+    committed_indices,
+    open_stage,
+    read_entry,
+    read_manifest,
+)
+from dist_tl.storage.layout import entry_key, manifest_key
+
+
+@pytest.fixture
+def manifest(stage):
+    return StageManifest(
+        plan=stage.plan(),
+        kind="pp",
+        condition="uniform",
+        image_shape=(3, 4, 5),
+        num_classes=10,
+        generator="g" * 16,
+        created_by={"torch": "2.13"},
+    )
+
+
+def test_the_first_manifest_stands_and_the_same_one_is_welcome_again(store, manifest):
+    assert read_manifest(store, "pp") is None
+    assert open_stage(store, manifest) == manifest
+    upgraded = manifest.model_copy(update={"created_by": {"torch": "2.14"}})
+    assert upgraded.fingerprint == manifest.fingerprint
+    assert open_stage(store, upgraded) == manifest
+    assert read_manifest(store, "pp") == manifest
+
+
+def test_another_generator_or_plan_is_refused_by_the_names_of_what_differs(store, stage, manifest):
+    open_stage(store, manifest)
+    other = manifest.model_copy(update={"generator": "h", "plan": stage.plan(seed=8)})
+    assert other.fingerprint != manifest.fingerprint
+    with pytest.raises(ConfigError, match=r"generator, plan\.seed differ"):
+        open_stage(store, other)
+    assert read_manifest(store, "pp") == manifest
+
+
+def test_the_manifest_of_another_process_that_was_first_is_compared_too(store, manifest):
+    class Slow:
+        """A store where somebody writes between the look and the write."""
+
+        looked = False
+
+        def read_or_none(self, key):
+            if not self.looked:
+                self.looked = True
+                store.write(key, manifest.model_dump_json().encode())
+                return None
+            return store.read_or_none(key)
+
+        write = staticmethod(store.write)
+
+    with pytest.raises(ConfigError, match="kind differ"):
+        open_stage(Slow(), manifest.model_copy(update={"kind": "p_ssl"}))
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"format_version": 1}', b"\xff"])
+def test_a_damaged_manifest_is_an_error_that_names_it(store, data):
+    store.write(manifest_key("pp"), data)
+    with pytest.raises(ShardError, match=r"manifest\.json"):
+        read_manifest(store, "pp")
+
+
+def test_a_manifest_of_a_later_format_is_not_guessed_at(store, manifest):
+    later = manifest.model_copy(update={"format_version": 2})
+    store.write(manifest_key("pp"), later.model_dump_json().encode())
+    with pytest.raises(ShardError, match="format 2, this version reads 1"):
+        read_manifest(store, "pp")
+
+
+def test_entries_exist_for_committed_shards_only(store, stage):
+    plan = stage.plan()
+    stage.write(store, plan, indices={0, 3})
+    assert committed_indices(store, "pp") == {0, 3}
+    assert read_entry(store, "pp", 1) is None
+    assert read_entry(store, "pp", 3).index == 3
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"7", b"{}", b'{"index": -1}'])
+def test_a_damaged_entry_is_an_error_that_names_it(store, data):
+    store.write(entry_key("pp", 4), data)
+    with pytest.raises(ShardError, match=r"000004\.json"):
+        read_entry(store, "pp", 4)
+
+
+def test_an_entry_of_another_job_is_refused(store, stage):
+    plan = stage.plan()
+    stage.write(store, plan, indices={0})
+    entry = read_entry(store, "pp", 0)
+    assert check_entry(entry, plan) == entry
+    with pytest.raises(ShardError, match="another order"):
+        check_entry(entry, stage.plan(seed=8))
