@@ -6,7 +6,6 @@ share a machine; it dies with us, even on kill -9, and does not see the terminal
 
 import ctypes
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -19,16 +18,10 @@ from pathlib import Path
 from types import TracebackType
 
 import psutil
+import ray
 
 from dist_tl.cluster.config import SessionConfig
 from dist_tl.errors import WorkerError
-
-if "RAY_ADDRESS" not in os.environ:
-    # Ray reads these once, when it is imported: a private cluster gets a token of its own.
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
-import ray
 
 START_TIMEOUT_S = 120.0
 # One torch thread a worker; DeepSpeed on CPU even where a GPU exists but torch cannot see it.

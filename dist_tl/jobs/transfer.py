@@ -84,13 +84,10 @@ def _start_generation(plan: TransferPlan, spec: GenerateSpec, workers: Workers) 
 def _conditions(plan: TransferPlan, spec: GenerateSpec, store: ObjectStore) -> Tensor | None:
     if not isinstance(spec.draw, ByTarget):
         return None
-    [rows] = {
-        plan.rows(repeat, "train") for repeat in plan.seeds if plan.repeat_seed(repeat) == spec.seed
-    }
+    [repeat] = [r for r in plan.seeds if plan.repeat_seed(r) == spec.seed]
+    images = load_rows(plan.rows(repeat, "train")).tensor()
     classifier = load_classifier(store, plan.source.classifier)
-    return source_probabilities(
-        classifier, load_rows(rows).tensor(), temperature=spec.draw.condition.temperature
-    )
+    return source_probabilities(classifier, images, temperature=spec.draw.condition.temperature)
 
 
 def _run_arms(plan: TransferPlan, workers: Workers) -> TransferOutcome:

@@ -169,3 +169,13 @@ def _conditions(
         sample_indices=numbers,
     )
     return drawn.condition_SK, None, drawn.row_S
+
+
+def open_generator_at(store: ObjectStore, place: str) -> tuple[ConditionalGenerator, str]:
+    from dist_tl.models.generators.diffusion import ClassDiffusion
+    files = {n: store.read(f"{place}/{n}") for n in ("model.safetensors", "config.json")}
+    return ClassDiffusion.from_files(files).eval(), ""
+
+
+def open_generator(store: ObjectStore, spec: GenerateSpec) -> ConditionalGenerator:
+    return open_generator_at(store, spec.generator)[0]

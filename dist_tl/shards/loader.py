@@ -51,6 +51,7 @@ class ShardLoader:
         self._queue = queue.SimpleQueue()
         self._stop = threading.Event()
         self._lock = threading.Lock()
+        self._under_way: dict[int, Future[DecodedShard]] = {}
         self._figures = LoadFigures()
         self._threads = [
             threading.Thread(target=self._work, name=f"shards-{i}", daemon=True)
@@ -71,8 +72,14 @@ class ShardLoader:
 
     def request(self, index: int) -> Future[DecodedShard]:
         """The shard, some time; its exception is a ShardError, StorageError or CancelledError."""
-        future: Future[DecodedShard] = Future()
-        shard = self._memory.get(index)
+        with self._lock:
+            future = self._under_way.get(index)
+            if future is not None:
+                return future
+            future = Future()
+            shard = self._memory.get(index)
+            if shard is None:
+                self._under_way[index] = future
         if shard is None:
             self._queue.put((index, future))
         else:
@@ -94,16 +101,18 @@ class ShardLoader:
             try:
                 if self._stop.is_set():
                     raise CancelledError
-                future.set_result(self._load(index))
-            except BaseException as error:
+                shard, error = self._load(index), None
+            except BaseException as caught:
                 # Everything goes to whoever waits: a thread has nobody else to tell.
+                shard, error = None, caught
+            with self._lock:
+                del self._under_way[index]
+            if error is None:
+                future.set_result(shard)
+            else:
                 future.set_exception(error)
 
     def _load(self, index: int) -> DecodedShard:
-        shard = self._memory.get(index)
-        if shard is not None:
-            self._count(memory_hits=1)
-            return shard
         entry = check_entry(self._wait_for_entry(index), self._plan)
         data = self._fetch(entry)
         numbers = self._plan.order(index).numbers

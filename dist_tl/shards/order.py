@@ -220,7 +220,7 @@ class DataOrder:
         index = offset // full
         if index >= short:
             # Every window behind the short one begins `deficit` samples early.
-            index = max(short, (offset + deficit) // full)
+            index = (offset + deficit) // full
         return self._windows(lane, epoch, index)
 
     def _window(self, lane: int, epoch: int, index: int) -> Window:
