@@ -16,6 +16,7 @@ from dist_tl.errors import ConfigError, DataError, DistTLError
 from dist_tl.telemetry import configure_logging, redact
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
+GOES_ON = "stopped; the same command goes on from what is committed"
 
 app = typer.Typer(
     name="dist-tl",
@@ -177,9 +178,11 @@ def main() -> NoReturn:
         sys.exit(app(standalone_mode=False) or 0)
     except (typer.Exit, SystemExit) as leaving:
         code: Any = getattr(leaving, "exit_code", getattr(leaving, "code", 0))
+        if code == INTERRUPTED:
+            errors.print(GOES_ON)
         sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
-        errors.print("interrupted; the same command goes on from what is committed")
+        errors.print(GOES_ON)
         sys.exit(INTERRUPTED)
     except typer.TyperException as error:
         error.show()
@@ -189,7 +192,7 @@ def main() -> NoReturn:
         sys.exit(BAD_INPUT)
     except DistTLError as error:
         _explain(error)
-        errors.print("the same command goes on from what is committed")
+        errors.print(GOES_ON)
         sys.exit(FAILED)
 
 

@@ -108,8 +108,10 @@ class GeneratorPool:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stopped.set()
+        if kind is not None:  # the session ends the workers with everything else
+            return
         self._thread.join(timeout=10)
         for actor in [*self._idle, *(actor for actor, _ in self._running.values())]:
             ray.kill(actor)

@@ -67,9 +67,11 @@ class TrainerGroup:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        ray.get(self._mailbox.close.remote())
-        self._thread.join(timeout=10)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error or Ctrl-C nobody needs the workers' farewell: what counts is committed.
+        if kind is None:
+            ray.get(self._mailbox.close.remote())
+            self._thread.join(timeout=10)
 
     def _fit(self) -> None:
         try:

@@ -30,6 +30,7 @@ from dist_tl.train.spec import StageSpec
 
 CLASSIFIER = "source-classifier"
 GENERATOR = "source-generator"
+SOURCE_STAGES = (CLASSIFIER, GENERATOR)
 PHASE = "source"
 TO_COME = "not trained yet"
 

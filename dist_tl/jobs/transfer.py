@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dist_tl.cluster.generators import StageProgress
 from dist_tl.jobs.source import find_source, judge_generator, train_source
-from dist_tl.jobs.source_plan import SourceFacts, open_assets, planned_facts
+from dist_tl.jobs.source_plan import SOURCE_STAGES, SourceFacts, open_assets, planned_facts
 from dist_tl.jobs.specs import ArmConfig, SourceConfig, TransferJob
 from dist_tl.jobs.transfer_plan import PP_SHARDS, TargetFacts, TransferPlan, check_target
 from dist_tl.jobs.versions import versions
@@ -26,7 +26,7 @@ from dist_tl.storage.objects import ObjectStore
 from dist_tl.telemetry import Progress
 from dist_tl.train.models import load_classifier
 from dist_tl.train.rows import load_rows
-from dist_tl.train.spec import StageResult, StageSpec
+from dist_tl.train.spec import StageResult, StageSpec, stored_results
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _run_arms(plan: TransferPlan, workers: Workers) -> TransferOutcome:
     plan.training_stages()  # refuses source data before the first of them starts
     guards = [Guard(plan, arm, repeat) for arm in plan.pseudo_arms() for repeat in plan.seeds]
     guards = [guard for guard in guards if guard.num_folds]
-    stages: dict[str, StageResult] = {}
+    stages = stored_results(workers.store, SOURCE_STAGES + _reference_names(plan))
     for repeat in plan.seeds:
         arms = [plan.arm(arm, repeat) for arm in plan.job.arms]
         _train(workers, [*plan.trunks(repeat), *arms], stages)
@@ -234,6 +234,12 @@ def _without_pseudo(arm: ArmConfig) -> ArmConfig:
     """The arm that an arm with lambda = 0 equals bit for bit."""
     name = "pp" if arm.route == "pp_p_ssl" else "scratch"
     return ArmConfig(name=name, route=name)
+
+
+def _reference_names(plan: TransferPlan) -> tuple[str, ...]:
+    if not any(arm.route == "real_source" for arm in plan.job.arms):
+        return ()
+    return tuple(plan.real_source_trunk(repeat).name for repeat in plan.seeds)
 
 
 def _readers(plan: TransferPlan) -> dict[str, str]:

@@ -74,6 +74,7 @@ def _before(outcome: TransferOutcome, arm: ArmConfig, repeat: int) -> list[Stage
         "distillation": "teacher",
         "logit_matching": "teacher",
     }
+    # The source's own training is not counted: in the setting it exists already.
     name = f"{trunks[arm.route]}-seed{repeat}" if arm.route in trunks else None
     return [outcome.stages[name]] if name in outcome.stages else []
 

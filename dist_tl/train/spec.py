@@ -1,5 +1,7 @@
 """What a training stage is asked for, and what it comes to."""
 
+from collections.abc import Iterable
+
 from pydantic import Field
 
 from dist_tl.config import StrictModel, fingerprint
@@ -88,3 +90,13 @@ def read_result(store: ObjectStore, spec: StageSpec) -> StageResult | None:
             f"{spec.fingerprint}); use another run name"
         )
     return result
+
+
+def stored_results(store: ObjectStore, names: Iterable[str]) -> dict[str, StageResult]:
+    """Results of stages that are done, by name; for reports, so without comparing anything."""
+    found = {name: store.read_or_none(layout.result_key(name)) for name in names}
+    return {
+        name: StageResult.model_validate_json(data)
+        for name, data in found.items()
+        if data is not None
+    }
