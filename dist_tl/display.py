@@ -26,10 +26,12 @@ errors = Console(stderr=True)
 
 
 def show_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Print a table; columns after the first are right-aligned."""
+    """Print a table; columns in which every cell begins with a digit or a sign stand right."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for i, name in enumerate(header):
-        table.add_column(escape(name), justify="left" if i == 0 else "right", overflow="fold")
+        cells = [row[i] for row in rows if row[i]]
+        numbers = bool(cells) and all(cell[0] in "0123456789+-." for cell in cells)
+        table.add_column(escape(name), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     console.print(table)

@@ -74,6 +74,9 @@ def _shared_memory() -> Check:
 
 
 def _package(name: str) -> Check:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed warns that it looked
+
     def look() -> str:
         importlib.import_module(name)
         return versions()[name]

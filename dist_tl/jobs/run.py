@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from dist_tl.config import differing_fields, fingerprint
-from dist_tl.errors import ConfigError
+from dist_tl.errors import ConfigError, StorageError
 from dist_tl.jobs.exports import export_models, write_gallery
 from dist_tl.jobs.source import find_source, train_source
 from dist_tl.jobs.specs import MAY_CHANGE, Job, RunConfig, SourceJob
@@ -72,24 +72,28 @@ def open_store(job: RunConfig) -> Iterator[ObjectStore]:
     """The run's store, checked to be writable; served on loopback for `store: embedded`.
 
     Raises:
-        StorageError: the store refuses; the message says what to check.
+        ConfigError: the store refuses; the message says what to check.
     """
     if job.store == "direct":
-        store = ObjectStore(job.run)
-        store.probe()
-        yield store
+        yield _tried(ObjectStore(job.run))
         return
     with EmbeddedS3(job.run) as server:
         before = {key: os.environ.get(key) for key in server.environment()}
         # Ray's processes are our children and inherit this; no file or log ever holds it.
         os.environ.update(server.environment())
         try:
-            store = ObjectStore(server.url)
-            store.probe()
-            yield store
+            yield _tried(ObjectStore(server.url))
         finally:
             for key, value in before.items():
                 _restore(key, value)
+
+
+def _tried(store: ObjectStore) -> ObjectStore:
+    try:
+        store.probe()
+    except StorageError as error:  # nothing has started: this is the job's fault, not the run's
+        raise ConfigError(f"run: {error}") from None
+    return store
 
 
 def _restore(key: str, value: str | None) -> None:

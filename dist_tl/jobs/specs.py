@@ -80,7 +80,10 @@ class TargetConfig(StrictModel):
     labels_per_class: int = Field(ge=1, description="K: labelled training images of each class.")
     test_fraction: float = Field(0.5, gt=0, lt=1, description="Set aside before anything else.")
     network: NetworkConfig
-    training: BudgetConfig = Field(description="The same for every arm's target training.")
+    training: BudgetConfig = Field(description="Of arms that start from fresh weights.")
+    fine_tuning: BudgetConfig | None = Field(
+        None, description="Of arms that start from a trained trunk; absent: as `training`."
+    )
 
 
 class PPConfig(StrictModel):
@@ -140,7 +143,7 @@ class DistillationArmConfig(StrictModel):
         default_factory=lambda: DistillationConfig(kind="logit_matching")
     )
     teacher_training: BudgetConfig | None = Field(
-        None, description="Fine-tuning of the source classifier; absent: the target's training."
+        None, description="Fine-tuning of the source classifier; absent: as other fine-tuning."
     )
 
 
@@ -276,6 +279,9 @@ class TransferJob(RunConfig):
         if isinstance(self.source, SourceConfig):
             check_source_batches(self, self.source)
         self.check_batch("target.training.batch_size", self.target.training.batch_size)
+        if self.target.fine_tuning is not None:
+            batch_size = self.target.fine_tuning.batch_size
+            self.check_batch("target.fine_tuning.batch_size", batch_size)
         if self.pp is not None:
             self.check_batch("pp.training.batch_size", self.pp.training.batch_size)
         if self.shards is not None and self.shards.lanes != self.lanes:

@@ -24,6 +24,8 @@ from dist_tl.train.rows import FoldSpec, RowsSpec, SplitSpec, load_rows
 from dist_tl.train.spec import StageSpec
 
 PP_SHARDS = "pp-shards"
+# The stage whose trunk a route starts from; other routes start from fresh weights.
+TRUNKS = {"pp": "pp-trunk", "pp_p_ssl": "pp-trunk", "real_source": "real_source-trunk"}
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,11 @@ class TransferPlan:
         config = self.p_ssl(arm)
         # Arms with the job's own settings share their samples.
         owner = arm.name if arm.p_ssl else "p_ssl"
-        per_step = self.unlabelled_batch_size(config.loss)
+        per_step = self.unlabelled_batch_size(arm)
         return self._generate(
             f"{owner}-shards-seed{repeat}",
             self.repeat_seed(repeat),
-            config.samples or self.job.target.training.steps * per_step,
+            config.samples or self.budget(arm).steps * per_step,
             ByTarget(condition=config.loss.condition),
             conditions=fingerprint(
                 [
@@ -176,9 +178,17 @@ class TransferPlan:
         assert config is not None, "jobs/specs.py requires p_ssl where an arm uses it"
         return config
 
-    def unlabelled_batch_size(self, loss: PSSLConfig) -> int:
+    def budget(self, arm: ArmConfig) -> BudgetConfig:
+        """How long the arm's target training learns, and how."""
+        return self._fine_tuning if arm.route in TRUNKS else self.job.target.training
+
+    @property
+    def _fine_tuning(self) -> BudgetConfig:
+        return self.job.target.fine_tuning or self.job.target.training
+
+    def unlabelled_batch_size(self, arm: ArmConfig) -> int:
         """U: unlabelled rows per step."""
-        return self.job.target.training.batch_size * loss.pseudo_per_labelled
+        return self.budget(arm).batch_size * self.p_ssl(arm).loss.pseudo_per_labelled
 
     def pp_trunk(self, repeat: int) -> StageSpec:
         """Pseudo pre-training of the target architecture."""
@@ -205,7 +215,7 @@ class TransferPlan:
 
     def teacher(self, repeat: int) -> StageSpec:
         """The source classifier fine-tuned on the target labels: teacher and reference."""
-        budget = self.job.distillation.teacher_training or self.job.target.training
+        budget = self.job.distillation.teacher_training or self._fine_tuning
         return self._stage(
             f"teacher-seed{repeat}",
             repeat,
@@ -227,7 +237,7 @@ class TransferPlan:
             repeat,
             self._start(arm, repeat),
             objective,
-            budget=self.job.target.training,
+            budget=self.budget(arm),
             labelled=self.rows(repeat, "train"),
             unlabelled=unlabelled,
             unlabelled_batch_size=size,
@@ -275,9 +285,8 @@ class TransferPlan:
         return list(stages.values())
 
     def _start(self, arm: ArmConfig, repeat: int) -> ModelSpec:
-        trunks = {"pp": "pp-trunk", "pp_p_ssl": "pp-trunk", "real_source": "real_source-trunk"}
-        if arm.route in trunks:
-            trunk = layout.stage_model_prefix(f"{trunks[arm.route]}-seed{repeat}")
+        if arm.route in TRUNKS:
+            trunk = layout.stage_model_prefix(f"{TRUNKS[arm.route]}-seed{repeat}")
             return Handover(model=trunk, num_classes=self.target.num_classes)
         return NewNetwork(network=self.job.target.network, num_classes=self.target.num_classes)
 
@@ -298,7 +307,7 @@ class TransferPlan:
             return SupervisedSpec(), None, 0
         real = arm.route == "real_unlabelled"
         rows = self.rows(repeat, "pool") if real else self.pseudo_shards(arm, repeat).plan()
-        return PSSLSpec(p_ssl=loss), rows, self.unlabelled_batch_size(loss)
+        return PSSLSpec(p_ssl=loss), rows, self.unlabelled_batch_size(arm)
 
     def _stage(
         self,

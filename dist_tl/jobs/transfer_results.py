@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dist_tl.cluster.generators import StageProgress
 from dist_tl.jobs.specs import BASELINE, REFERENCES, ArmConfig
 from dist_tl.jobs.transfer import TransferOutcome
-from dist_tl.jobs.transfer_plan import PP_SHARDS
+from dist_tl.jobs.transfer_plan import PP_SHARDS, TRUNKS
 from dist_tl.jobs.versions import versions
 from dist_tl.results import Interval, RunResults, Score, StageRecord, interval, summarise
 from dist_tl.train.spec import StageResult
@@ -67,13 +67,7 @@ def _score(outcome: TransferOutcome, arm: ArmConfig, repeat: int, stage: str, ro
 
 def _before(outcome: TransferOutcome, arm: ArmConfig, repeat: int) -> list[StageResult]:
     """The stages that the arm's own stage builds on, beside the source's."""
-    trunks = {
-        "pp": "pp-trunk",
-        "pp_p_ssl": "pp-trunk",
-        "real_source": "real_source-trunk",
-        "distillation": "teacher",
-        "logit_matching": "teacher",
-    }
+    trunks = {**TRUNKS, "distillation": "teacher", "logit_matching": "teacher"}
     # The source's own training is not counted: in the setting it exists already.
     name = f"{trunks[arm.route]}-seed{repeat}" if arm.route in trunks else None
     return [outcome.stages[name]] if name in outcome.stages else []

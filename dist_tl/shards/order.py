@@ -307,7 +307,7 @@ class DataOrder:
         share = batch_size // self.plan.lanes
         lanes = range(self.plan.lanes) if lanes is None else lanes
         streams = [self.windows(lane, step * share) for lane in lanes]
-        return heapq.merge(*streams, key=lambda window: max(window.start, step * share))
+        return heapq.merge(*streams, key=lambda window: window.start)
 
 
 def _permutation(count: int, seed: int, purpose: str, *index: int) -> NDArray[np.int64]:

@@ -80,6 +80,14 @@ def test_a_compressed_png_that_was_cut_or_altered_is_refused(where):
         decode_image(bytes(data[:where]))
 
 
+def test_a_stored_png_whose_second_block_is_damaged_is_refused():
+    data = bytearray(encode_png(image_of(150, 150, 3)))
+    second = data.index(b"\x01", 43 + 5 + 65_535)  # the last block begins with 1
+    data[second + 1] ^= 0xFF
+    with pytest.raises(ShardError):
+        decode_image(bytes(data))
+
+
 def test_images_with_too_many_pixels_are_refused_before_decoding(monkeypatch):
     data = png_by_pillow(np.zeros((40, 40), np.uint8))
     monkeypatch.setattr(pixels, "MAX_PIXELS", 40 * 39)

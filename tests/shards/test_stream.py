@@ -1,5 +1,6 @@
 """The stream of batches: right samples, in time, for any number of ranks, from any cursor."""
 
+import gc
 import itertools
 import threading
 import time
@@ -10,11 +11,14 @@ import pytest
 from dist_tl.errors import ConfigError, ShardError, ShardTimeoutError
 from dist_tl.shards.manifest import committed_indices
 from dist_tl.shards.order import DataOrder
+from dist_tl.shards.reader import DecodedShard
 from dist_tl.shards.stream import ShardStream
 from dist_tl.shards.writer import write_shard
 from dist_tl.storage.layout import entry_key, shard_key
+from dist_tl.storage.objects import ObjectStore
 
-FAST = {"poll_s": (0.002, 0.01), "timeout_s": 20.0}
+POLL = {"poll_s": (0.002, 0.01)}
+FAST = {"timeout_s": 20.0, **POLL}
 
 
 def batches_of(stream, cursor, count):
@@ -160,7 +164,7 @@ def test_order_of_arrival_does_not_matter(store, stage, plan):
 
 def test_a_shard_that_never_comes_is_named_with_what_is_there(store, stage, plan):
     stage.write(store, plan, indices={0, 2, 3, 4, 5, 6, 7})
-    stream = ShardStream(store, plan, batch_size=8, timeout_s=0.3, poll_s=(0.002, 0.01))
+    stream = ShardStream(store, plan, batch_size=8, timeout_s=0.3, **POLL)
     started = time.monotonic()
     with pytest.raises(
         ShardTimeoutError,
@@ -174,7 +178,7 @@ def test_a_shard_that_never_comes_is_named_with_what_is_there(store, stage, plan
 def test_a_slow_consumer_is_not_mistaken_for_slow_generators(store, stage, plan):
     """Prefetching may wait for long where generators are held back; only the consumer counts."""
     stage.write(store, plan, indices=range(8))
-    stream = ShardStream(store, plan, batch_size=8, timeout_s=1.0, poll_s=(0.002, 0.01))
+    stream = ShardStream(store, plan, batch_size=8, timeout_s=1.0, **POLL)
     reading = stream.read_from(0)
     next(reading)
     time.sleep(1.3)
@@ -186,7 +190,7 @@ def test_a_slow_consumer_is_not_mistaken_for_slow_generators(store, stage, plan)
 def test_a_crash_between_tar_and_entry_is_waited_out(store, stage, plan):
     stage.write(store, plan)
     store.delete(entry_key("pp", 3))
-    stream = ShardStream(store, plan, batch_size=8, timeout_s=0.2, poll_s=(0.002, 0.01))
+    stream = ShardStream(store, plan, batch_size=8, timeout_s=0.2, **POLL)
     with pytest.raises(ShardTimeoutError, match="shard 3 "):
         next(stream.read_from(0))
 
@@ -249,14 +253,47 @@ def test_ranks_of_a_node_share_a_folder_of_tars(written, plan, tmp_path):
     assert second.figures.disk_hits >= plan.num_shards - 1
 
 
-def test_prefetching_stays_within_its_limit(written, plan):
-    stream = ShardStream(written, plan, batch_size=4, prefetch_shards=1, **FAST)
+def test_prefetching_works_ahead_up_to_its_limit(written, plan):
+    stream = ShardStream(written, plan, batch_size=4, prefetch_shards=2, **FAST)
     reading = stream.read_from(0)
     next(reading)
-    time.sleep(0.2)
-    # Two shards of each of four lanes are open; one more may be on its way.
-    assert stream.figures.shards_read <= 9
+    deadline = time.monotonic() + 10
+    # Two shards of each of four lanes are open; two more come without being asked for.
+    while stream.figures.shards_read < 10 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert stream.figures.shards_read == 10
     reading.close()
+
+
+def test_shards_that_were_read_are_let_go_of(written, plan):
+    stream = ShardStream(written, plan, batch_size=8, memory_bytes=0, **FAST)
+    reading = stream.read_from(0)
+    for _ in range(40):
+        next(reading)
+    alive = sum(isinstance(thing, DecodedShard) for thing in gc.get_objects())
+    # Per lane at most the end of one window and the next; then what is prefetched or decoded.
+    assert alive <= plan.lanes * plan.window * 2 + 4 + 4
+    reading.close()
+
+
+def test_closing_drops_what_is_still_to_be_fetched(tmp_path, stage):
+    plan = stage.plan(num_samples=40, samples_per_shard=1, lanes=20)
+    stage.write(ObjectStore(tmp_path), plan)
+
+    class Slow(ObjectStore):
+        reads = 0
+
+        def read_or_none(self, key):
+            self.reads += 1
+            time.sleep(0.05)
+            return super().read_or_none(key)
+
+    store = Slow(tmp_path)
+    loader = ShardStream(store, plan, batch_size=20, decode_threads=1, timeout_s=0.1, **POLL)
+    with pytest.raises(ShardTimeoutError):
+        next(loader.read_from(0))
+    assert store.reads < 12
 
 
 def test_position_follows_the_slowest_lane_through_epoch_zero(written, plan):
@@ -269,7 +306,7 @@ def test_position_follows_the_slowest_lane_through_epoch_zero(written, plan):
 
 
 def test_closing_releases_a_consumer_that_waits(store, plan):
-    stream = ShardStream(store, plan, batch_size=8, timeout_s=60.0, poll_s=(0.002, 0.01))
+    stream = ShardStream(store, plan, batch_size=8, timeout_s=60.0, **POLL)
     ended = []
 
     def consume():

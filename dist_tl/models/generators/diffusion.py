@@ -122,34 +122,27 @@ class ClassDiffusion(nn.Module):
         # Not a buffer: engines cast buffers to bfloat16, which this table would not survive.
         self._signal = _scheduler(config).alphas_cumprod
 
-    def forward(
-        self, images: Tensor, labels: Tensor, *, rng: torch.Generator | Sequence[torch.Generator]
-    ) -> Tensor:
+    def forward(self, images: Tensor, labels: Tensor, *, rng: torch.Generator) -> Tensor:
         """The training loss, so that engines can wrap the model. See `loss`."""
         return self.loss(images, labels, rng=rng)
 
-    def loss(
-        self, images: Tensor, labels: Tensor, *, rng: torch.Generator | Sequence[torch.Generator]
-    ) -> Tensor:
+    def loss(self, images: Tensor, labels: Tensor, *, rng: torch.Generator) -> Tensor:
         """Mean weighted squared error of the prediction at random noise levels.
 
         Args:
             images: (N, C, H, W) float32 in [-1, 1].
             labels: (N,) int64 in 0..K-1.
-            rng: one generator for the batch, or one for each row; with one for each row the
-                draws do not depend on how a global batch is divided among workers.
+            rng: draws noise levels, dropped labels and noise.
 
         Returns:
             A scalar, float32.
 
         Raises:
-            ValueError: shapes, dtypes, labels or the number of generators do not fit.
+            ValueError: shapes or dtypes do not fit, or a label is out of range.
         """
         self._check_batch(images, labels)
-        rows = [rng] * len(images) if isinstance(rng, torch.Generator) else rng
-        check_rng(rows, len(images))
-        timesteps, kept, noise = _draw_corruption(rows, self.image_shape, images.device)
-        labels = torch.where(kept < self.config.label_dropout, self.num_classes, labels)
+        timesteps, uniform, noise = _draw_corruption(rng, images)
+        labels = torch.where(uniform < self.config.label_dropout, self.num_classes, labels)
 
         signal = self._signal.to(images.device)[timesteps][:, None, None, None]
         noisy = signal.sqrt() * images + (1 - signal).sqrt() * noise
@@ -184,7 +177,9 @@ class ClassDiffusion(nn.Module):
 
     def to_files(self) -> dict[str, bytes]:
         """File name -> content: weights as safetensors, the rest as JSON. Bit for bit."""
-        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        state = {
+            name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()
+        }
         description = {
             "generator": self.config.model_dump(mode="json"),
             "num_classes": self.num_classes,
@@ -205,9 +200,7 @@ class ClassDiffusion(nn.Module):
         if missing := {WEIGHTS_FILE, CONFIG_FILE} - set(files):
             raise ConfigError(f"generator: missing {sorted(missing)}, got {sorted(files)}")
         config, num_classes, image_shape = _read_description(files[CONFIG_FILE])
-        model = cls(
-            config, num_classes=num_classes, image_shape=image_shape, rng=torch.Generator()
-        )
+        model = cls(config, num_classes=num_classes, image_shape=image_shape, rng=torch.Generator())
         try:
             model.load_state_dict(safetensors.torch.load(bytes(files[WEIGHTS_FILE])))
         except (SafetensorError, RuntimeError) as error:
@@ -300,13 +293,13 @@ def _scheduler(config: DiffusionConfig) -> DPMSolverMultistepScheduler:
     )
 
 
-def _draw_corruption(
-    rng: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    timesteps = [torch.randint(_NUM_TRAIN_STEPS, (), generator=row, device=row.device) for row in rng]
-    uniform = [torch.rand((), generator=row, device=row.device) for row in rng]
-    noise = draw_noise(rng, shape, device)
-    return torch.stack(timesteps).to(device), torch.stack(uniform).to(device), noise
+def _draw_corruption(rng: torch.Generator, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # Drawn where the generator lives, so that an accelerator trains on the same noise as a CPU.
+    where: dict[str, Any] = {"generator": rng, "device": rng.device}
+    timesteps = torch.randint(_NUM_TRAIN_STEPS, (len(images),), **where)
+    uniform = torch.rand(len(images), **where)
+    noise = torch.randn(images.shape, **where)
+    return timesteps.to(images.device), uniform.to(images.device), noise.to(images.device)
 
 
 def _target(prediction: str, images: Tensor, noise: Tensor, signal: Tensor) -> Tensor:
