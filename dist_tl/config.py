@@ -120,16 +120,17 @@ def validate(model: type[Model], data: Mapping[str, Any], *, source: str) -> Mod
 
 
 def _explain(problem: Any, error: ValidationError, data: Mapping[str, Any]) -> str:
-    path = ".".join(_real_path(problem["loc"], data)) or "the job"
+    path = ".".join(_real_path(problem["loc"], data))
     if problem["type"] == "extra_forbidden":
         return f"{path}: unknown key{_nearest(problem['loc'], data)}"
     if problem["type"] == "missing":
         return f"{path}: this key is required and missing"
     message = problem["msg"].removeprefix("Value error, ")
     value = problem["input"]
+    prefix = f"{path}: " if path else ""
     if isinstance(value, dict | list) or problem["type"] == "value_error":
-        return f"{path}: {message}"
-    return f"{path}: {message}, got {value!r}"
+        return f"{prefix}{message}"
+    return f"{prefix}{message}, got {value!r}"
 
 
 def _real_path(loc: tuple[int | str, ...], data: Any) -> list[str]:

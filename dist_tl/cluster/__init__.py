@@ -3,7 +3,7 @@
 import os
 import secrets
 
-if "RAY_ADDRESS" not in os.environ:
+if not os.environ.get("RAY_ADDRESS"):
     # Ray reads these once, when it is imported, so they are set before any module here does: a
     # private cluster gets a token of its own.
     os.environ["RAY_AUTH_MODE"] = "token"

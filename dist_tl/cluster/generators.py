@@ -23,10 +23,12 @@ from dist_tl.shards.drawing import (
     read_conditions,
 )
 from dist_tl.shards.manifest import ShardEntry, committed_indices, read_entry
+from dist_tl.shards.order import DataOrder
 from dist_tl.shards.writer import write_shard
 from dist_tl.storage.objects import ObjectStore
 
 POLL_S = 0.1
+IDLE_S = 10.0  # starting a worker anew costs about as long
 
 
 class GeneratorActor:
@@ -41,7 +43,7 @@ class GeneratorActor:
     def fulfil(self, spec: GenerateSpec, index: int) -> ShardEntry:
         """Make and commit one shard of a stage."""
         if self._spec is None or self._spec.generator != spec.generator:
-            self._generator = open_generator(self._store, spec)
+            self._generator = open_generator(self._store, spec.generator)
         if self._spec != spec:
             self._conditions = read_conditions(self._store, spec)
             self._spec = spec
@@ -52,11 +54,18 @@ class GeneratorActor:
 
 @dataclass
 class StageProgress:
-    """How far one stage of pseudo samples is. Times are Unix seconds."""
+    """How far one stage of pseudo samples is. Times are Unix seconds.
+
+    Attributes:
+        todo: shards that nobody has been asked for yet, in order.
+        first_missing: the lowest shard that did not exist when the stage was added.
+    """
 
     spec: GenerateSpec
     todo: list[int]
     num_shards: int
+    first_missing: int = 0
+    window: int
     committed: int = 0
     bytes: int = 0
     worker_seconds: float = 0.0
@@ -97,8 +106,9 @@ class GeneratorPool:
         self._config, self._store_url, self._positions = config, store_url, positions
         self._store = ObjectStore(store_url)
         self._bounds = (config.min, config.max)
+        self._is_held_back = True
         self._stages: list[StageProgress] = []
-        self._idle: list[ActorHandle] = []
+        self._idle: list[tuple[ActorHandle, float]] = []  # and since when; the latest is last
         self._running: dict[ray.ObjectRef, tuple[ActorHandle, StageProgress]] = {}
         self._failure: Exception | None = None
         self._stopped = threading.Event()
@@ -109,19 +119,26 @@ class GeneratorPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Joined in any case: a thread that calls Ray while the driver leaves it crashes both.
         self._stopped.set()
+        self._thread.join(timeout=10)
         if kind is not None:  # the session ends the workers with everything else
             return
-        self._thread.join(timeout=10)
-        for actor in [*self._idle, *(actor for actor, _ in self._running.values())]:
+        for actor, _ in [*self._idle, *self._running.values()]:
             ray.kill(actor)
 
-    def add(self, spec: GenerateSpec) -> StageProgress:
-        """Queue a stage whose manifest is stored; shards that exist already are not made again."""
+    def add(self, spec: GenerateSpec, *, batch_size: int) -> StageProgress:
+        """Queue a stage whose manifest is stored; shards that exist already are not made again.
+
+        Args:
+            batch_size: the largest global batch that readers take; a window smaller than what one
+                such batch touches would have readers and generators wait for each other.
+        """
         plan = spec.plan()
         committed = committed_indices(self._store, spec.name)
         todo = [i for i in range(plan.num_shards) if i not in committed]
-        progress = StageProgress(spec, todo, plan.num_shards)
+        window = max(self._config.window, 2 * DataOrder(plan).reach(batch_size))
+        progress = StageProgress(spec, todo, plan.num_shards, window)
         for index in sorted(committed):
             entry = read_entry(self._store, spec.name, index)
             if entry is not None:
@@ -132,6 +149,10 @@ class GeneratorPool:
     def scale(self, low: int, high: int) -> None:
         """Change the bounds of the pool while it works."""
         self._bounds = (low, high)
+
+    def release(self) -> None:
+        """Make all that is left without regard to readers: none of them is still at work."""
+        self._is_held_back = False
 
     @property
     def num_workers(self) -> int:
@@ -162,24 +183,31 @@ class GeneratorPool:
     def _serve(self) -> None:
         try:
             while not self._stopped.is_set():
-                self._resize()
-                self._issue()
+                positions = self._positions()
+                self._resize(positions)
+                self._issue(positions)
                 self._collect()
         except Exception as error:
             self._failure = error
 
-    def _resize(self) -> None:
+    def _resize(self, positions: dict[str, int]) -> None:
         low, high = self._bounds
-        has_work = any(not stage.done for stage in self._stages)
-        wanted = 0 if not has_work else high if self._backlog_is_low() else low
-        while self.num_workers < min(max(wanted, 1 if has_work else 0), high):
-            self._idle.append(self._new_worker())
+        wanted = 0
+        if any(not stage.done for stage in self._stages):
+            wanted = min(high, max(1, high if self._backlog_is_low(positions) else low))
+        while self.num_workers < wanted:
+            self._idle.append((self._new_worker(), time.monotonic()))
         # Shrinking waits for idle workers, so no order is ever taken away from one.
-        while self._idle and (self.num_workers > high or not has_work):
-            ray.kill(self._idle.pop())
+        while self._idle and self._is_too_many(wanted, high):
+            ray.kill(self._idle.pop(0)[0])
 
-    def _backlog_is_low(self) -> bool:
-        positions = self._positions()
+    def _is_too_many(self, wanted: int, high: int) -> bool:
+        if wanted == 0 or self.num_workers > high:
+            return True
+        idle_since = self._idle[0][1]
+        return self.num_workers > wanted and time.monotonic() - idle_since > IDLE_S
+
+    def _backlog_is_low(self, positions: dict[str, int]) -> bool:
         return any(
             stage.committed - positions.get(stage.spec.name, 0) < self._config.low_backlog
             for stage in self._stages
@@ -195,20 +223,29 @@ class GeneratorPool:
         )
         return actor.remote(self._store_url, self._config.threads)
 
-    def _issue(self) -> None:
-        positions = self._positions()
+    def _issue(self, positions: dict[str, int]) -> None:
         while self._idle and (found := self._next_order(positions)) is not None:
             stage, index = found
             stage.first_order_at = stage.first_order_at or time.time()
-            actor = self._idle.pop()
+            actor, _ = self._idle.pop()
             self._running[actor.fulfil.remote(stage.spec, index)] = (actor, stage)
 
     def _next_order(self, positions: dict[str, int]) -> tuple[StageProgress, int] | None:
         for stage in self._stages:
-            horizon = positions.get(stage.spec.name, 0) + self._config.window
-            if stage.todo and stage.todo[0] < horizon:
+            if stage.todo and stage.todo[0] < self._horizon(stage, positions):
                 return stage, stage.todo.pop(0)
         return None
+
+    def _horizon(self, stage: StageProgress, positions: dict[str, int]) -> int:
+        """The shard at which the stage has to wait for its readers."""
+        if not self._is_held_back:
+            return stage.num_shards
+        shards = stage.spec.shards
+        # One window of every lane is read while the next is made: with less, nobody could go on.
+        ahead = max(self._config.window, 2 * shards.lanes * shards.window)
+        # A reader that was restarted says where it is after its first batch, and may need a shard
+        # for that which does not exist yet.
+        return positions.get(stage.spec.name, stage.first_missing) + ahead
 
     def _collect(self) -> None:
         if not self._running:
@@ -217,5 +254,5 @@ class GeneratorPool:
         finished, _ = ray.wait(list(self._running), timeout=POLL_S)
         for ticket in finished:
             actor, stage = self._running.pop(ticket)
-            self._idle.append(actor)
+            self._idle.append((actor, time.monotonic()))
             stage.count(ray.get(ticket))

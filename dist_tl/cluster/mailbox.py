@@ -5,7 +5,7 @@ start-up is paid once a job. A group that was restarted takes the first unfinish
 """
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import ray
 from ray.actor import ActorHandle
@@ -22,24 +22,22 @@ class Task:
     spec: StageSpec
 
 
-@dataclass
+@dataclass(frozen=True)
 class Snapshot:
-    """What the driver needs to know of the group.
+    """What the driver needs to know of the group while it waits for one stage.
 
     Attributes:
-        step, loss: of the stage at work, by stage name.
-        positions: the lowest shard that a stage's readers still need for the first time.
-        results: of finished stages, by index.
+        step, loss: of the stages that have begun, by stage name.
+        result: of the stage that is waited for, once it is finished.
         error: why the group gave up, if it did.
         ready: whether the workers have asked for work yet.
     """
 
-    step: dict[str, int] = field(default_factory=dict)
-    loss: dict[str, float] = field(default_factory=dict)
-    positions: dict[str, int] = field(default_factory=dict)
-    results: dict[int, StageResult] = field(default_factory=dict)
-    error: DistTLError | None = None
-    ready: bool = False
+    step: dict[str, int]
+    loss: dict[str, float]
+    result: StageResult | None
+    error: DistTLError | None
+    ready: bool
 
 
 class Mailbox:
@@ -47,8 +45,11 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._specs: list[StageSpec] = []
-        self._state = Snapshot()
-        self._closed = False
+        self._results: dict[int, StageResult] = {}
+        self._error: DistTLError | None = None
+        self._ready = self._closed = False
+        self._step: dict[str, int] = {}
+        self._loss: dict[str, float] = {}
         self._rank_positions: dict[str, dict[int, int]] = {}
         self._changed = asyncio.Condition()
 
@@ -65,7 +66,7 @@ class Mailbox:
         Waits for it; None once the mailbox is closed.
         """
         async with self._changed:
-            self._state.ready = True
+            self._ready = True
             while not self._closed:
                 index = self._first_unfinished() if after is None else after + 1
                 if index < len(self._specs):
@@ -74,8 +75,8 @@ class Mailbox:
             return None
 
     def _first_unfinished(self) -> int:
-        done = self._state.results
-        return next((i for i in range(len(self._specs)) if i not in done), len(self._specs))
+        indices = range(len(self._specs))
+        return next((i for i in indices if i not in self._results), len(self._specs))
 
     async def progress(
         self,
@@ -87,23 +88,23 @@ class Mailbox:
         position: int | None,
     ) -> None:
         """How far one rank is; `position` is its lowest needed shard of stage `source`."""
-        self._state.step[stage] = step
-        self._state.loss[stage] = loss
+        self._step[stage] = step
+        self._loss[stage] = loss
         if source is not None and position is not None:
             ranks = self._rank_positions.setdefault(source, {})
+            # A group that was restarted repeats steps; its shards do not become new again.
             ranks[rank] = max(position, ranks.get(rank, 0))
-            self._state.positions[source] = min(ranks.values())
 
     async def finish(self, index: int, result: StageResult) -> None:
         """Rank 0 has stored a stage's result."""
         async with self._changed:
-            self._state.results[index] = result
+            self._results[index] = result
             self._changed.notify_all()
 
     async def give_up(self, error: DistTLError) -> None:
         """A rank met an error that trying again will not cure."""
         async with self._changed:
-            self._state.error = self._state.error or error
+            self._error = self._error or error
             self._closed = True
             self._changed.notify_all()
 
@@ -113,14 +114,24 @@ class Mailbox:
             self._closed = True
             self._changed.notify_all()
 
-    async def snapshot(self) -> Snapshot:
-        """A copy of what is known now."""
-        return self._state
+    async def snapshot(self, index: int) -> Snapshot:
+        """What is known now; of the results, only that of stage `index`."""
+        return Snapshot(
+            step=dict(self._step),
+            loss=dict(self._loss),
+            result=self._results.get(index),
+            error=self._error,
+            ready=self._ready,
+        )
+
+    async def positions(self) -> dict[str, int]:
+        """The lowest shard that the slowest rank still needs for the first time, by source."""
+        return {source: min(ranks.values()) for source, ranks in self._rank_positions.items()}
 
 
 def read_positions(mailbox: ActorHandle) -> dict[str, int]:
     """The lowest shard that each stage's readers still need for the first time, by stage name."""
-    return ray.get(mailbox.snapshot.remote()).positions
+    return ray.get(mailbox.positions.remote())
 
 
 def open_mailbox() -> ActorHandle:

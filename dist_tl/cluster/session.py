@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -24,11 +25,11 @@ from dist_tl.cluster.config import SessionConfig
 from dist_tl.errors import WorkerError
 
 START_TIMEOUT_S = 120.0
-# One torch thread a worker; DeepSpeed on CPU even where a GPU exists but torch cannot see it.
-WORKER_ENVIRONMENT = {
+CONNECT_TIMEOUT_S = 10.0
+# What our processes and all of Ray's run with, unless the user's environment says otherwise.
+ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",
-    "PYTHONWARNINGS": "ignore::FutureWarning",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
     "RAY_DEDUP_LOGS": "0",
@@ -37,8 +38,12 @@ WORKER_ENVIRONMENT = {
 }
 
 
+# Ray's own code warns; where a user turns warnings into errors, Ray would not even start.
+WARNINGS = {"PYTHONWARNINGS": "ignore::FutureWarning"}
+
+
 class RaySession:
-    """Use as a context manager; inside, Ray is initialised.
+    """Use as a context manager; inside, Ray is initialised. The environment is put back after.
 
     Raises:
         WorkerError: the cluster did not start, or the one RAY_ADDRESS names is out of reach.
@@ -48,15 +53,17 @@ class RaySession:
         self._config = config
         self._head: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
+        self._environment_before: dict[str, str | None] = {}
         self._memory = _MemoryWatch()
 
     def __enter__(self) -> "RaySession":
-        os.environ.update({k: os.environ.get(k, v) for k, v in WORKER_ENVIRONMENT.items()})
-        address = os.environ.get("RAY_ADDRESS")
         try:
-            if not address:
-                address = self._start_head()
-            self._connect(address)
+            self._set_environment({k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()})
+            address = os.environ.get("RAY_ADDRESS") or self._start_head()
+            # Ray Train asks the cluster of RAY_ADDRESS whether its controller lives; without it,
+            # it may find another run's cluster and give up on a healthy worker group.
+            self._set_environment({"RAY_ADDRESS": address})
+            _connect(address)
         except BaseException:
             self.close()
             raise
@@ -73,7 +80,7 @@ class RaySession:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Largest sum of private memory seen over this process and its children."""
+        """Most memory that this process and its children had at once, shared pages counted once."""
         return self._memory.peak_bytes
 
     def close(self) -> None:
@@ -84,28 +91,34 @@ class RaySession:
         if self._head is not None:
             _stop(self._head)
             self._head = None
-            os.environ.pop("RAY_ADDRESS", None)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+        for key, value in self._environment_before.items():
+            _set_variable(key, value)
+        self._environment_before.clear()
+
+    def _set_environment(self, variables: dict[str, str]) -> None:
+        for key, value in variables.items():
+            self._environment_before.setdefault(key, os.environ.get(key))
+            os.environ[key] = value
 
     def _start_head(self) -> str:
-        # Sockets live below this folder, and their paths have a limit of 107 bytes.
+        # Sockets live below this folder, and their paths have a limit of 107 bytes. Ray opens its
+        # own folder to every user of the machine; inside one that is ours alone, nobody gets there.
         self._folder = Path(tempfile.mkdtemp(prefix="dtl-", dir="/tmp"))
         port = _free_port()
         address = f"127.0.0.1:{port}"
-        log = (self._folder / "head.log").open("wb")
-        self._head = subprocess.Popen(
-            _head_command(self._config, port, self._folder),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            preexec_fn=_die_with_parent,
-            # Ray Train asks the cluster of RAY_ADDRESS whether its controller lives; without it,
-            # it may find another run's cluster and give up on a healthy worker group.
-            env={**os.environ, "RAY_ADDRESS": address},
-        )
+        with (self._folder / "head.log").open("wb") as log:
+            self._head = subprocess.Popen(
+                _head_command(self._config, port, self._folder / "ray"),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=partial(_die_with, os.getpid()),
+                env={**os.environ, **WARNINGS, "RAY_ADDRESS": address},
+            )
         self._wait_until_up(port)
         return address
 
@@ -113,35 +126,61 @@ class RaySession:
         assert self._head is not None
         assert self._folder is not None
         deadline = time.monotonic() + START_TIMEOUT_S
-        ready = self._folder / "session_latest"
+        ready = self._folder / "ray" / "session_latest"
         while time.monotonic() < deadline:
             if self._head.poll() is not None:
                 break
-            if ready.exists() and _answers(port):
+            if ready.exists() and _answers("127.0.0.1", port):
                 return
             time.sleep(0.1)
         tail = (self._folder / "head.log").read_text(errors="replace")[-1500:]
         raise WorkerError(f"Ray did not start on this machine; its last words:\n{tail}")
 
-    def _connect(self, address: str) -> None:
-        os.environ["RAY_ADDRESS"] = address
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                ray.init(
-                    address=address,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    runtime_env={"env_vars": {**WORKER_ENVIRONMENT, "RAY_ADDRESS": address}},
-                )
-                return
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                if time.monotonic() > deadline:
-                    raise WorkerError(
-                        f"no Ray cluster answers at {address}: {error}; check RAY_ADDRESS, or "
-                        "unset it to start one on this machine"
-                    ) from None
-                time.sleep(0.5)
+
+def _set_variable(key: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(key, None)
+    else:
+        os.environ[key] = value
+
+
+def _connect(address: str) -> None:
+    _wait_for_answer(address)
+    # No secret goes this way: Ray keeps a job's runtime environment where others can read it.
+    variables = {key: os.environ[key] for key in (*ENVIRONMENT, "RAY_ADDRESS")}
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    while True:
+        try:
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env={"env_vars": {**variables, **WARNINGS}},
+            )
+            return
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            if time.monotonic() > deadline:
+                raise _unreachable(address, str(error)) from None
+            time.sleep(0.5)
+
+
+def _wait_for_answer(address: str) -> None:
+    """Ray itself takes minutes to give up on an address where nobody listens."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdecimal():
+        return  # "auto" or a URL: Ray knows what it stands for
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    while not _answers(host.strip("[]"), int(port)):
+        if time.monotonic() > deadline:
+            raise _unreachable(address, "nobody listens there")
+        time.sleep(0.5)
+
+
+def _unreachable(address: str, reason: str) -> WorkerError:
+    return WorkerError(
+        f"no Ray cluster answers at {address}: {reason}; check RAY_ADDRESS, or unset it to start "
+        "one on this machine"
+    )
 
 
 def _head_command(config: SessionConfig, port: int, folder: Path) -> list[str]:
@@ -153,17 +192,24 @@ def _head_command(config: SessionConfig, port: int, folder: Path) -> list[str]:
         "--block",
         "--node-ip-address=127.0.0.1",
         f"--port={port}",
+        # Its default is one fixed port, and Ray stops altogether where another program has it.
+        f"--ray-client-server-port={_free_port()}",
         f"--num-cpus={config.num_cpus}",
         f"--object-store-memory={config.object_store_mb * 1024 * 1024}",
         "--include-dashboard=false",
+        "--include-log-monitor=false",
+        "--no-monitor",
         "--disable-usage-stats",
         f"--temp-dir={folder}",
     ]
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
+    """In the child, before it becomes Ray: ask to be stopped when `parent` goes."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _free_port() -> int:
@@ -172,10 +218,12 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _answers(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(0.5)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -195,6 +243,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             child.kill()
         except psutil.NoSuchProcess:
             continue
+    psutil.wait_procs(family, timeout=5)
 
 
 class _MemoryWatch:

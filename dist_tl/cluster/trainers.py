@@ -5,9 +5,9 @@ is lost; the stages' own checkpoints make the restart cheap and exact.
 """
 
 import os
-import threading
-import time
 from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
 from typing import Any
 
 import ray
@@ -25,6 +25,7 @@ from dist_tl.train.spec import StageResult, StageSpec
 from dist_tl.train.stage import run_stage
 
 POLL_S = 0.1
+FAREWELL_S = 10.0
 
 
 class TrainerGroup:
@@ -39,7 +40,6 @@ class TrainerGroup:
         self, config: TrainersConfig, store_url: str, mailbox: ActorHandle, scratch: str
     ) -> None:
         self._mailbox = mailbox
-        self._failure: BaseException | None = None
         settings = {
             "mailbox": mailbox,
             "store_url": store_url,
@@ -61,23 +61,18 @@ class TrainerGroup:
                 failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             ),
         )
-        self._thread = threading.Thread(target=self._fit, daemon=True, name="trainers")
 
     def __enter__(self) -> "TrainerGroup":
-        self._thread.start()
+        # `fit` blocks for as long as the group lives. In a task of its own rather than a thread
+        # here, it ends with the job's other processes whenever this driver leaves Ray.
+        self._fitting = _fit.remote(self._trainer)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error or Ctrl-C nobody needs the workers' farewell: what counts is committed.
         if kind is None:
             ray.get(self._mailbox.close.remote())
-            self._thread.join(timeout=10)
-
-    def _fit(self) -> None:
-        try:
-            self._trainer.fit()
-        except BaseException as error:  # a thread must hand over whatever ended it
-            self._failure = error
+            ray.wait([self._fitting], timeout=FAREWELL_S)
 
     def post(self, spec: StageSpec) -> int:
         """Queue a stage; returns the ticket to wait with."""
@@ -93,10 +88,10 @@ class TrainerGroup:
             WorkerError: the group died more often than it may be restarted.
         """
         while True:
-            snapshot: Snapshot = ray.get(self._mailbox.snapshot.remote())
+            snapshot = self._look(ticket)
             on_poll(snapshot)
-            if ticket in snapshot.results:
-                return snapshot.results[ticket]
+            if snapshot.result is not None:
+                return snapshot.result
             if snapshot.error is not None:
                 raise snapshot.error
             if not self._thread.is_alive():
@@ -105,6 +100,14 @@ class TrainerGroup:
                     f"checkpoint. Ray's reason: {self._failure}"
                 )
             time.sleep(POLL_S)
+
+    def _look(self, ticket: int) -> Snapshot:
+        try:
+            return ray.get(self._mailbox.snapshot.remote(ticket))
+        except ray.exceptions.RayError as error:
+            raise WorkerError(
+                f"the Ray cluster was lost: {error}; start the same job again"
+            ) from None
 
 
 def _resources(config: TrainersConfig) -> dict[str, float]:

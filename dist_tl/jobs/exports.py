@@ -10,8 +10,8 @@ from dist_tl.shards.drawing import GenerateSpec
 from dist_tl.shards.reader import read_shard
 from dist_tl.shards.sample import PseudoSample
 from dist_tl.storage import layout
+from dist_tl.storage.model_files import read_model_files
 from dist_tl.storage.objects import ObjectStore
-from dist_tl.train.models import read_files
 from dist_tl.train.rows import load_rows
 from dist_tl.train.spec import StageResult
 
@@ -40,7 +40,7 @@ def export_models(outcome: TransferOutcome, store: ObjectStore) -> None:
     """Copy the final model of every arm and seed to where users look for it."""
     for (arm, seed), stage in outcome.final.items():
         place = layout.model_prefix(arm, seed)
-        for name, data in read_files(store, layout.stage_model_prefix(stage)).items():
+        for name, data in read_model_files(store, layout.stage_model_prefix(stage)).items():
             store.write(f"{place}/{name}", data)
         card = _card(outcome, arm, seed, outcome.stages[stage])
         store.write(f"{place}/{layout.MODEL_CARD}", card.encode())

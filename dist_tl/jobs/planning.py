@@ -66,7 +66,7 @@ def plan_job(job: Job) -> PlanTable:
     else:
         facts, stages = open_assets(ObjectStore(job.run), job.source), []
     plan = TransferPlan(job, facts, target)
-    plan.check_shapes()
+    plan.check()
     if any(arm.route == "real_source" for arm in job.arms):
         stages += [plan.real_source_trunk(repeat) for repeat in plan.seeds]
     return _table(

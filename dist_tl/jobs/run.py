@@ -62,8 +62,8 @@ def _run_source(job: SourceJob, store: ObjectStore, progress: Progress) -> None:
         with open_workers(job, store, progress) as workers:
             facts = train_source(job, job.source, workers)
     progress.say(
-        f"source classifier at {store.url}/{facts.classifier} "
-        f"({facts.classifier_accuracy:.1%} on held-out images), generator at {facts.generator}"
+        f"below {store.url}: source classifier in {facts.classifier} "
+        f"({facts.classifier_accuracy:.1%} on held-out images), generator in {facts.generator.path}"
     )
 
 

@@ -12,7 +12,6 @@ from dist_tl.jobs.source_plan import (
     CLASSIFIER,
     PHASE,
     SourceFacts,
-    files_fingerprint,
     planned_facts,
     source_rows,
     source_stages,
@@ -22,11 +21,12 @@ from dist_tl.jobs.workers import Workers
 from dist_tl.methods.pseudo.quality import agreement, feature_moments, frechet_distance
 from dist_tl.models.networks import Network
 from dist_tl.results import GeneratorQuality
-from dist_tl.shards.drawing import GenerateSpec
+from dist_tl.shards.drawing import GenerateSpec, generator_fingerprint
 from dist_tl.shards.reader import read_shard
 from dist_tl.storage import layout
+from dist_tl.storage.model_files import files_fingerprint, read_model_files
 from dist_tl.storage.objects import ObjectStore
-from dist_tl.train.models import load_classifier, read_files
+from dist_tl.train.models import load_classifier
 from dist_tl.train.rows import load_rows
 from dist_tl.train.spec import StageResult, StageSpec
 
@@ -69,8 +69,8 @@ def _close_phase(
     store.write(MOMENTS, save_tensors({"mean": mean, "covariance": covariance}))
     facts = facts.model_copy(
         update={
-            "classifier_fingerprint": files_fingerprint(read_files(store, facts.classifier)),
-            "generator_fingerprint": files_fingerprint(read_files(store, str(facts.generator))),
+            "classifier_fingerprint": files_fingerprint(read_model_files(store, facts.classifier)),
+            "generator_fingerprint": generator_fingerprint(store, facts.generator),
             "classifier_accuracy": judged.accuracy,
             "frechet_real": frechet_distance(mean, covariance, *feature_moments(held_out)),
             "num_held_out": len(held_out),

@@ -4,7 +4,6 @@ This is the only place that names source data. Afterwards a job holds two models
 moments of features; `forbid_source_data` refuses any later stage that would look again.
 """
 
-import hashlib
 from collections.abc import Iterable
 
 from pydantic import Field
@@ -13,16 +12,16 @@ from dist_tl.config import StrictModel, fingerprint
 from dist_tl.datasets.views import ViewsConfig
 from dist_tl.errors import ConfigError
 from dist_tl.jobs.specs import BudgetConfig, RunConfig, SourceAssets, SourceConfig
-from dist_tl.models.generators.config import GeneratorConfig
-from dist_tl.shards.drawing import open_generator_at
+from dist_tl.models.generators.config import GeneratorConfig, StoredDiffusionConfig
+from dist_tl.shards.drawing import generator_fingerprint, open_generator
 from dist_tl.storage import layout
+from dist_tl.storage.model_files import files_fingerprint, read_model_files
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.models import (
     ModelSpec,
     NewGenerator,
     NewNetwork,
     load_classifier,
-    read_files,
 )
 from dist_tl.train.objectives import DiffusionSpec, ObjectiveSpec, SupervisedSpec
 from dist_tl.train.rows import FoldSpec, RowsSpec, load_rows
@@ -42,7 +41,7 @@ class SourceFacts(StrictModel):
     num_classes: int
     class_names: tuple[str, ...]
     classifier: str = Field(description="Where the classifier's files are.")
-    generator: str | GeneratorConfig = Field(description="Where the generator's files are.")
+    generator: GeneratorConfig
     classifier_fingerprint: str = Field(TO_COME, description="Of the classifier's files.")
     generator_fingerprint: str = Field(TO_COME, description="Of the generator's files.")
     classifier_accuracy: float | None = Field(None, description="On held-out source images.")
@@ -130,7 +129,7 @@ def planned_facts(source: SourceConfig, seed: int) -> SourceFacts:
         num_classes=rows.num_classes,
         class_names=rows.class_names,
         classifier=layout.stage_model_prefix(CLASSIFIER),
-        generator=layout.stage_model_prefix(GENERATOR),
+        generator=StoredDiffusionConfig(path=layout.stage_model_prefix(GENERATOR)),
         training_rows=source_rows(source, seed, held_out=False),
     )
 
@@ -142,7 +141,7 @@ def open_assets(store: ObjectStore, assets: SourceAssets) -> SourceFacts:
         ConfigError: one is missing, or the two do not fit each other.
     """
     classifier = load_classifier(store, assets.classifier)
-    generator, fingerprint = open_generator_at(store, assets.generator)
+    generator = open_generator(store, assets.generator)
     for what, own, other in (
         ("source classes", classifier.num_classes, generator.num_classes),
         ("image shape", classifier.image_shape, tuple(generator.image_shape)),
@@ -154,18 +153,10 @@ def open_assets(store: ObjectStore, assets: SourceAssets) -> SourceFacts:
         num_classes=classifier.num_classes,
         class_names=tuple(str(index) for index in range(classifier.num_classes)),
         classifier=assets.classifier,
-        classifier_fingerprint=files_fingerprint(read_files(store, assets.classifier)),
+        classifier_fingerprint=files_fingerprint(read_model_files(store, assets.classifier)),
         generator=assets.generator,
-        generator_fingerprint=fingerprint,
+        generator_fingerprint=generator_fingerprint(store, assets.generator),
     )
-
-
-def files_fingerprint(files: dict[str, bytes]) -> str:
-    """16 hexadecimal digits that stand for a model's files."""
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        digest.update(hashlib.sha256(files[name]).digest())
-    return digest.hexdigest()[:16]
 
 
 def forbid_source_data(stages: Iterable[StageSpec], source: SourceConfig | SourceAssets) -> None:

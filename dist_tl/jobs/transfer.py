@@ -55,7 +55,7 @@ def run_transfer(job: TransferJob, store: ObjectStore, progress: Progress) -> Tr
         job, store, progress, generators=job.generators, trials=job.trials
     ) as workers:
         plan = TransferPlan(job, _source(job, target, workers), target)
-        plan.check_shapes()
+        plan.check()
         for spec in plan.generate_stages():
             _start_generation(plan, spec, workers)
         return _run_arms(plan, workers)
@@ -78,7 +78,7 @@ def _start_generation(plan: TransferPlan, spec: GenerateSpec, workers: Workers) 
     open_generate_stage(
         workers.store, spec, _conditions(plan, spec, workers.store), created_by=versions()
     )
-    workers.generate(spec)
+    workers.generate(spec, batch_size=plan.read_batch_size(spec))
 
 
 def _conditions(plan: TransferPlan, spec: GenerateSpec, store: ObjectStore) -> Tensor | None:

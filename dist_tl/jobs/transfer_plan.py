@@ -13,10 +13,9 @@ from dist_tl.config import fingerprint
 from dist_tl.errors import ConfigError
 from dist_tl.jobs.source_plan import SourceFacts, forbid_source_data
 from dist_tl.jobs.specs import ArmConfig, BudgetConfig, PPConfig, PSSLArmConfig, TransferJob
-from dist_tl.methods.pseudo.p_ssl import PSSLConfig
 from dist_tl.seeds import derive_seed
 from dist_tl.shards.drawing import ByClass, ByTarget, GenerateSpec
-from dist_tl.shards.order import ShardPlan
+from dist_tl.shards.order import ShardPlan, check_sizes
 from dist_tl.storage import layout
 from dist_tl.train.models import Handover, ModelSpec, NewNetwork
 from dist_tl.train.objectives import DistillationSpec, ObjectiveSpec, PSSLSpec, SupervisedSpec
@@ -70,17 +69,23 @@ class TransferPlan:
     source: SourceFacts
     target: TargetFacts
 
-    def check_shapes(self) -> None:
-        """Refuse target images that source models cannot take.
+    def check(self) -> None:
+        """Refuse target images that source models cannot take, and shards that lanes cannot share.
 
         Raises:
-            ConfigError: naming both shapes.
+            ConfigError: naming both shapes, or the nearest sizes that work.
         """
         source, target = tuple(self.source.image_shape), tuple(self.target.image_shape)
         if source != target:
             raise ConfigError(
                 f"target images are (channels, height, width) {target}, the source's are "
                 f"{source}; set target.data.size and target.data.channels to the source's"
+            )
+        for spec in self.generate_stages():
+            check_sizes(
+                spec.plan(),
+                batch_size=self.read_batch_size(spec),
+                world_size=self.job.trainers.workers,
             )
 
     @cached_property
@@ -114,8 +119,9 @@ class TransferPlan:
     def pseudo_shards(self, arm: ArmConfig, repeat: int) -> GenerateSpec:
         """The samples of P-SSL, conditioned on this repeat's labelled images."""
         config = self.p_ssl(arm)
-        # Arms with the job's own settings share their samples.
-        owner = arm.name if arm.p_ssl else "p_ssl"
+        # Arms with the job's own settings share their stored samples; how many fresh ones are
+        # needed depends on the arm's budget.
+        owner = "p_ssl" if arm.p_ssl is None and config.samples else arm.name
         per_step = self.unlabelled_batch_size(arm)
         return self._generate(
             f"{owner}-shards-seed{repeat}",
@@ -131,6 +137,12 @@ class TransferPlan:
                 ]
             ),
         )
+
+    def read_batch_size(self, spec: GenerateSpec) -> int:
+        """The largest global batch that reads a stage of pseudo samples."""
+        if spec.name == PP_SHARDS:
+            return self.job.pp.training.batch_size if self.job.pp else 1
+        return max(self.unlabelled_batch_size(arm) for arm in self.pseudo_arms())
 
     def _generate(
         self,

@@ -55,9 +55,13 @@ class Workers:
             self._stage_done(spec, done)
         return results
 
-    def generate(self, spec: GenerateSpec) -> None:
-        """Have a stage of pseudo samples made in the background; its manifest must be stored."""
-        self.generation.append(self.pool.add(spec))
+    def generate(self, spec: GenerateSpec, *, batch_size: int) -> None:
+        """Have a stage of pseudo samples made in the background; its manifest must be stored.
+
+        Args:
+            batch_size: the largest global batch that reads it.
+        """
+        self.generation.append(self.pool.add(spec, batch_size=batch_size))
 
     def start_trials(self, name: str, specs: Sequence[StageSpec]) -> None:
         """Start independent stages in a worker of their own, in the background."""
@@ -65,18 +69,22 @@ class Workers:
 
     def trial_results(self, name: str) -> list[StageResult]:
         """The results of :meth:`start_trials`, waited for."""
-        return self.trials.results(self.trial_tickets[name], on_poll=self.pool.check)
+        return self.trials.results(self.trial_tickets[name], on_poll=self._check)
 
     def finish_generation(self) -> None:
         """Wait until every queued shard is committed."""
         while not all(stage.done for stage in self.generation):
-            self.pool.check()
+            self._check()
             self._show_generation()
             self.pool.wait(0.2)
         self._show_generation()
 
-    def _show(self, spec: StageSpec, snapshot: Snapshot) -> None:
+    def _check(self) -> None:
+        self.session.check()
         self.pool.check()
+
+    def _show(self, spec: StageSpec, snapshot: Snapshot) -> None:
+        self._check()
         step = snapshot.step.get(spec.name, 0)
         loss = snapshot.loss.get(spec.name)
         note = "starting the trainers" if not snapshot.ready else "waiting for the first step"

@@ -22,6 +22,11 @@ from dist_tl.methods.pseudo.conditions import (
     draw_conditions,
     one_hot,
 )
+from dist_tl.models.generators.config import (
+    GeneratorConfig,
+    StoredDiffusionConfig,
+    load_generator,
+)
 from dist_tl.models.generators.protocol import ConditionalGenerator, check_condition
 from dist_tl.seeds import row_rngs
 from dist_tl.shards.manifest import StageManifest, open_stage
@@ -29,6 +34,7 @@ from dist_tl.shards.order import ShardOrder, ShardPlan
 from dist_tl.shards.sample import PseudoSample, quantise
 from dist_tl.shards.writer import ShardConfig
 from dist_tl.storage import layout
+from dist_tl.storage.model_files import files_fingerprint, read_model_files
 from dist_tl.storage.objects import ObjectStore
 
 
@@ -50,7 +56,7 @@ class GenerateSpec(StrictModel):
 
     name: str = Field(description="Of the stage; part of the samples' seeds.")
     seed: int
-    generator: str = Field(description="Where the generator's files are: a key, a path or a URL.")
+    generator: GeneratorConfig
     generator_fingerprint: str = Field(description="Of the generator's files and sampler.")
     num_classes: int = Field(ge=2, description="Source classes.")
     image_shape: tuple[int, int, int]
@@ -171,11 +177,21 @@ def _conditions(
     return drawn.condition_SK, None, drawn.row_S
 
 
-def open_generator_at(store: ObjectStore, place: str) -> tuple[ConditionalGenerator, str]:
-    from dist_tl.models.generators.diffusion import ClassDiffusion
-    files = {n: store.read(f"{place}/{n}") for n in ("model.safetensors", "config.json")}
-    return ClassDiffusion.from_files(files).eval(), ""
+def open_generator(store: ObjectStore, config: GeneratorConfig) -> ConditionalGenerator:
+    """The generator a job names, frozen, on the GPU where there is one.
+
+    Raises:
+        ConfigError: it is missing, damaged, or not class-conditional.
+    """
+    stored = isinstance(config, StoredDiffusionConfig)
+    files = read_model_files(store, config.path) if stored else None
+    generator = load_generator(config, files=files)
+    return generator.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def open_generator(store: ObjectStore, spec: GenerateSpec) -> ConditionalGenerator:
-    return open_generator_at(store, spec.generator)[0]
+def generator_fingerprint(store: ObjectStore, config: GeneratorConfig) -> str:
+    """What stands for the generator in orders and manifests: its settings, and own weights."""
+    settings = fingerprint(config.model_dump(mode="json", exclude={"path"}))
+    if not isinstance(config, StoredDiffusionConfig):
+        return fingerprint(config)
+    return f"{settings[:8]}{files_fingerprint(read_model_files(store, config.path))}"

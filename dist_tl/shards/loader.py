@@ -7,6 +7,7 @@ process alive.
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, replace
@@ -92,15 +93,14 @@ class ShardLoader:
         self._stop.set()
         for _ in self._threads:
             self._queue.put(None)
+        deadline = time.monotonic() + _JOIN_S
         for thread in self._threads:
-            thread.join(_JOIN_S)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _work(self) -> None:
         while (task := self._queue.get()) is not None:
             index, future = task
             try:
-                if self._stop.is_set():
-                    raise CancelledError
                 shard, error = self._load(index), None
             except BaseException as caught:
                 # Everything goes to whoever waits: a thread has nobody else to tell.
@@ -180,6 +180,10 @@ class Prefetch:
         shards = self._ahead.pop(key)
         self._num_ahead -= len(shards)
         return shards
+
+    def clear(self) -> None:
+        """Forget what was loaded ahead."""
+        self._ahead.clear()
 
     def top_up(self) -> None:
         """Ask for shards until `limit` are on their way."""

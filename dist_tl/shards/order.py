@@ -300,6 +300,16 @@ class DataOrder:
         rows = np.concatenate(self.batch(step, batch_size, lanes=lanes))
         return self.plan.first_sample + rows[:, 0] * self.plan.samples_per_shard + rows[:, 1]
 
+    def reach(self, batch_size: int) -> int:
+        """Shards that must be let exist, from `ShardStream.position` on, for a batch to be whole.
+
+        With fewer, generators that are held back and readers that wait hold up each other for ever.
+        Twice as many keep the reader from waiting at the end of every window.
+        """
+        check_sizes(self.plan, batch_size=batch_size, world_size=1)
+        share, full = batch_size // self.plan.lanes, self.plan.window * self.plan.samples_per_shard
+        return self.plan.lanes * self.plan.window * ((share - 1) // full + 2)
+
     def windows_needed(
         self, step: int, batch_size: int, *, lanes: Iterable[int] | None = None
     ) -> Iterator[Window]:

@@ -127,6 +127,7 @@ class ShardStream:
         """
         if cursor < 0:
             raise ValueError(f"expected a cursor >= 0, got {cursor}")
+        self._cursor = cursor
         reading = _Reading(self, cursor)
         self._readings.append(reading)
         try:
@@ -138,6 +139,7 @@ class ShardStream:
             return  # closed while waiting
         finally:
             reading.close()
+            reading.let_go()
 
     def close(self) -> None:
         """Stop all readings and their threads; a consumer that waits is released."""
@@ -148,8 +150,8 @@ class ShardStream:
     def position(self) -> int:
         """The lowest shard that epoch 0 has not finished with; the number of shards when it has.
 
-        Generators should be let at least 2 x lanes x window shards beyond it: one window of every
-        lane is being read while the next is made.
+        Generators that are held back must be let make at least `order.reach(batch_size)` shards
+        from here on.
         """
         at, lowest = self._cursor * self._share, self._plan.num_shards
         for lane in self.lanes:
@@ -198,8 +200,13 @@ class _Reading:
         self.first_batch_s: float | None = None
 
     def close(self) -> None:
+        """Stop the threads; whoever waits for them gets CancelledError."""
         self.loader.close()
+
+    def let_go(self) -> None:
+        """Forget all shards. Only for the consumer's own thread: it may be using them."""
         self._open.clear()
+        self._prefetch.clear()
 
     def batch(self, step: int) -> StreamBatch:
         """The rank's part of global batch `step`; steps must not go back."""

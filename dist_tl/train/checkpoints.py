@@ -14,15 +14,14 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import torch
 import torch.distributed as dist
 from pydantic import Field
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from dist_tl.config import StrictModel
+from dist_tl.config import StrictModel, validate
 from dist_tl.errors import CheckpointError, CheckpointMismatchError
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
@@ -50,7 +49,7 @@ class FileRecord(StrictModel):
 class Commit(StrictModel):
     """The marker that makes a checkpoint exist."""
 
-    format: int = FORMAT
+    format: Literal[1] = FORMAT
     step: int = Field(description="Optimizer steps done.")
     cursor: int = Field(description="Global batches consumed.")
     world_size: int
@@ -92,25 +91,25 @@ class Checkpoints:
         return self._config.every_steps > 0 and step % self._config.every_steps == 0
 
     def save(self, engine: Engine, state: TrainState) -> None:
-        """Store the engine and `state`; returns once the checkpoint is committed.
+        """Store the engine and `state`; returns on every rank once the checkpoint is committed.
 
         Raises:
             StorageError: the store refused a file; nothing is committed then.
         """
         began = time.monotonic()
-        if not self._committed(state.step):
-            records = self._gather(self._write_own_files(engine, state.step))
-            if self._rank == 0:
-                self._commit(state, records)
-            dist.barrier()
+        records = self._gather(self._write_own_files(engine, state.step))
+        if self._rank == 0:
+            self._commit(state, records)
+        dist.barrier()
         self.seconds_blocked += time.monotonic() - began
 
     def restore(self, engine: Engine) -> TrainState:
         """Load the latest committed checkpoint into the engine; a new state where none exists.
 
         Raises:
-            CheckpointMismatchError: it belongs to another stage or another number of workers.
-            CheckpointError: a file is missing or altered.
+            CheckpointMismatchError: it belongs to another stage or another number of workers, or
+                the parameters are cut into other slices now.
+            CheckpointError: a file is missing, altered, or of an unknown format.
         """
         commit = self._latest()
         if commit is None:
@@ -126,7 +125,9 @@ class Checkpoints:
                 f"{commit.world_size} workers, this job has {self._world_size}; "
                 f"go on with trainers.workers={commit.world_size}, or use another run name"
             )
-        engine.load_local_state(self._read_own_tensors(commit), num_updates=commit.step)
+        self._check_slices(engine, commit)
+        tensors = self._read(layout.rank_tensors_key(self._stage, commit.step, self._rank), commit)
+        engine.load_local_state(load_tensors(tensors), num_updates=commit.step)
         return TrainState(commit.step, commit.cursor)
 
     def clear(self) -> None:
@@ -136,24 +137,16 @@ class Checkpoints:
                 self._remove(step)
 
     def _write_own_files(self, engine: Engine, step: int) -> list[FileRecord]:
-        tensors = engine.local_state()
-        slices = {
-            f.name: {"shape": list(f.shape), "offset": f.offset, "length": f.master.numel()}
-            for f in engine.fragments
-        }
-        index = {"format": FORMAT, "slices": slices, "optimizer_step": engine.num_updates}
-        records = []
-        for key, data in (
-            (layout.rank_tensors_key(self._stage, step, self._rank), save_tensors(tensors)),
-            (
-                layout.rank_state_key(self._stage, step, self._rank),
-                json.dumps(index, sort_keys=True).encode(),
-            ),
-        ):
-            self._store.write(key, data)
-            digest = hashlib.sha256(data).hexdigest()
-            records.append(FileRecord(key=key, sha256=digest, bytes=len(data)))
-        return records
+        tensors = save_tensors(engine.local_state())
+        slices = json.dumps({"format": FORMAT, "slices": _slices(engine)}, sort_keys=True)
+        return [
+            self._write(layout.rank_tensors_key(self._stage, step, self._rank), tensors),
+            self._write(layout.rank_state_key(self._stage, step, self._rank), slices.encode()),
+        ]
+
+    def _write(self, key: str, data: bytes) -> FileRecord:
+        self._store.write(key, data)
+        return FileRecord(key=key, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
 
     def _gather(self, records: Sequence[FileRecord]) -> list[FileRecord]:
         gathered: list[Any] = [None] * self._world_size
@@ -180,24 +173,36 @@ class Checkpoints:
                 self._remove(step)
 
     def _latest(self) -> Commit | None:
-        """Rank 0 decides, so that all ranks restore the same checkpoint."""
-        found: list[Any] = [None]
+        """Rank 0 looks, so that all ranks restore the same checkpoint or refuse it together."""
+        found: list[Any] = [None, b""]
         if self._rank == 0:
             steps = [step for step in self._steps() if self._committed(step)]
-            found = [self._store.read_json(self._commit_key(steps[-1])) if steps else None]
+            if steps:
+                key = self._commit_key(steps[-1])
+                found = [key, self._store.read(key)]
         dist.broadcast_object_list(found, src=0)
-        return None if found[0] is None else Commit.model_validate(found[0])
+        key, data = found
+        return None if key is None else _parse(key, data)
 
-    def _read_own_tensors(self, commit: Commit) -> dict[str, torch.Tensor]:
-        key = layout.rank_tensors_key(self._stage, commit.step, self._rank)
-        [record] = [record for record in commit.files if record.key == key]
-        data = self._store.read(key)
-        if hashlib.sha256(data).hexdigest() != record.sha256:
-            raise CheckpointError(
-                f"{key} is not what was committed ({len(data)} of {record.bytes} bytes); delete "
-                "that checkpoint's folder to go on from the one before"
+    def _check_slices(self, engine: Engine, commit: Commit) -> None:
+        key = layout.rank_state_key(self._stage, commit.step, self._rank)
+        if json.loads(self._read(key, commit))["slices"] != _slices(engine):
+            raise CheckpointMismatchError(
+                f"{key}: parameters are cut into other slices than this job's; it was made by "
+                "another version of the software: use that one, or another run name"
             )
-        return load_tensors(data)
+
+    def _read(self, key: str, commit: Commit) -> bytes:
+        """A file of the checkpoint, if it is still what was committed."""
+        digests = {record.key: record.sha256 for record in commit.files}
+        data = self._store.read_or_none(key)
+        if data is None or hashlib.sha256(data).hexdigest() != digests.get(key):
+            what = "is missing" if data is None else "is not what was committed"
+            folder = layout.checkpoint_prefix(self._stage, commit.step)
+            raise CheckpointError(
+                f"{key} {what}; delete {folder} to go on from the checkpoint before"
+            )
+        return data
 
     def _steps(self) -> list[int]:
         keys = self._store.list(layout.checkpoints_prefix(self._stage))
@@ -213,3 +218,21 @@ class Checkpoints:
 
     def _commit_key(self, step: int) -> str:
         return layout.commit_key(self._stage, step)
+
+
+def _slices(engine: Engine) -> dict[str, Any]:
+    """Where this rank's slices lie in their parameters."""
+    return {
+        f.name: {"shape": list(f.shape), "offset": f.offset, "length": f.master.numel()}
+        for f in engine.fragments
+    }
+
+
+def _parse(key: str, data: bytes) -> Commit:
+    try:
+        return validate(Commit, json.loads(data), source=key)
+    except ValueError as error:  # not JSON, or not a Commit
+        raise CheckpointError(
+            f"{key} is damaged or of another version: {error}; delete it to go on from the "
+            "checkpoint before"
+        ) from None

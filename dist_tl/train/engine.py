@@ -4,6 +4,7 @@ The engine trains with ZeRO stage 0 to 3 in float32 or bfloat16, on CPU (gloo) o
 gives out its state as fragments. Not covered: batches, losses, when to save.
 """
 
+import math
 import os
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -15,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dist_tl.config import StrictModel
-from dist_tl.errors import CheckpointMismatchError
+from dist_tl.errors import CheckpointMismatchError, ConfigError
 from dist_tl.train.fragments import Fragment, local_fragments, spread_master_weights
 
 
@@ -58,7 +59,7 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     if config.schedule == "constant":
         return config.learning_rate
     done = (step - warmup) / max(1, num_steps - warmup)
-    return config.learning_rate * 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class Engine:
@@ -171,32 +172,68 @@ class Engine:
         self.num_updates = num_updates
 
     def full_weights(self, *, averaged: bool = False) -> dict[str, Tensor]:
-        """The whole model's float32 weights and buffers on CPU, on every rank. A collective.
+        """The whole model on CPU, the same on every rank. A collective.
 
         Args:
-            averaged: the moving average instead of the weights themselves.
+            averaged: the moving average of the weights instead of the last.
+
+        Returns:
+            Name to tensor: float32 weights; buffers, the floating ones as the mean over ranks, for
+            each rank's batch norm has seen its own share of every batch only.
         """
         sources = self._ema if averaged and self._ema else [f.master for f in self._fragments]
         mine = {f.name: (f, values) for f, values in zip(self._fragments, sources, strict=True)}
         weights = {}
         for name, parameter in self.module.named_parameters():
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            whole = torch.zeros(shape, dtype=torch.float32, device=self.device)
-            if not parameter.requires_grad:
-                whole.copy_(parameter.data)
-            elif name in mine:
-                fragment, values = mine[name]
-                whole.view(-1).narrow(0, fragment.offset, values.numel()).copy_(values)
-            # Each element has one owner, so the sum over ranks is a gather without padding.
-            if parameter.requires_grad and self.config.zero_stage > 0:
-                dist.all_reduce(whole)
-            weights[name] = whole.cpu()
-        weights.update({name: value.cpu().clone() for name, value in self.module.named_buffers()})
+            if parameter.requires_grad:
+                weights[name] = self._assembled(parameter, mine.get(name)).cpu()
+            else:
+                weights[name] = _frozen(parameter).float().cpu()
+        for name, buffer in self.module.named_buffers():
+            weights[name] = _mean_over_ranks(buffer).cpu()
         return weights
+
+    def _assembled(self, parameter: Tensor, own: tuple[Fragment, Tensor] | None) -> Tensor:
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        whole = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        if own is not None:
+            fragment, values = own
+            whole.view(-1).narrow(0, fragment.offset, values.numel()).copy_(values)
+        # Each element has one owner, so the sum over ranks is a gather without padding.
+        if self.config.zero_stage > 0:
+            dist.all_reduce(whole)
+        return whole
+
+    def is_finite(self) -> bool:
+        """Whether all master weights are finite numbers, on all ranks. A collective."""
+        parts = [fragment.master.isfinite().all() for fragment in self._fragments]
+        finite = torch.stack(parts).all() if parts else torch.tensor(True)
+        verdict = finite.to(self.device, torch.int32)
+        dist.all_reduce(verdict, op=dist.ReduceOp.MIN)
+        return bool(verdict)
 
     def close(self) -> None:
         """Free DeepSpeed's hooks and buffers, so that another engine can be built."""
         self._deepspeed.destroy()
+
+
+def _frozen(parameter: Tensor) -> Tensor:
+    """The values of a parameter that does not learn; at stage 3 it lies in pieces too."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().clone()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def _mean_over_ranks(buffer: Tensor) -> Tensor:
+    if not buffer.is_floating_point():
+        return buffer.clone()
+    # In float64, or three equal numbers might not have their own value as their mean.
+    total = buffer.to(torch.float64, copy=True)
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).to(buffer.dtype)
 
 
 def _copy(target: Tensor, state: dict[str, Tensor], key: str) -> None:
@@ -264,9 +301,14 @@ def join_group(
 
     Args:
         rendezvous: a torch.distributed init method, e.g. "file:///tmp/meet"; not needed alone.
+
+    Raises:
+        ConfigError: several ranks, and no place where they could meet.
     """
     if dist.is_initialized():
         return
+    if rendezvous is None and world_size > 1:
+        raise ConfigError(f"{world_size} ranks need a rendezvous; give all of them the same one")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",

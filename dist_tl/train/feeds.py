@@ -100,11 +100,12 @@ class MemoryRows:
     ) -> None:
         if len(data.labels) == 0:
             raise ConfigError("expected at least one training image, got none")
-        if batch_size % num_lanes:
+        if batch_size < 1 or batch_size % num_lanes:
             low = batch_size - batch_size % num_lanes
+            nearest = " or ".join(str(n) for n in (low, low + num_lanes) if n > 0)
             raise ConfigError(
-                f"batch size {batch_size} is not divisible by {num_lanes} lanes; "
-                f"the nearest that work are {low or num_lanes} and {low + num_lanes}"
+                f"{num_lanes} lanes cannot share a batch of {batch_size} evenly; use a batch of "
+                f"{nearest}"
             )
         self._data, self._lanes = data, lanes
         self._seed, self._purpose = seed, purpose
@@ -196,37 +197,36 @@ class Feed:
         step = cursor
         while True:
             real = next(labelled)
-            pseudo = next(unlabelled) if unlabelled else None
-            yield [self._batch(step, real, pseudo, part) for part in self._parts(len(real))]
+            pseudo = next(unlabelled) if unlabelled else []
+            parts = zip(self._parts(real), self._parts(pseudo), strict=True)
+            yield [self._batch(step, *part) for part in parts]
             step += 1
 
-    def _parts(self, num_lanes: int) -> list[slice]:
-        if num_lanes % self._accumulation:
+    def _parts(self, lanes: list[LaneRows]) -> list[list[LaneRows]]:
+        if len(lanes) % self._accumulation:
             raise ConfigError(
-                f"{num_lanes} lanes a worker cannot be cut into {self._accumulation} micro-batches;"
-                f" use lanes = workers * {self._accumulation}, or a multiple of it"
+                f"{len(lanes)} lanes a worker cannot be cut into {self._accumulation} "
+                f"micro-batches; use lanes = workers * {self._accumulation}, or a multiple of it"
             )
-        width = num_lanes // self._accumulation
-        return [slice(i * width, (i + 1) * width) for i in range(self._accumulation)]
+        width = len(lanes) // self._accumulation
+        return [lanes[i * width : (i + 1) * width] for i in range(self._accumulation)]
 
-    def _batch(
-        self, step: int, real: list[LaneRows], pseudo: list[LaneRows] | None, part: slice
-    ) -> Batch:
-        labels = [rows.labels for rows in real[part]]
+    def _batch(self, step: int, real: list[LaneRows], pseudo: list[LaneRows]) -> Batch:
+        labels = [rows.labels for rows in real]
         if any(lane_labels is None for lane_labels in labels):
             raise ConfigError("these shards hold no class labels; expected .cls in every sample")
         weak = strong = None
         numbers: list[int] = []
-        if pseudo is not None:
-            weak, strong = self._two_views(step, pseudo[part])
-            numbers = [int(n) for rows in pseudo[part] for n in rows.numbers]
+        if pseudo:
+            weak, strong = self._two_views(step, pseudo)
+            numbers = [int(n) for rows in pseudo for n in rows.numbers]
         return Batch(
-            images=torch.cat([self._labelled_view(step, rows) for rows in real[part]]),
+            images=torch.cat([self._labelled_view(step, rows) for rows in real]),
             labels=torch.from_numpy(np.concatenate(labels)).long().to(self._device),
             weak=weak,
             strong=strong,
             numbers=tuple(numbers),
-            lanes=tuple(rows.lane for rows in real[part]),
+            lanes=tuple(rows.lane for rows in real),
         )
 
     def _labelled_view(self, step: int, rows: LaneRows) -> Tensor:

@@ -1,20 +1,23 @@
 """The training loop: take a batch, take a step, remember where we are."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_tl.errors import NonFiniteLossError
+from dist_tl.errors import NonFiniteLossError, NumericsError
 from dist_tl.telemetry import MetricsLog
 from dist_tl.train.checkpoints import Checkpoints, TrainState
 from dist_tl.train.engine import Engine
 from dist_tl.train.feeds import Batch, Feed
 from dist_tl.train.objectives import Figures, Objective
+
+OnProgress = Callable[[int, float, int | None], None]
 
 
 def fit(
@@ -34,7 +37,8 @@ def fit(
 
     Raises:
         ShardTimeoutError: the generators fell further behind than the stream may wait.
-        NonFiniteLossError: the loss left the finite numbers; the step is not checkpointed.
+        NonFiniteLossError: the loss left the finite numbers.
+        NumericsError: the weights did. Neither is ever checkpointed.
     """
     steps = feed.read_from(state.cursor)
     while state.step < num_steps:
@@ -43,9 +47,9 @@ def fit(
         state = state.advance()
         record.add(state.step, parts, feed.seconds_starved)
         if checkpoints.is_due(state.step) and state.step < num_steps:
-            record.flush()
+            record.settle(engine)
             checkpoints.save(engine, state)
-    record.flush()
+    record.settle(engine)
     return state
 
 
@@ -60,10 +64,17 @@ def _micro_step(
 
 
 class StepRecord:
-    """The loss of every step as the mean over ranks, gathered once in `every` steps.
+    """The loss of every step as the mean over ranks, gathered once in `every` steps and at first.
 
     One collective for many steps keeps the log off the critical path, and makes all ranks see a
-    non-finite loss together, so that all of them stop. `flush` is a collective.
+    non-finite loss together, so that all of them stop. `flush` and `settle` are collectives.
+
+    Args:
+        metrics: where the rows go; None on all ranks but one.
+        started: Unix time at which the stage began, less what earlier attempts took.
+        position: the lowest shard that this rank still needs; None where it reads none.
+        on_progress: told the steps done, the latest known loss and the position, with every
+            flush, and as soon as the position moves: generators wait for it.
     """
 
     def __init__(
@@ -72,11 +83,14 @@ class StepRecord:
         *,
         stage: str,
         every: int,
-        on_progress: Callable[[int, float], None],
+        started: float,
+        position: Callable[[], int | None] = lambda: None,
+        on_progress: OnProgress = lambda step, loss, shard: None,
     ) -> None:
         self._metrics, self._stage, self._every = metrics, stage, every
-        self._on_progress = on_progress
-        self._rows: list[tuple[int, float, list[tuple[Tensor, Figures]], float]] = []
+        self._started, self._position, self._on_progress = started, position, on_progress
+        self._rows: list[_Row] = []
+        self._reported = position()
         self.first_step_at: float | None = None
         self.last_loss = float("nan")
 
@@ -86,12 +100,15 @@ class StepRecord:
         """Remember the micro-batches of one optimizer step."""
         now = time.time()
         self.first_step_at = self.first_step_at or now
-        self._rows.append((step, now, list(parts), seconds_starved))
-        if len(self._rows) >= self._every:
+        self._rows.append(_Row(step, now, _mean_figures(parts), seconds_starved))
+        is_first = math.isnan(self.last_loss)
+        if is_first or len(self._rows) >= self._every:
             self.flush()
+        elif self._position() != self._reported:
+            self._report(step)
 
     def flush(self) -> None:
-        """Average over the ranks, check, and write.
+        """Average over the ranks, check, and log.
 
         Raises:
             NonFiniteLossError: on every rank, naming the first bad step.
@@ -99,29 +116,61 @@ class StepRecord:
         if not self._rows:
             return
         rows, self._rows = self._rows, []
-        values = [_mean_figures(parts) for _, _, parts, _ in rows]
-        table = torch.stack([torch.stack(list(row.values())) for row in values])
+        table = torch.stack([torch.stack(list(row.figures.values())) for row in rows])
         dist.all_reduce(table)
         means = (table / dist.get_world_size()).cpu().tolist()
-        for (step, at, _, starved), names, row in zip(rows, values, means, strict=True):
-            named: dict[str, Any] = dict(zip(names, row, strict=True))
-            if not torch.isfinite(torch.tensor(named["loss"])):
-                raise NonFiniteLossError(
-                    f"stage {self._stage}: the loss is {named['loss']} at step {step}; lower the "
-                    "learning rate, or look at the batch of that step"
-                )
-            if self._metrics is not None:
-                self._metrics.log(step=step, at=round(at, 3), **named, starved_s=round(starved, 3))
-            self.last_loss = named["loss"]
-        self._on_progress(rows[-1][0], self.last_loss)
+        for row, values in zip(rows, means, strict=True):
+            self._log(row, dict(zip(row.figures, values, strict=True)))
+        self._report(rows[-1].step)
 
-    def close(self) -> None:
-        """Write what is left of the metric rows."""
+    def settle(self, engine: Engine) -> None:
+        """Flush, put all rows into the store, and make sure that the weights are worth keeping.
+
+        Raises:
+            NonFiniteLossError: a loss since the last flush is not finite.
+            NumericsError: a weight is not finite, though the losses before it were.
+        """
+        self.flush()
+        self._store()
+        if not engine.is_finite():
+            raise NumericsError(
+                f"stage {self._stage}: step {engine.num_updates} left weights that are NaN or "
+                "infinite; lower the learning rate"
+            )
+
+    def _log(self, row: "_Row", figures: dict[str, float]) -> None:
+        if not math.isfinite(figures["loss"]):
+            self._store()  # the rows that led here help to find out why
+            raise NonFiniteLossError(
+                f"stage {self._stage}: the loss is {figures['loss']} at step {row.step}; lower the "
+                "learning rate, or look at the batch of that step"
+            )
+        self.last_loss = figures["loss"]
+        if self._metrics is not None:
+            self._metrics.log(
+                step=row.step,
+                **figures,
+                elapsed_s=round(row.at - self._started, 3),
+                starved_s=round(row.seconds_starved, 3),
+            )
+
+    def _store(self) -> None:
         if self._metrics is not None:
             self._metrics.flush()
 
+    def _report(self, step: int) -> None:
+        self._reported = self._position()
+        self._on_progress(step, self.last_loss, self._reported)
 
-def _mean_figures(parts: Sequence[tuple[Tensor, Figures]]) -> dict[str, Tensor]:
+
+class _Row(NamedTuple):
+    step: int
+    at: float  # Unix time
+    figures: Figures
+    seconds_starved: float
+
+
+def _mean_figures(parts: Sequence[tuple[Tensor, Figures]]) -> Figures:
     rows = [{"loss": loss.float(), **figures} for loss, figures in parts]
     return {name: torch.stack([row[name].float() for row in rows]).mean() for name in rows[0]}
 

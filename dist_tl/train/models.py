@@ -12,10 +12,9 @@ from dist_tl.models.files import load_network, save_network
 from dist_tl.models.generators.diffusion import ClassDiffusion, DiffusionConfig
 from dist_tl.models.networks import Network, NetworkConfig, build_network, replace_head
 from dist_tl.seeds import torch_rng
-from dist_tl.storage import layout
+from dist_tl.storage.model_files import read_model_files
 from dist_tl.storage.objects import ObjectStore
 
-FILES = (layout.MODEL_TENSORS, layout.MODEL_CONFIG)
 ImageShape = tuple[int, int, int]
 
 
@@ -76,21 +75,6 @@ def build_model(
             return replace_head(network, spec.num_classes, torch_rng(seed, "fresh head"))
 
 
-def read_files(store: ObjectStore, place: str) -> dict[str, bytes]:
-    """The files of a model: a key of the run's store, or a URL or path of its own.
-
-    Raises:
-        ConfigError: a file is missing.
-    """
-    own = not ("://" in place or place.startswith(("/", "./", "../")))
-    folder = store.child(place) if own else ObjectStore(place)
-    found = {name: folder.read_or_none(name) for name in FILES}
-    missing = [name for name, data in found.items() if data is None]
-    if missing:
-        raise ConfigError(f"no model at {folder.url}: {' and '.join(missing)} not found there")
-    return {name: data for name, data in found.items() if data is not None}
-
-
 def load_classifier(
     store: ObjectStore, place: str, *, image_shape: ImageShape | None = None
 ) -> Network:
@@ -99,7 +83,7 @@ def load_classifier(
     Raises:
         ConfigError: its files are missing or damaged, or it takes images of another shape.
     """
-    network = load_network(read_files(store, place))
+    network = load_network(read_model_files(store, place))
     if image_shape is not None and network.image_shape != tuple(image_shape):
         raise ConfigError(
             f"the model at {place} takes images of (channels, height, width) "
@@ -115,6 +99,16 @@ def model_files(module: nn.Module) -> dict[str, bytes]:
 
 
 def load_weights(module: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
-    """`module` with the given weights and buffers, in eval mode."""
-    module.load_state_dict(weights)
+    """`module` with the given weights and buffers (`Engine.full_weights`), in eval mode, frozen.
+
+    Raises:
+        ValueError: they belong to another module.
+    """
+    # A state_dict names shared weights twice and leaves out buffers that are not saved.
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    if differing := sorted(own.keys() ^ weights.keys()):
+        raise ValueError(f"expected the weights of this module; {differing[0]} is on one side only")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
     return module.eval().requires_grad_(False)

@@ -7,7 +7,7 @@ is its model, its metrics and, last, its result: a stage with a result is done.
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import nn
 
 from dist_tl.datasets.images import to_float
 from dist_tl.datasets.views import Views
+from dist_tl.seeds import derive_seed
 from dist_tl.shards.order import ShardPlan
 from dist_tl.shards.stream import ShardStream
 from dist_tl.storage import layout
@@ -26,14 +27,13 @@ from dist_tl.train import objectives
 from dist_tl.train.checkpoints import Checkpoints
 from dist_tl.train.engine import Engine
 from dist_tl.train.feeds import Feed, MemoryRows, Rows, ShardRows, own_lanes
-from dist_tl.train.loop import StepRecord, fit, read_rows
+from dist_tl.train.loop import OnProgress, StepRecord, fit, read_rows
 from dist_tl.train.models import build_model, load_classifier, load_weights, model_files
 from dist_tl.train.rows import RowsSpec, load_rows
 from dist_tl.train.spec import StageResult, StageSpec, read_result
 
 EVALUATION_BATCH = 512
 logger = logging.getLogger(__name__)
-OnProgress = Callable[[int, float, int | None], None]
 
 
 def run_stage(
@@ -50,8 +50,9 @@ def run_stage(
     Goes on from the stage's last committed checkpoint; returns at once if the stage is done.
 
     Args:
-        on_progress: called on every rank with the steps done, the loss, and the lowest shard that
-            this rank still needs for the first time (None where it reads no shards).
+        on_progress: called on every rank with the steps done, the latest known loss, and the lowest
+            shard that this rank still needs for the first time (None where it reads no shards).
+        log_every: steps between two collectives that average the loss over the ranks.
 
     Raises:
         DistTLError: a named error of the data, the store, the shards or the numbers.
@@ -68,14 +69,20 @@ def run_stage(
         feed, streams = _feed(spec, store, rank, world_size, engine.device)
         for stream in streams:
             stack.callback(stream.close)
+        # Dropout takes no generator; without this it would depend on what the process did before.
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        torch.manual_seed(derive_seed(spec.seed, "dropout", rank))
         checkpoints = _checkpoints(spec, store, rank, world_size)
         state = checkpoints.restore(engine)
         earlier = store.read_or_none(layout.metrics_key(spec.name)) or b""
+        seconds_before = _seconds_until(earlier, state.step)
         record = StepRecord(
             _metrics(spec, store, earlier, state.step) if rank == 0 else None,
             stage=spec.name,
             every=log_every,
-            on_progress=lambda step, loss: on_progress(step, loss, _position(streams)),
+            started=started - seconds_before,
+            position=lambda: _position(streams),
+            on_progress=on_progress,
         )
         fit(
             engine,
@@ -86,7 +93,6 @@ def run_stage(
             checkpoints=checkpoints,
             record=record,
         )
-        record.close()
         whole = whole.to(engine.device)
         last_step = _scores(spec, whole, engine, rank, world_size, averaged=False)
         scores = last_step
@@ -101,7 +107,7 @@ def run_stage(
         started=started,
         first_step_at=record.first_step_at,
         ended=ended,
-        seconds=ended - started + _seconds_until(earlier, state.step),
+        seconds=ended - started + seconds_before,
         steps=spec.steps,
         samples=spec.steps * (spec.batch_size + spec.unlabelled_batch_size),
         seconds_starved=starved,
@@ -214,9 +220,8 @@ def _metrics(spec: StageSpec, store: ObjectStore, earlier: bytes, resume_step: i
 
 
 def _seconds_until(metrics: bytes, step: int) -> float:
-    """Seconds that earlier attempts spent on the steps that this attempt did not repeat."""
-    kept = [row["at"] for row in read_rows(metrics) if row["step"] <= step]
-    return max(kept) - min(kept) if kept else 0.0
+    """Seconds that earlier attempts spent on the steps that this attempt does not repeat."""
+    return max((row["elapsed_s"] for row in read_rows(metrics) if row["step"] <= step), default=0.0)
 
 
 def _scores(

@@ -137,6 +137,21 @@ def test_windows_are_announced_in_the_order_in_which_batches_open_them(plan, sha
     }
 
 
+@settings(deadline=None)
+@given(PLANS, st.integers(1, 30), st.integers(0, 12))
+def test_a_batch_needs_no_shard_beyond_the_reach_of_what_epoch_zero_still_reads(plan, share, step):
+    order, batch_size = DataOrder(plan), share * plan.lanes
+    unread = [
+        order.window_at(lane, step * share).shards[0]
+        for lane in range(plan.lanes)
+        if step * share < order.lane_length(lane)
+    ]
+    made = min(unread, default=plan.num_shards) + order.reach(batch_size)
+    for lane in range(plan.lanes):
+        for window, _, _ in order.lane_windows(lane, step * share, share):
+            assert max(window.shards) < made
+
+
 def test_later_epochs_and_other_lanes_and_seeds_are_shuffled_differently():
     plan = plan_of(400, 2, 2, 5)
     order = DataOrder(plan)

@@ -39,6 +39,11 @@ def no_thread_is_left_behind():
 
 
 @pytest.fixture
+def store(tmp_path):
+    return ObjectStore(tmp_path / "run")
+
+
+@pytest.fixture
 def plan(stage):
     return stage.plan(num_samples=46, samples_per_shard=4, lanes=4, window=2)
 
@@ -267,14 +272,19 @@ def test_prefetching_works_ahead_up_to_its_limit(written, plan):
 
 
 def test_shards_that_were_read_are_let_go_of(written, plan):
+    def shards_in_memory():
+        gc.collect()
+        return sum(type(thing) is DecodedShard for thing in gc.get_objects())
+
+    before = shards_in_memory()
     stream = ShardStream(written, plan, batch_size=8, memory_bytes=0, **FAST)
     reading = stream.read_from(0)
     for _ in range(40):
         next(reading)
-    alive = sum(isinstance(thing, DecodedShard) for thing in gc.get_objects())
+    alive = shards_in_memory() - before
+    reading.close()
     # Per lane at most the end of one window and the next; then what is prefetched or decoded.
     assert alive <= plan.lanes * plan.window * 2 + 4 + 4
-    reading.close()
 
 
 def test_closing_drops_what_is_still_to_be_fetched(tmp_path, stage):
@@ -318,6 +328,23 @@ def test_closing_releases_a_consumer_that_waits(store, plan):
     stream.close()
     consumer.join(5)
     assert ended == [[]]
+
+
+def test_closing_from_another_thread_ends_a_reading_between_batches(written, plan):
+    stream = ShardStream(written, plan, batch_size=8, memory_bytes=0, **FAST)
+    reading = stream.read_from(0)
+    next(reading)
+    closer = threading.Thread(target=stream.close)
+    closer.start()
+    closer.join()
+    assert len(list(reading)) < 12  # what was already loaded may still come
+
+
+def test_position_is_known_when_a_resumed_reading_waits(store, plan):
+    stream = ShardStream(store, plan, batch_size=8, timeout_s=0.1, **POLL)
+    with pytest.raises(ShardTimeoutError):
+        next(stream.read_from(4))
+    assert stream.position == 8
 
 
 def test_a_consumer_that_fails_leaves_no_threads(written, plan):

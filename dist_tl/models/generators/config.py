@@ -1,5 +1,57 @@
-"""Placeholder by the lead; the owner overwrites this file."""
+"""Which generator a job asks for, and how to open it.
 
-from dist_tl.models.generators.diffusion import DiffusionConfig
+Not covered: training one (`diffusion.DiffusionConfig`), and fetching files from a store, which is
+the caller's part.
+"""
 
-GeneratorConfig = DiffusionConfig
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dist_tl.config import StrictModel, validate
+from dist_tl.errors import ConfigError
+from dist_tl.models.generators.diffusion import ClassDiffusion, DiffusionConfig
+from dist_tl.models.generators.pipelines import PipelineConfig, PipelineGenerator
+
+
+class StoredDiffusionConfig(StrictModel):
+    """A `ClassDiffusion` that an earlier job trained."""
+
+    kind: Literal["diffusion"] = "diffusion"
+    path: str = Field(
+        min_length=1, description="Folder or URL with model.safetensors and config.json."
+    )
+    guidance_scale: float | None = Field(
+        None, ge=0.0, description="Instead of the one it was saved with."
+    )
+    num_steps: int | None = Field(
+        None, ge=1, le=500, description="Instead of the number it was saved with."
+    )
+
+
+GeneratorConfig = Annotated[StoredDiffusionConfig | PipelineConfig, Field(discriminator="kind")]
+
+
+def load_generator(
+    config: StoredDiffusionConfig | PipelineConfig, *, files: Mapping[str, bytes] | None = None
+) -> ClassDiffusion | PipelineGenerator:
+    """The generator that `config` names: frozen, in eval mode, on the CPU.
+
+    Args:
+        files: what lies at `config.path`, file name to content, for kind "diffusion". A pipeline
+            is read from its folder or the hub instead.
+
+    Raises:
+        ConfigError: files are missing or unreadable, or are not a class-conditional generator.
+    """
+    if isinstance(config, PipelineConfig):
+        return PipelineGenerator.load(config)
+    if files is None:
+        raise ConfigError(f"generator {config.path}: expected its files beside its configuration")
+    generator = ClassDiffusion.from_files(files)
+    changes = config.model_dump(include={"guidance_scale", "num_steps"}, exclude_none=True)
+    # Validated again: a generator that never learnt "no class" cannot be guided.
+    settings = generator.config.model_dump() | changes
+    generator.config = validate(DiffusionConfig, settings, source=f"generator {config.path}")
+    return generator.requires_grad_(False)

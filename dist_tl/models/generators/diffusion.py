@@ -11,19 +11,21 @@ arXiv:2303.09556.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import safetensors.torch
 import torch
-from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dist_tl.config import StrictModel, validate
 from dist_tl.errors import ConfigError
-from dist_tl.models.generators.protocol import check_condition, check_rng
-from dist_tl.models.generators.sampling import draw_noise, guide, solve
+from dist_tl.models.generators.protocol import check_condition, check_labels, check_rng
+from dist_tl.models.generators.sampling import draw_noise, guide, make_solver, solve
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -120,7 +122,7 @@ class ClassDiffusion(nn.Module):
             width = self.unet.time_embedding.linear_2.out_features
             self.label_embedding = nn.Embedding(num_classes + 1, width)
         # Not a buffer: engines cast buffers to bfloat16, which this table would not survive.
-        self._signal = _scheduler(config).alphas_cumprod
+        self._signal = make_solver(_noise_schedule(config), clip=True).alphas_cumprod
 
     def forward(self, images: Tensor, labels: Tensor, *, rng: torch.Generator) -> Tensor:
         """The training loss, so that engines can wrap the model. See `loss`."""
@@ -147,8 +149,8 @@ class ClassDiffusion(nn.Module):
         signal = self._signal.to(images.device)[timesteps][:, None, None, None]
         noisy = signal.sqrt() * images + (1 - signal).sqrt() * noise
         predicted = self._predict(noisy, timesteps, self.label_embedding(labels))
-        target = _target(self.config.prediction, images, noise, signal)
-        return (_weight(self.config, signal) * (predicted - target).square()).mean()
+        target = prediction_target(self.config.prediction, images, noise, signal)
+        return (loss_weight(self.config, signal) * (predicted - target).square()).mean()
 
     def sample(self, condition: Tensor, *, rng: Sequence[torch.Generator]) -> Tensor:
         """One image for each row of `condition`; see `ConditionalGenerator.sample`.
@@ -171,7 +173,7 @@ class ClassDiffusion(nn.Module):
             ValueError: labels out of range or not int64, or not one generator for each.
             NumericsError: as for `sample`.
         """
-        self._check_labels(labels)
+        check_labels(labels, self.num_classes)
         embedded = self.label_embedding(labels.to(self.label_embedding.weight.device)).float()
         return self._sample(embedded, rng).to(labels.device)
 
@@ -213,13 +215,19 @@ class ClassDiffusion(nn.Module):
         if len(embedded) == 0:
             return torch.empty(0, *self.image_shape, device=embedded.device)
         null = self.label_embedding.weight[self.num_classes :].float()
-        images = solve(
-            guide(self._predict, self.config.guidance_scale, null),
-            embedded,
-            draw_noise(rng, self.image_shape, embedded.device),
-            scheduler=_scheduler(self.config),
-            num_steps=self.config.num_steps,
-        )
+        was_training = self.training
+        # Even a dropout of zero changes the rounding, and a sample must not depend on the mode.
+        self.eval()
+        try:
+            images = solve(
+                guide(self._predict, self.config.guidance_scale, null),
+                embedded,
+                draw_noise(rng, self.image_shape, embedded.device),
+                solver=make_solver(_noise_schedule(self.config), clip=True),
+                num_steps=self.config.num_steps,
+            )
+        finally:
+            self.train(was_training)
         return images.clamp(-1.0, 1.0)
 
     def _predict(self, noisy: Tensor, timesteps: Tensor, embedded: Tensor) -> Tensor:
@@ -234,14 +242,7 @@ class ClassDiffusion(nn.Module):
                 f"expected images (N, {', '.join(map(str, self.image_shape))}) and N labels, "
                 f"got {tuple(images.shape)} and {tuple(labels.shape)}"
             )
-        self._check_labels(labels)
-
-    def _check_labels(self, labels: Tensor) -> None:
-        if labels.dtype != torch.int64 or labels.dim() != 1:
-            raise ValueError(f"labels: expected (N,) int64, got {labels.dtype} {labels.shape}")
-        # Label K would silently mean "no class".
-        if len(labels) and not bool(((labels >= 0) & (labels < self.num_classes)).all()):
-            raise ValueError(f"labels: expected 0..{self.num_classes - 1}, got {labels.tolist()}")
+        check_labels(labels, self.num_classes)
 
 
 def _check_sizes(
@@ -257,7 +258,10 @@ def _check_sizes(
         )
 
 
-def _build_unet(config: DiffusionConfig, image_shape: tuple[int, int, int]) -> UNet2DModel:
+def _build_unet(config: DiffusionConfig, image_shape: tuple[int, int, int]) -> "UNet2DModel":
+    # Imported late: the library takes seconds to come up, and a plan needs none of it.
+    from diffusers import UNet2DModel
+
     levels = len(config.channels)
     attends = [config.attention and level == levels - 1 for level in range(levels)]
     unet = UNet2DModel(
@@ -280,17 +284,12 @@ def _build_unet(config: DiffusionConfig, image_shape: tuple[int, int, int]) -> U
     return unet
 
 
-def _scheduler(config: DiffusionConfig) -> DPMSolverMultistepScheduler:
-    return DPMSolverMultistepScheduler(
-        num_train_timesteps=_NUM_TRAIN_STEPS,
-        beta_schedule=_SCHEDULE[config.noise_schedule],
-        prediction_type=_PREDICTION[config.prediction],
-        # With a maximum of 1, "dynamic thresholding" is plain clipping to [-1, 1].
-        thresholding=True,
-        sample_max_value=1.0,
-        # The cosine schedule ends in almost pure noise, where the solver divides by nearly zero.
-        lambda_min_clipped=-5.1,
-    )
+def _noise_schedule(config: DiffusionConfig) -> dict[str, Any]:
+    return {
+        "num_train_timesteps": _NUM_TRAIN_STEPS,
+        "beta_schedule": _SCHEDULE[config.noise_schedule],
+        "prediction_type": _PREDICTION[config.prediction],
+    }
 
 
 def _draw_corruption(rng: torch.Generator, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -302,7 +301,13 @@ def _draw_corruption(rng: torch.Generator, images: Tensor) -> tuple[Tensor, Tens
     return timesteps.to(images.device), uniform.to(images.device), noise.to(images.device)
 
 
-def _target(prediction: str, images: Tensor, noise: Tensor, signal: Tensor) -> Tensor:
+def prediction_target(prediction: str, images: Tensor, noise: Tensor, signal: Tensor) -> Tensor:
+    """What the network should answer to sqrt(signal) * images + sqrt(1 - signal) * noise.
+
+    Args:
+        prediction: "v", "noise" or "image".
+        signal: share of the image's power left, strictly between 0 and 1.
+    """
     if prediction == "noise":
         return noise
     if prediction == "image":
@@ -310,12 +315,16 @@ def _target(prediction: str, images: Tensor, noise: Tensor, signal: Tensor) -> T
     return signal.sqrt() * noise - (1 - signal).sqrt() * images
 
 
-def _weight(config: DiffusionConfig, signal: Tensor) -> Tensor:
+def loss_weight(config: DiffusionConfig, signal: Tensor) -> Tensor:
+    """Weight of the squared error at each noise level, the same for every kind of prediction.
+
+    In terms of the image's error it is min(signal-to-noise ratio, `snr_clip`); 1 where
+    `snr_clip` is None.
+    """
     if config.snr_clip is None:
         return torch.ones_like(signal)
     ratio = signal / (1 - signal)
-    # min(ratio, clip) weighs the error of the image; the rest turns it into the error of what is
-    # predicted.
+    # The squared error of the prediction for a unit error of the image.
     per_image_error = {"v": ratio + 1, "noise": ratio, "image": torch.ones_like(ratio)}
     return ratio.clamp(max=config.snr_clip) / per_image_error[config.prediction]
 

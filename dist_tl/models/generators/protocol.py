@@ -58,6 +58,20 @@ def check_condition(condition: Tensor, num_classes: int) -> None:
     _refuse_rows(excess.abs() > _SUM_TOLERANCE, "does not sum to 1; normalise it (softmax)")
 
 
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Refuse anything but (N,) int64 in 0..num_classes-1.
+
+    Raises:
+        ValueError: wrong shape or dtype, or a label out of range.
+    """
+    if labels.dtype != torch.int64 or labels.dim() != 1:
+        raise ValueError(f"labels: expected (N,) int64, got {tuple(labels.shape)} {labels.dtype}")
+    # Label num_classes is a row of most embedding tables and would silently mean "no class".
+    outside = labels[(labels < 0) | (labels >= num_classes)]
+    if len(outside):
+        raise ValueError(f"labels: expected 0..{num_classes - 1}, got {int(outside[0])}")
+
+
 def check_rng(rng: Sequence[torch.Generator], num_rows: int) -> None:
     """Refuse anything but one generator for each row.
 

@@ -8,16 +8,39 @@ Source: Lu et al., "DPM-Solver++", arXiv:2211.01095; Ho and Salimans, "Classifie
 Guidance", arXiv:2207.12598.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from dist_tl.models.generators.protocol import check_finite
 
+if TYPE_CHECKING:
+    from diffusers import DPMSolverMultistepScheduler
+
 # (noisy images, timesteps (N,), label rows (N, R)) -> what the network predicts, same shape.
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def make_solver(noise_schedule: Mapping[str, Any], *, clip: bool) -> "DPMSolverMultistepScheduler":
+    """A fresh solver for a diffusers noise schedule.
+
+    Args:
+        noise_schedule: num_train_timesteps, beta_schedule, prediction_type and the like.
+        clip: keep every prediction of the image in [-1, 1]; right for pixels, wrong for latents.
+    """
+    # Imported late: the library takes seconds to come up, and a plan needs none of it.
+    from diffusers import DPMSolverMultistepScheduler
+
+    return DPMSolverMultistepScheduler(
+        **noise_schedule,
+        # With a maximum of 1, "dynamic thresholding" is plain clipping.
+        thresholding=clip,
+        sample_max_value=1.0,
+        # The cosine schedule ends in almost pure noise, where the solver divides by nearly zero.
+        lambda_min_clipped=-5.1,
+    )
 
 
 def draw_noise(
@@ -53,7 +76,7 @@ def solve(
     labels: Tensor,
     noise: Tensor,
     *,
-    scheduler: DPMSolverMultistepScheduler,
+    solver: "DPMSolverMultistepScheduler",
     num_steps: int,
 ) -> Tensor:
     """Carry `noise` to images in `num_steps` evaluations of `denoiser`.
@@ -61,19 +84,19 @@ def solve(
     Args:
         labels: handed to every evaluation as they are.
         noise: (N, C, H, W) float32.
-        scheduler: fresh, because it remembers its last predictions.
+        solver: fresh, because it remembers its last predictions.
 
     Raises:
         NumericsError: a prediction was not finite; the message names the row.
     """
-    scheduler.set_timesteps(num_steps, device=noise.device)
+    solver.set_timesteps(num_steps, device=noise.device)
     images = noise
     # Kept as a flag until the end: clipping would hide an infinite prediction from a later look,
     # and asking at every step would make an accelerator wait.
     finite = torch.ones(len(noise), dtype=torch.bool, device=noise.device)
-    for timestep in scheduler.timesteps:
+    for timestep in solver.timesteps:
         prediction = denoiser(images, timestep.expand(len(images)), labels).float()
         finite &= prediction.isfinite().flatten(1).all(dim=1)
-        images = scheduler.step(prediction, timestep, images).prev_sample
+        images = solver.step(prediction, timestep, images).prev_sample
     check_finite(finite & images.isfinite().flatten(1).all(dim=1))
     return images

@@ -1,0 +1,33 @@
+"""Where a model's two files are: below a run, or anywhere a user keeps models."""
+
+import hashlib
+from collections.abc import Mapping
+
+from dist_tl.errors import ConfigError
+from dist_tl.storage import layout
+from dist_tl.storage.objects import ObjectStore
+
+FILES = (layout.MODEL_TENSORS, layout.MODEL_CONFIG)
+
+
+def read_model_files(store: ObjectStore, place: str) -> dict[str, bytes]:
+    """The files of a model: a key of the run's store, or a URL or path of its own.
+
+    Raises:
+        ConfigError: a file is missing.
+    """
+    own = not ("://" in place or place.startswith(("/", "./", "../")))
+    folder = store.child(place) if own else ObjectStore(place)
+    found = {name: folder.read_or_none(name) for name in FILES}
+    missing = [name for name, data in found.items() if data is None]
+    if missing:
+        raise ConfigError(f"no model at {folder.url}: {' and '.join(missing)} not found there")
+    return {name: data for name, data in found.items() if data is not None}
+
+
+def files_fingerprint(files: Mapping[str, bytes]) -> str:
+    """16 hexadecimal digits that stand for a model's files."""
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(hashlib.sha256(files[name]).digest())
+    return digest.hexdigest()[:16]
