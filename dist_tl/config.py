@@ -4,12 +4,13 @@ Not covered: what a job can say. That lives in `jobs/specs.py` and beside what e
 configures.
 """
 
+import copy
 import difflib
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,9 +28,21 @@ Model = TypeVar("Model", bound=StrictModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: 1e-3 is a number, and a key given twice is an error."""
+    """YAML as people expect it.
+
+    1e-3 is a number, only true and false are booleans (so that `lambda_guard: off` and a class
+    named no stay words), and a key given twice is an error.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
@@ -38,10 +51,15 @@ _Loader.add_implicit_resolver(
 
 
 def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    repeated = [key for i, key in enumerate(keys) if key in keys[:i]]
-    if repeated:
-        raise ConfigError(f"key {repeated[0]!r} is given twice{node.start_mark}; keep one of them")
+    seen = []
+    for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            line = key_node.start_mark.line + 1
+            raise ConfigError(f"line {line}: key {key!r} is given twice; keep one of them")
+        seen.append(key)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
@@ -70,7 +88,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
     Raises:
         ConfigError: an override has no "=", or walks through something that is not a mapping.
     """
-    result = json.loads(json.dumps(data, default=str))
+    result = copy.deepcopy(dict(data))
     for override in overrides:
         path, separator, value = override.partition("=")
         keys = path.strip().split(".")
@@ -87,21 +105,24 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
             place[_list_index(place, keys[-1], override)] = parsed
         else:
             place[keys[-1]] = parsed
-    return result
+    # Job files are stored as JSON, whose keys are text: `1: [cat]` is read like `"1": [cat]`.
+    return json.loads(json.dumps(result, default=str))
 
 
-def _step_into(place: Any, key: str, override: str) -> Any:
+def _step_into(place: dict[str, Any] | list[Any], key: str, override: str) -> Any:
     if isinstance(place, list):
-        return place[_list_index(place, key, override)]
-    child = place.setdefault(key, {})
+        child = place[_list_index(place, key, override)]
+    else:
+        child = place.setdefault(key, {})
     if not isinstance(child, dict | list):
         raise ConfigError(f"override {override!r}: {key!r} holds {child!r}, which has no keys")
     return child
 
 
 def _list_index(place: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(place):
-        raise ConfigError(f"override {override!r}: expected 0..{len(place) - 1}, got {key!r}")
+    if not key.isdecimal() or int(key) >= len(place):
+        known = f"0..{len(place) - 1}" if place else "a whole list in place of the empty one"
+        raise ConfigError(f"override {override!r}: expected {known}, got {key!r}")
     return int(key)
 
 
@@ -115,54 +136,80 @@ def validate(model: type[Model], data: Mapping[str, Any], *, source: str) -> Mod
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(problem, error, data) for problem in error.errors(include_url=False)]
+        problems = [_explain(problem, model, data) for problem in error.errors()]
+        paths = [path for path, _ in problems]
+        lines = [
+            f"{path}: {message}" if path else message
+            for path, message in problems
+            # Of a union, the members that were not meant complain too, but not as deep.
+            if not any(path and other.startswith(f"{path}.") for other in paths)
+        ]
         raise ConfigError(f"{source}:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
 
 
-def _explain(problem: Any, error: ValidationError, data: Mapping[str, Any]) -> str:
-    path = ".".join(_real_path(problem["loc"], data))
+def _explain(problem: Any, model: type[BaseModel], data: Mapping[str, Any]) -> tuple[str, str]:
+    """The path of a problem, and what is wrong there."""
+    path = ".".join(_real_path(problem["loc"], model, data))
     if problem["type"] == "extra_forbidden":
-        return f"{path}: unknown key{_nearest(problem['loc'], data)}"
+        return path, f"unknown key{_nearest(model, problem['loc'])}"
     if problem["type"] == "missing":
-        return f"{path}: this key is required and missing"
+        return path, "this key is required and missing"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("value_error", "union_tag_invalid"):
+        return path, message
     value = problem["input"]
-    prefix = f"{path}: " if path else ""
-    if isinstance(value, dict | list) or problem["type"] == "value_error":
-        return f"{prefix}{message}"
-    return f"{prefix}{message}, got {value!r}"
+    kinds = {dict: "a mapping", list: "a list", tuple: "a list"}
+    return path, f"{message}, got {kinds.get(type(value)) or repr(value)}"
 
 
-def _real_path(loc: tuple[int | str, ...], data: Any) -> list[str]:
-    """`loc` without the names of union members, which pydantic puts between the keys."""
+def _real_path(loc: tuple[int | str, ...], model: type[BaseModel], data: Any) -> list[str]:
+    """`loc` without what pydantic puts between the keys: the names of a union's members."""
     path = []
     for i, part in enumerate(loc):
-        inside = isinstance(data, Mapping) and part not in data
-        if inside and i + 1 < len(loc) and loc[i + 1] in [*data, *_known_keys()]:
-            continue
-        path.append(str(part))
-        data = _descend(data, part)
+        is_given = isinstance(data, Mapping) and part in data
+        is_field = any(part in place.model_fields for place in _models_at(model, loc[:i]))
+        if is_given or is_field or isinstance(part, int):
+            path.append(str(part))
+            data = _descend(data, part)
     return path
 
 
 def _descend(data: Any, part: int | str) -> Any:
     if isinstance(data, Mapping):
         return data.get(part)
-    return data[part] if isinstance(data, list) and isinstance(part, int) else None
+    if isinstance(data, list | tuple) and isinstance(part, int) and part < len(data):
+        return data[part]
+    return None
 
 
-# Every field name of every configuration, for hints: a misspelt key is usually near its own name,
-# and pydantic does not say which model of a union refused it.
-def _known_keys(model: type[BaseModel] = StrictModel) -> set[str]:
-    names: set[str] = set()
-    for child in model.__subclasses__():
-        names |= set(child.model_fields) | _known_keys(child)
-    return names
+def _nearest(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    here = {name for place in _models_at(model, loc[:-1]) for name in place.model_fields}
+    near = difflib.get_close_matches(str(loc[-1]), sorted(here), n=1, cutoff=0.6)
+    return (
+        f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(sorted(here))}"
+    )
 
 
-def _nearest(path: tuple[int | str, ...], data: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(str(path[-1]), sorted(_known_keys()), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else "; see the presets for the keys that exist"
+def _models_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[type[BaseModel]]:
+    """What may stand at `loc`: one model, or several where a union does not say which."""
+    models = [model]
+    for part in loc:
+        fields = [place.model_fields[part] for place in models if part in place.model_fields]
+        inner = [found for field in fields for found in _models_in(field.annotation)]
+        chosen = [place for place in models if part in _literals(place)]
+        models = inner or chosen or models
+    return models
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _models_in(part)]
+
+
+def _literals(model: type[BaseModel]) -> list[Any]:
+    """Values that tell a member of a union from the others."""
+    return [v for field in model.model_fields.values() for v in get_args(field.annotation)]
 
 
 def fingerprint(value: StrictModel | Mapping[str, Any] | list[Any]) -> str:

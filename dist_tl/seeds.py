@@ -5,6 +5,7 @@ or index, so neither timing nor the number of workers can change what is drawn.
 """
 
 import hashlib
+import operator
 from collections.abc import Iterable
 
 import numpy as np
@@ -19,8 +20,10 @@ def derive_seed(run_seed: int, purpose: str, *index: int) -> int:
         purpose: what the draws are for, e.g. "pseudo noise"; different purposes are independent.
         index: any number of integers, e.g. an epoch and a lane.
     """
+    # `operator.index` refuses 1.5, which `int` would quietly make the same as 1.
+    numbers = [str(operator.index(i)) for i in (run_seed, *index)]
     # Lengths and separators keep ("ab", 1) and ("a", 11) apart, whatever the purpose holds.
-    text = f"{int(run_seed)}|{len(purpose)}:{purpose}|{','.join(str(int(i)) for i in index)}"
+    text = f"{numbers[0]}|{len(purpose)}:{purpose}|{','.join(numbers[1:])}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 

@@ -12,15 +12,25 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-_SECRET = re.compile(
-    r"(?i)((?:secret|token|password|access_key)[\w-]*[\"']?\s*[=:]\s*[\"']?)[^\s\"',;]+"
+# The name of a secret, however it is written, and what follows it up to the end of the value.
+_NAMED = re.compile(
+    r"""(?ix)
+    ((?: secret | token(?!s|iz) | passw(?:or)?d | access_?key | api_?key | credential
+       | authorization | signature(?=\s*=) ) [\w-]* \\?["']? \s*[=:]\s* )
+    (?: (?:bearer|basic)\s+ )?
+    (?: \\?"[^"]*" | \\?'[^']*' | [^\s"',;&)\]}]+ )"""
 )
-_URL_LOGIN = re.compile(r"(?i)(\b[a-z][a-z0-9+.-]*://)[^/\s:@]+:[^/\s@]+@")
+_OPTION = re.compile(r"(?i)(--[\w-]*(?:secret|token(?!s|iz)|password|key)[\w-]*\s+)[^\s-]\S*")
+_BEARER = re.compile(r"(?i)(\bbearer\s+)[\w.~+/-]{8,}=*")
+# A password may hold slashes, as AWS secrets do; a port in front of a path is none.
+_LOGIN = re.compile(r"(?i)(\b[a-z][a-z0-9+.-]*://)(?:[^/\s:@]*:(?!\d{1,5}/)[^\s@]+|[^/\s:@]{16,})@")
 
 
 def redact(text: str) -> str:
     """`text` with logins in URLs and values of secret-looking keys replaced by stars."""
-    return _URL_LOGIN.sub(r"\1***@", _SECRET.sub(r"\1***", text))
+    for pattern in (_NAMED, _OPTION, _BEARER):
+        text = pattern.sub(r"\1***", text)
+    return _LOGIN.sub(r"\1***@", text)
 
 
 class _RedactingFormatter(logging.Formatter):

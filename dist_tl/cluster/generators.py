@@ -59,12 +59,13 @@ class StageProgress:
     Attributes:
         todo: shards that nobody has been asked for yet, in order.
         first_missing: the lowest shard that did not exist when the stage was added.
+        window: shards made ahead of the slowest reader at most.
     """
 
     spec: GenerateSpec
     todo: list[int]
     num_shards: int
-    first_missing: int = 0
+    first_missing: int
     window: int
     committed: int = 0
     bytes: int = 0
@@ -137,8 +138,9 @@ class GeneratorPool:
         plan = spec.plan()
         committed = committed_indices(self._store, spec.name)
         todo = [i for i in range(plan.num_shards) if i not in committed]
+        first_missing = todo[0] if todo else plan.num_shards
         window = max(self._config.window, 2 * DataOrder(plan).reach(batch_size))
-        progress = StageProgress(spec, todo, plan.num_shards, window)
+        progress = StageProgress(spec, todo, plan.num_shards, first_missing, window)
         for index in sorted(committed):
             entry = read_entry(self._store, spec.name, index)
             if entry is not None:
@@ -240,12 +242,9 @@ class GeneratorPool:
         """The shard at which the stage has to wait for its readers."""
         if not self._is_held_back:
             return stage.num_shards
-        shards = stage.spec.shards
-        # One window of every lane is read while the next is made: with less, nobody could go on.
-        ahead = max(self._config.window, 2 * shards.lanes * shards.window)
         # A reader that was restarted says where it is after its first batch, and may need a shard
         # for that which does not exist yet.
-        return positions.get(stage.spec.name, stage.first_missing) + ahead
+        return positions.get(stage.spec.name, stage.first_missing) + stage.window
 
     def _collect(self) -> None:
         if not self._running:

@@ -2,6 +2,9 @@
 
 The driver posts training stages; the worker group takes them one after another, so that its
 start-up is paid once a job. A group that was restarted takes the first unfinished stage again.
+
+Specifications and results pass through as JSON text: to hold them as models, the actor would have
+to import torch, and keep 400 MB for nothing.
 """
 
 import asyncio
@@ -11,15 +14,14 @@ import ray
 from ray.actor import ActorHandle
 
 from dist_tl.errors import DistTLError
-from dist_tl.train.spec import StageResult, StageSpec
 
 
 @dataclass(frozen=True)
 class Task:
-    """One stage in the queue."""
+    """One stage in the queue; `spec` is a StageSpec as JSON."""
 
     index: int
-    spec: StageSpec
+    spec: str
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,14 @@ class Snapshot:
 
     Attributes:
         step, loss: of the stages that have begun, by stage name.
-        result: of the stage that is waited for, once it is finished.
+        result: of the stage that is waited for, once it is finished: a StageResult as JSON.
         error: why the group gave up, if it did.
         ready: whether the workers have asked for work yet.
     """
 
     step: dict[str, int]
     loss: dict[str, float]
-    result: StageResult | None
+    result: str | None
     error: DistTLError | None
     ready: bool
 
@@ -44,8 +46,8 @@ class Mailbox:
     """Use :func:`open_mailbox`; every method is called through Ray."""
 
     def __init__(self) -> None:
-        self._specs: list[StageSpec] = []
-        self._results: dict[int, StageResult] = {}
+        self._specs: list[str] = []
+        self._results: dict[int, str] = {}
         self._error: DistTLError | None = None
         self._ready = self._closed = False
         self._step: dict[str, int] = {}
@@ -53,7 +55,7 @@ class Mailbox:
         self._rank_positions: dict[str, dict[int, int]] = {}
         self._changed = asyncio.Condition()
 
-    async def post(self, spec: StageSpec) -> int:
+    async def post(self, spec: str) -> int:
         """Append a stage; returns its index."""
         async with self._changed:
             self._specs.append(spec)
@@ -95,7 +97,7 @@ class Mailbox:
             # A group that was restarted repeats steps; its shards do not become new again.
             ranks[rank] = max(position, ranks.get(rank, 0))
 
-    async def finish(self, index: int, result: StageResult) -> None:
+    async def finish(self, index: int, result: str) -> None:
         """Rank 0 has stored a stage's result."""
         async with self._changed:
             self._results[index] = result

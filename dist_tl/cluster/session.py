@@ -78,6 +78,18 @@ class RaySession:
     ) -> None:
         self.close()
 
+    def check(self) -> None:
+        """Raise if the private cluster is gone.
+
+        Raises:
+            WorkerError: with its last words.
+        """
+        if self._head is not None and self._head.poll() is not None:
+            raise WorkerError(
+                "Ray stopped on this machine; start the same job again to go on from what is "
+                f"committed. Its last words:\n{self._last_words()}"
+            )
+
     @property
     def peak_memory_bytes(self) -> int:
         """Most memory that this process and its children had at once, shared pages counted once."""
@@ -133,8 +145,13 @@ class RaySession:
             if ready.exists() and _answers("127.0.0.1", port):
                 return
             time.sleep(0.1)
-        tail = (self._folder / "head.log").read_text(errors="replace")[-1500:]
-        raise WorkerError(f"Ray did not start on this machine; its last words:\n{tail}")
+        raise WorkerError(
+            f"Ray did not start on this machine; its last words:\n{self._last_words()}"
+        )
+
+    def _last_words(self) -> str:
+        assert self._folder is not None, "the folder is made before the head starts"
+        return (self._folder / "head.log").read_text(errors="replace")[-1500:]
 
 
 def _set_variable(key: str, value: str | None) -> None:

@@ -6,8 +6,6 @@ is lost; the stages' own checkpoints make the restart cheap and exact.
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
-from types import TracebackType
 from typing import Any
 
 import ray
@@ -76,7 +74,7 @@ class TrainerGroup:
 
     def post(self, spec: StageSpec) -> int:
         """Queue a stage; returns the ticket to wait with."""
-        return ray.get(self._mailbox.post.remote(spec))
+        return ray.get(self._mailbox.post.remote(spec.model_dump_json()))
 
     def wait(
         self, ticket: int, *, on_poll: Callable[[Snapshot], None] = lambda _: None
@@ -91,15 +89,14 @@ class TrainerGroup:
             snapshot = self._look(ticket)
             on_poll(snapshot)
             if snapshot.result is not None:
-                return snapshot.result
+                return StageResult.model_validate_json(snapshot.result)
             if snapshot.error is not None:
                 raise snapshot.error
-            if not self._thread.is_alive():
+            if ray.wait([self._fitting], timeout=POLL_S)[0]:
                 raise WorkerError(
                     "the trainers gave up; start the same job again to go on from the last "
-                    f"checkpoint. Ray's reason: {self._failure}"
+                    f"checkpoint. Ray's reason: {_reason(self._fitting)}"
                 )
-            time.sleep(POLL_S)
 
     def _look(self, ticket: int) -> Snapshot:
         try:
@@ -108,6 +105,19 @@ class TrainerGroup:
             raise WorkerError(
                 f"the Ray cluster was lost: {error}; start the same job again"
             ) from None
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _fit(trainer: TorchTrainer) -> None:
+    trainer.fit()
+
+
+def _reason(fitting: ray.ObjectRef) -> str:
+    try:
+        ray.get(fitting)
+    except ray.exceptions.RayError as error:
+        return str(getattr(error, "cause", None) or error)
+    return "the workers went home"
 
 
 def _resources(config: TrainersConfig) -> dict[str, float]:
@@ -128,20 +138,21 @@ def _work(settings: dict[str, Any]) -> None:
     mailbox, store = settings["mailbox"], ObjectStore(settings["store_url"])
     done: int | None = None
     while (task := ray.get(mailbox.take.remote(done))) is not None:
+        spec = StageSpec.model_validate_json(task.spec)
         try:
             result = run_stage(
-                task.spec,
+                spec,
                 store,
                 rank=rank,
                 world_size=world_size,
-                on_progress=_reporter(mailbox, task.spec, rank),
+                on_progress=_reporter(mailbox, spec, rank),
             )
         except DistTLError as error:
             # Trying again would meet it again; the driver ends the job with this very error.
             ray.get(mailbox.give_up.remote(error))
             raise
         if rank == 0:
-            ray.get(mailbox.finish.remote(task.index, result))
+            ray.get(mailbox.finish.remote(task.index, result.model_dump_json()))
         done = task.index
 
 

@@ -104,6 +104,14 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch's mean loss."""
+        if self.config.zero_stage > 0:
+            # DeepSpeed counts micro-batches in its own forward pass, which would switch our
+            # autocast off. Uncounted, stage 3 forgets all of them but the last.
+            optimizer = self._deepspeed.optimizer
+            optimizer.clear_backward_seen_flag()
+            optimizer.set_gradient_accumulation_boundary(
+                self._deepspeed.is_gradient_accumulation_boundary()
+            )
         self._deepspeed.backward(loss)
 
     def step(self) -> None:

@@ -240,7 +240,7 @@ def test_batches_that_do_not_fit_are_refused():
     model, rng = build(), torch.Generator()
     with pytest.raises(ValueError, match=r"expected images \(N, 1, 4, 4\)"):
         model.loss(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), rng=rng)
-    with pytest.raises(ValueError, match="expected 0..2, got 3"):
+    with pytest.raises(ValueError, match=r"expected 0\.\.2, got 3"):
         model.loss(torch.zeros(1, *SHAPE), torch.tensor([3]), rng=rng)
     with pytest.raises(ConfigError, match="sum to 1"):
         model.sample(torch.ones(1, NUM_CLASSES), rng=[rng])

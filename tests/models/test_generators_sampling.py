@@ -29,7 +29,9 @@ def test_a_denoiser_that_knows_the_image_is_solved_exactly(prediction, denoiser,
     solver = make_solver(SCHEDULE | {"prediction_type": prediction}, clip=False)
     noise = draw_noise(row_rngs(0, "test", range(2)), (1, 4, 4), torch.device("cpu"))
     images = solve(denoiser, labels, noise, solver=solver, num_steps=num_steps)
-    torch.testing.assert_close(images, labels[:, :, None, None].expand_as(images), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        images, labels[:, :, None, None].expand_as(images), atol=1e-3, rtol=0
+    )
 
 
 def test_clipping_keeps_predicted_images_between_black_and_white():

@@ -1,5 +1,6 @@
 """One rank in the test process, and two more in processes of their own, started once a session."""
 
+import gc
 import os
 import traceback
 
@@ -10,7 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from dist_tl.train.engine import join_group
+from dist_tl.datasets.digits import DigitsConfig
+from dist_tl.datasets.views import ViewsConfig
+from dist_tl.models.resnet import ResNetConfig
+from dist_tl.train.checkpoints import CheckpointConfig
+from dist_tl.train.engine import EngineConfig, OptimizerConfig, join_group
+from dist_tl.train.models import NewNetwork
+from dist_tl.train.objectives import SupervisedSpec
+from dist_tl.train.rows import RowsSpec, SplitSpec
+from dist_tl.train.spec import StageSpec
 
 PATIENCE_S = 120.0
 
@@ -24,18 +33,29 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+def _import_deepspeed():
+    import deepspeed  # noqa: F401
+
+    # ZeRO-3 collects garbage for every engine: half a second among all that has been imported.
+    gc.collect()
+    gc.freeze()
+
+
 # For the whole session: DeepSpeed keeps handles to the first group it sees.
 @pytest.fixture(scope="session")
 def alone():
     """A world of one in the test process."""
     join_group(0, 1)
+    _import_deepspeed()
     yield
+    gc.unfreeze()
     dist.destroy_process_group()
 
 
 def _serve(rank, rendezvous, orders, answers):
     torch.set_num_threads(1)
     join_group(rank, 2, rendezvous=rendezvous, timeout_s=PATIENCE_S)
+    _import_deepspeed()
     while (order := orders.get()) is not None:
         function, arguments = order
         try:
@@ -94,3 +114,45 @@ def ranks(request):
         return request.getfixturevalue("two_ranks")
     request.getfixturevalue("alone")
     return lambda function, *arguments: [function(0, 1, *arguments)]
+
+
+DIGITS = DigitsConfig(classes=(0, 1, 2), limit=90)
+SPLIT = SplitSpec(labels_per_class=6, test_fraction=0.5, data_seed=0, draw_seed=0, part="train")
+
+
+def rows_spec(part):
+    return RowsSpec(data=DIGITS, split=SPLIT.model_copy(update={"part": part}))
+
+
+def small_stage(*, norm="batch", steps=6, every_steps=2, engine=None, **fields):
+    fields.setdefault("engine", EngineConfig(**(engine or {})))
+    fields.setdefault(
+        "model",
+        NewNetwork(network=ResNetConfig(width=4, blocks=(1, 1), norm=norm), num_classes=3),
+    )
+    spec = {
+        "name": "scratch-seed0",
+        "seed": 11,
+        "objective": SupervisedSpec(),
+        "image_shape": (1, 8, 8),
+        "labelled": rows_spec("train"),
+        "views": ViewsConfig(kind="digits"),
+        "batch_size": 8,
+        "lanes": 4,
+        "optimizer": OptimizerConfig(learning_rate=0.01),
+        "evaluate": rows_spec("test"),
+    }
+    checkpoints = CheckpointConfig(every_steps=every_steps)
+    return StageSpec(steps=steps, checkpoints=checkpoints, **{**spec, **fields})
+
+
+@pytest.fixture
+def stage_spec():
+    """Makes the specification of a stage of six steps on a few digits; fields can be replaced."""
+    return small_stage
+
+
+@pytest.fixture
+def part_of_digits():
+    """The rows of a part of those digits: train, pool or test."""
+    return rows_spec

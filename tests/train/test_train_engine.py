@@ -32,9 +32,7 @@ def network(seed=0, *, plain=False):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         middle = [] if plain else [nn.BatchNorm2d(7), nn.Dropout(0.2)]
-        return nn.Sequential(
-            nn.Conv2d(1, 7, 3), *middle, nn.ReLU(), nn.Flatten(), nn.Linear(28, 5)
-        )
+        return nn.Sequential(nn.Conv2d(1, 7, 3), *middle, nn.ReLU(), nn.Flatten(), nn.Linear(28, 5))
 
 
 def batch(step, rank, size=6):
@@ -241,8 +239,9 @@ def test_clipping_equals_that_of_plain_torch_up_to_rounding(two_ranks, zero_stag
         assert losses == pytest.approx(plain, rel=1e-5)
 
 
-def losses_of_micro_batches(rank, world_size, zero_stage, accumulation):
-    engine = engine_of(network(plain=True), zero_stage=zero_stage, accumulation=accumulation)
+def losses_of_micro_batches(rank, world_size, zero_stage, offload, accumulation):
+    config = {"zero_stage": zero_stage, "offload": offload, "accumulation": accumulation}
+    engine = engine_of(network(plain=True), **config)
     losses = []
     for step in range(STEPS):
         parts = []
@@ -257,10 +256,13 @@ def losses_of_micro_batches(rank, world_size, zero_stage, accumulation):
     return losses, updates
 
 
-@pytest.mark.parametrize("zero_stage", STAGES)
-def test_two_accumulated_halves_equal_one_whole_batch(two_ranks, zero_stage):
-    whole = two_ranks(losses_of_micro_batches, zero_stage, 1)
-    halves = two_ranks(losses_of_micro_batches, zero_stage, 2)
+@pytest.mark.parametrize(
+    ("zero_stage", "offload"),
+    [*((stage, "none") for stage in STAGES), *((stage, "cpu") for stage in STAGES[1:])],
+)
+def test_two_accumulated_halves_equal_one_whole_batch(two_ranks, zero_stage, offload):
+    whole = two_ranks(losses_of_micro_batches, zero_stage, "none", 1)
+    halves = two_ranks(losses_of_micro_batches, zero_stage, offload, 2)
     for (one, updates), (two, updates_of_two) in zip(whole, halves, strict=True):
         assert two == pytest.approx(one, rel=1e-4)
         assert updates == updates_of_two == STEPS

@@ -292,6 +292,7 @@ def _load_part(kind: "type[ModelMixin]", folder: Path, name: str, dtype: torch.d
                 local_files_only=True,
                 torch_dtype=dtype,
                 output_loading_info=True,
+                low_cpu_mem_usage=False,  # the other way needs a package that we do not ask for
             )
     except Exception as error:
         raise ConfigError(

@@ -1,0 +1,112 @@
+"""The smallest stages that mean something, and how to watch Ray's processes at them."""
+
+import time
+
+import psutil
+
+from dist_tl.datasets.digits import DigitsConfig
+from dist_tl.models.generators.config import StoredDiffusionConfig
+from dist_tl.models.generators.diffusion import ClassDiffusion, DiffusionConfig
+from dist_tl.models.resnet import ResNetConfig
+from dist_tl.seeds import torch_rng
+from dist_tl.shards.drawing import (
+    ByClass,
+    GenerateSpec,
+    draw_samples,
+    generator_fingerprint,
+    open_generate_stage,
+    open_generator,
+)
+from dist_tl.shards.writer import ShardConfig, write_shard
+from dist_tl.train.checkpoints import CheckpointConfig
+from dist_tl.train.engine import EngineConfig, OptimizerConfig
+from dist_tl.train.models import NewNetwork
+from dist_tl.train.objectives import SupervisedSpec
+from dist_tl.train.rows import RowsSpec
+from dist_tl.train.spec import StageSpec
+
+DIGITS = DigitsConfig(limit=200)
+
+
+def training_stage(name, **fields):
+    """A stage that trains a network of a few hundred weights on digits."""
+    fields = {
+        "seed": 3,
+        "model": NewNetwork(
+            network=ResNetConfig(width=4, blocks=(1,), norm="group"), num_classes=10
+        ),
+        "objective": SupervisedSpec(),
+        "image_shape": (1, 8, 8),
+        "labelled": RowsSpec(data=DIGITS),
+        "views": DIGITS.views,
+        "steps": 8,
+        "batch_size": 8,
+        "lanes": 2,
+        "optimizer": OptimizerConfig(),
+        "engine": EngineConfig(),
+        "evaluate": RowsSpec(data=DIGITS),
+        "checkpoints": CheckpointConfig(every_steps=0),
+        **fields,
+    }
+    return StageSpec(name=name, **fields)
+
+
+def generating_stage(store, name="pp", *, num_shards=6, num_steps=2, **fields):
+    """A stage of pseudo samples of 4 to a shard, ready for a pool; `num_steps` makes it slow."""
+    generator = ClassDiffusion(
+        DiffusionConfig(channels=(8,)),
+        num_classes=3,
+        image_shape=(1, 8, 8),
+        rng=torch_rng(0, "initial weights"),
+    )
+    for file, data in generator.to_files().items():
+        store.write(f"generator/{file}", data)
+    config = StoredDiffusionConfig(path="generator", num_steps=num_steps)
+    spec = GenerateSpec(
+        name=name,
+        seed=5,
+        generator=config,
+        generator_fingerprint=generator_fingerprint(store, config),
+        num_classes=3,
+        image_shape=(1, 8, 8),
+        draw=ByClass(),
+        num_samples=4 * num_shards,
+        shards=ShardConfig(samples_per_shard=4, lanes=1),
+        **fields,
+    )
+    open_generate_stage(store, spec, None, created_by={})
+    return spec
+
+
+def make_shards(store, spec, indices):
+    """What the pool does, in a plain loop."""
+    generator = open_generator(store, spec.generator)
+    for index in indices:
+        order = spec.plan().order(index)
+        write_shard(order, draw_samples(order, spec, generator, None), store)
+
+
+def contents(store, prefix):
+    """Key -> bytes of everything below `prefix`."""
+    return {key: store.read(f"{prefix}/{key}") for key in store.child(prefix).list()}
+
+
+def wait_until(condition, *, timeout_s=90.0, pause_s=0.05):
+    """The first true answer of `condition`."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(pause_s)
+    return found
+
+
+def workers_named(prefix):
+    """Ray's processes below this one that run a given actor or task."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.cmdline()[0].startswith(f"ray::{prefix}"):
+                found.append(process)
+        except (psutil.Error, IndexError):
+            continue
+    return found

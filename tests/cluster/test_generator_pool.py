@@ -1,0 +1,191 @@
+"""The generator pool: the same bytes as a plain loop, whatever happens to its workers."""
+
+import pytest
+from small_stages import (
+    contents,
+    generating_stage,
+    make_shards,
+    wait_until,
+    workers_named,
+)
+
+from dist_tl.cluster import generators
+from dist_tl.cluster.config import GeneratorsConfig
+from dist_tl.cluster.generators import GeneratorPool
+from dist_tl.errors import ConfigError, WorkerError
+from dist_tl.shards.manifest import committed_indices, read_entry
+from dist_tl.storage import layout
+from dist_tl.storage.objects import ObjectStore
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180), pytest.mark.usefixtures("one_thread")]
+
+
+def open_pool(store, *, positions=None, **config):
+    """A pool of one worker to which readers do not say where they are."""
+    config = GeneratorsConfig(**{"min": 1, "max": 1, "cpus": 0.5, **config})
+    return GeneratorPool(config, store.url, positions=lambda: dict(positions or {}))
+
+
+def finish(pool, progress):
+    def is_done():
+        pool.check()
+        return progress.done
+
+    wait_until(is_done)
+
+
+def shards(store, name="pp"):
+    return contents(store, f"{layout.stage_prefix(name)}/shards")
+
+
+@pytest.fixture
+def plain_shards(tmp_path):
+    """The shards of the same stage, made one after the other in this process."""
+
+    def make(**fields):
+        store = ObjectStore(tmp_path / "plain")
+        spec = generating_stage(store, **fields)
+        make_shards(store, spec, range(spec.plan().num_shards))
+        return shards(store, spec.name)
+
+    return make
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_pool_of_any_size_makes_the_bytes_of_a_plain_loop(
+    ray_local, store, plain_shards, workers
+):
+    spec = generating_stage(store, num_shards=7)
+    with open_pool(store, min=workers, max=workers) as pool:
+        progress = pool.add(spec, batch_size=4)
+        finish(pool, progress)
+    assert shards(store) == plain_shards(num_shards=7)
+    assert (progress.committed, progress.num_shards) == (7, 7)
+    assert progress.bytes == sum(map(len, shards(store).values()))
+
+
+def test_no_worker_is_kept_where_there_is_no_work(ray_local, store):
+    with open_pool(store, min=2, max=2) as pool:
+        pool.wait(0.5)
+        assert pool.num_workers == 0
+        finish(pool, pool.add(generating_stage(store, num_shards=2), batch_size=4))
+        wait_until(lambda: pool.num_workers == 0)
+        wait_until(lambda: not workers_named("GeneratorActor"))
+
+
+def test_a_killed_worker_loses_no_shard_and_doubles_none(ray_local, store, plain_shards):
+    slow = {"num_shards": 8, "num_steps": 60}
+    spec = generating_stage(store, **slow)
+    with open_pool(store) as pool:
+        progress = pool.add(spec, batch_size=4)
+        wait_until(lambda: progress.committed >= 2)
+        [victim] = workers_named("GeneratorActor")
+        victim.kill()
+        assert not progress.done, "the worker was killed too late to prove anything"
+        finish(pool, progress)
+        assert progress.committed == 8
+    assert shards(store) == plain_shards(**slow)
+    assert committed_indices(store, "pp") == set(range(8))
+
+
+def test_the_pool_never_runs_further_ahead_of_its_readers_than_its_window(ray_local, store):
+    spec, positions = generating_stage(store, num_shards=16), {}
+    with open_pool(store, positions=positions, window=5) as pool:
+        progress = pool.add(spec, batch_size=4)
+        for position, horizon in [(0, 5), (3, 8), (4, 9)]:
+            positions["pp"] = position
+            wait_until(lambda horizon=horizon: progress.committed == horizon)
+            pool.wait(1.0)
+            assert committed_indices(store, "pp") == set(range(horizon))
+        pool.release()
+        finish(pool, progress)
+
+
+def test_a_window_smaller_than_a_batch_is_widened_to_what_a_reader_needs(ray_local, store):
+    spec = generating_stage(store, num_shards=16)
+    with open_pool(store, window=1) as pool:
+        progress = pool.add(spec, batch_size=12)  # three shards, and the next one
+        wait_until(lambda: progress.committed >= 4)
+
+
+def test_readers_that_were_restarted_find_the_shards_behind_the_last_one_made(ray_local, store):
+    spec = generating_stage(store, num_shards=16)
+    make_shards(store, spec, range(10))
+    with open_pool(store, window=5) as pool:  # no reader has said yet that it is at shard 9
+        progress = pool.add(spec, batch_size=4)
+        wait_until(lambda: progress.committed >= 12)
+
+
+def test_shards_that_exist_are_not_made_again(ray_local, store, plain_shards):
+    spec = generating_stage(store)
+    make_shards(store, spec, [0, 1, 4])
+    before = {index: read_entry(store, "pp", index) for index in (0, 1, 4)}
+    with open_pool(store) as pool:
+        progress = pool.add(spec, batch_size=4)
+        assert progress.committed == 3
+        assert progress.todo == [2, 3, 5]
+        finish(pool, progress)
+    assert {index: read_entry(store, "pp", index) for index in (0, 1, 4)} == before
+    assert shards(store) == plain_shards()
+
+
+def test_a_finished_stage_needs_no_worker(ray_local, store):
+    spec = generating_stage(store)
+    make_shards(store, spec, range(6))
+    with open_pool(store) as pool:
+        assert pool.add(spec, batch_size=4).done
+        pool.wait(0.5)
+        assert pool.num_workers == 0
+
+
+def test_stages_are_made_in_the_order_in_which_they_were_added(ray_local, store):
+    first = generating_stage(store, "first", num_shards=4, num_steps=20)
+    second = generating_stage(store, "second", num_shards=4)
+    with open_pool(store) as pool:
+        earlier, later = (pool.add(spec, batch_size=4) for spec in (first, second))
+        finish(pool, later)
+        assert earlier.last_commit_at <= later.first_commit_at
+
+
+def test_the_pool_is_scaled_while_it_works(ray_local, store, plain_shards):
+    slow = {"num_shards": 24, "num_steps": 40}
+    spec = generating_stage(store, **slow)
+    with open_pool(store) as pool:
+        progress = pool.add(spec, batch_size=4)
+        wait_until(lambda: progress.committed >= 1)
+        assert pool.num_workers == 1
+        pool.scale(3, 3)
+        wait_until(lambda: len(workers_named("GeneratorActor")) == 3)
+        pool.scale(1, 1)
+        wait_until(lambda: len(workers_named("GeneratorActor")) == 1)
+        assert not progress.done, "it was scaled too late to prove anything"
+        finish(pool, progress)
+    assert shards(store) == plain_shards(**slow)
+
+
+def test_the_pool_shrinks_to_its_minimum_while_readers_have_enough(ray_local, store, monkeypatch):
+    monkeypatch.setattr(generators, "IDLE_S", 0.5)
+    spec = generating_stage(store, num_shards=16)
+    with open_pool(store, min=1, max=2, window=6, low_backlog=4) as pool:
+        progress = pool.add(spec, batch_size=4)
+        wait_until(lambda: pool.num_workers == 2)
+        wait_until(lambda: progress.committed == 6 and pool.num_workers == 1)
+
+
+def test_a_named_error_of_a_worker_reaches_the_driver_as_that_class(ray_local, store):
+    spec = generating_stage(store)
+    store.delete(f"generator/{layout.MODEL_TENSORS}")
+    with open_pool(store) as pool:
+        progress = pool.add(spec, batch_size=4)
+        with pytest.raises(ConfigError, match=r"model\.safetensors not found"):
+            finish(pool, progress)
+
+
+def test_a_worker_that_dies_too_often_ends_the_job_with_a_way_on(ray_local, store):
+    spec = generating_stage(store, num_shards=3, num_steps=500)
+    with open_pool(store, max_restarts=0) as pool:
+        progress = pool.add(spec, batch_size=4)
+        [victim] = wait_until(lambda: workers_named("GeneratorActor.fulfil"))
+        victim.kill()
+        with pytest.raises(WorkerError, match="start the same job again"):
+            finish(pool, progress)

@@ -1,0 +1,110 @@
+"""The trainers' group: stages are done and stored, through deaths and up to the first named error.
+
+One group serves all tests here, since starting one takes longer than what they ask of it; the last
+test ends it.
+"""
+
+import json
+import time
+
+import pytest
+from small_stages import contents, training_stage, workers_named
+
+from dist_tl.cluster.config import TrainersConfig
+from dist_tl.cluster.mailbox import open_mailbox, read_positions
+from dist_tl.cluster.trainers import TrainerGroup
+from dist_tl.errors import NonFiniteLossError, NumericsError
+from dist_tl.storage import layout
+from dist_tl.storage.objects import ObjectStore
+from dist_tl.train.checkpoints import CheckpointConfig
+from dist_tl.train.engine import OptimizerConfig
+from dist_tl.train.spec import read_result
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+KILLED_AFTER = 60
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return ObjectStore(tmp_path_factory.mktemp("trained") / "run")
+
+
+@pytest.fixture(scope="module")
+def mailbox(ray_local):
+    return open_mailbox()
+
+
+@pytest.fixture(scope="module")
+def group(store, mailbox, tmp_path_factory):
+    scratch = str(tmp_path_factory.mktemp("scratch"))
+    config = TrainersConfig(workers=2, cpus=0.5)
+    with TrainerGroup(config, store.url, mailbox, scratch) as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def undisturbed(group, store):
+    """A long stage with checkpoints, and its result."""
+    spec = long_stage("undisturbed")
+    return group.wait(group.post(spec))
+
+
+def long_stage(name):
+    return training_stage(name, steps=240, checkpoints=CheckpointConfig(every_steps=20))
+
+
+def test_a_stage_is_trained_by_all_workers_and_its_result_is_stored(store, undisturbed):
+    assert undisturbed == read_result(store, long_stage("undisturbed"))
+    assert (undisturbed.world_size, undisturbed.steps) == (2, 240)
+    assert undisturbed.accuracy > 0.5, "ten classes: chance is 0.1"
+    assert set(contents(store, layout.stage_model_prefix("undisturbed"))) == {
+        layout.MODEL_TENSORS,
+        layout.MODEL_CONFIG,
+    }
+
+
+def test_stages_are_done_in_the_order_in_which_they_were_posted(group, store, undisturbed):
+    tickets = [group.post(training_stage(name)) for name in ("second", "third")]
+    third, second = group.wait(tickets[1]), group.wait(tickets[0])
+    assert (second.name, third.name) == ("second", "third")
+    assert second.ended <= third.started
+
+
+def test_a_killed_worker_costs_steps_but_not_a_bit_of_the_weights(group, store, undisturbed):
+    spec, killed = long_stage("disturbed"), []
+
+    def kill_one(snapshot):
+        if not killed and snapshot.step.get(spec.name, 0) >= KILLED_AFTER:
+            victim = workers_named("RayTrainWorker")[-1]
+            victim.kill()
+            killed.append((time.time(), victim.pid))
+
+    result = group.wait(group.post(spec), on_poll=kill_one)
+    [(killed_at, pid)] = killed
+    rows = [
+        json.loads(line) for line in store.read(layout.metrics_key(spec.name)).decode().splitlines()
+    ]
+    assert [row["step"] for row in rows] == list(range(1, 241)), "no row lost, none doubled"
+    before = [row["step"] for row in rows if row["at"] < killed_at]
+    assert 20 <= len(before) < 240, "it went on from a checkpoint, and had to"
+    assert pid not in {worker.pid for worker in workers_named("RayTrainWorker")}
+    assert model(store, "disturbed") == model(store, "undisturbed")
+    assert result.predictions == undisturbed.predictions
+    assert result.final_loss == undisturbed.final_loss
+
+
+def model(store, stage):
+    return contents(store, layout.stage_model_prefix(stage))
+
+
+def test_a_group_without_shards_to_read_holds_no_generator_back(mailbox, undisturbed):
+    assert read_positions(mailbox) == {}
+
+
+def test_a_named_error_of_a_worker_reaches_the_driver_as_that_class_and_ends_the_group(group):
+    doomed = training_stage("doomed", steps=30, optimizer=OptimizerConfig(learning_rate=1e30))
+    ticket, next_ticket = group.post(doomed), group.post(training_stage("never"))
+    with pytest.raises(NonFiniteLossError, match="stage doomed"):
+        group.wait(ticket)
+    with pytest.raises(NumericsError):
+        group.wait(next_ticket)

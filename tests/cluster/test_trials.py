@@ -1,0 +1,90 @@
+"""Trials: stages side by side equal the plain function, and errors come back as what they were."""
+
+import pytest
+import ray
+from small_stages import contents, training_stage, wait_until, workers_named
+
+from dist_tl import errors
+from dist_tl.cluster.config import TrialsConfig
+from dist_tl.cluster.trials import Trials
+from dist_tl.errors import ConfigError, DistTLError, WorkerError
+from dist_tl.storage import layout
+from dist_tl.storage.objects import ObjectStore
+from dist_tl.train.checkpoints import CheckpointConfig
+from dist_tl.train.engine import join_group
+from dist_tl.train.models import Handover
+from dist_tl.train.stage import run_stage
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180), pytest.mark.usefixtures("one_thread")]
+
+
+@pytest.fixture
+def plainly(tmp_path):
+    """The results and models of stages that run one after the other in this process."""
+
+    def run(specs):
+        join_group(0, 1)
+        store = ObjectStore(tmp_path / "plain")
+        results = [run_stage(spec, store, rank=0, world_size=1) for spec in specs]
+        return [result.predictions for result in results], models(store, specs)
+
+    return run
+
+
+def models(store, specs):
+    return [contents(store, layout.stage_model_prefix(spec.name)) for spec in specs]
+
+
+def test_trials_side_by_side_equal_stages_one_after_the_other(ray_local, store, plainly):
+    specs = [training_stage(f"trial-{seed}", seed=seed) for seed in range(4)]
+    trials = Trials(TrialsConfig(cpus=0.5), store.url)
+    tickets = [trials.start(specs[:2]), trials.start(specs[2:])]
+    results = [result for ticket in tickets for result in trials.results(ticket)]
+    predictions, plain_models = plainly(specs)
+    assert [result.name for result in results] == [spec.name for spec in specs]
+    assert [result.predictions for result in results] == predictions
+    assert models(store, specs) == plain_models
+    assert len({result.predictions for result in results}) == 4, "seeds matter"
+
+
+def test_a_trial_whose_worker_is_killed_goes_on_in_another(ray_local, store, plainly):
+    spec = training_stage("killed", steps=300, checkpoints=CheckpointConfig(every_steps=20))
+    trials = Trials(TrialsConfig(cpus=0.5), store.url)
+    ticket, polls = trials.start([spec]), []
+    wait_until(lambda: store.list(layout.checkpoints_prefix(spec.name)))
+    [victim] = workers_named("_run_alone")
+    victim.kill()
+    [result] = trials.results(ticket, on_poll=lambda: polls.append(1))
+    assert polls, "the driver is called while it waits"
+    assert ([result.predictions], models(store, [spec])) == plainly([spec])
+
+
+def test_a_named_error_of_a_trial_reaches_the_driver_as_that_class(ray_local, store):
+    missing = training_stage("orphan", model=Handover(model="stages/none/model", num_classes=10))
+    trials = Trials(TrialsConfig(cpus=0.5), store.url)
+    with pytest.raises(ConfigError, match="no model at"):
+        trials.results(trials.start([missing]))
+
+
+def test_a_trial_that_dies_too_often_ends_the_job_with_a_way_on(ray_local, store):
+    spec = training_stage("doomed", steps=3000)
+    trials = Trials(TrialsConfig(cpus=0.5, max_retries=0), store.url)
+    ticket = trials.start([spec])
+    [victim] = wait_until(lambda: workers_named("_run_alone"))
+    victim.kill()
+    with pytest.raises(WorkerError, match="start the same job again"):
+        trials.results(ticket)
+
+
+@ray.remote(num_cpus=0)
+def fail_with(name):
+    raise getattr(errors, name)(f"{name}: expected 3, got 4")
+
+
+def test_every_named_error_survives_the_trip_through_ray(ray_local):
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    for kind, ticket in [(kind, fail_with.remote(kind.__name__)) for kind in kinds]:
+        with pytest.raises(DistTLError) as caught:
+            ray.get(ticket)
+        assert type(caught.value.cause) is kind
+        assert str(caught.value.cause) == f"{kind.__name__}: expected 3, got 4"

@@ -1,0 +1,143 @@
+"""Logs that hold no secret, and metric rows that survive a resume."""
+
+import json
+import logging
+
+import pytest
+
+from dist_tl import telemetry
+from dist_tl.telemetry import MetricsLog, SilentProgress, configure_logging, redact
+
+SECRET = "hUnter/2+x"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"AWS_SECRET_ACCESS_KEY={SECRET}",
+        f"export AWS_ACCESS_KEY_ID={SECRET}; run",
+        f"aws_secret_access_key = {SECRET}",
+        f"{{'AWS_SECRET_ACCESS_KEY': '{SECRET}', 'region': 'eu'}}",
+        json.dumps({"secretAccessKey": SECRET}),
+        json.dumps(json.dumps({"secret": SECRET})),
+        f'password: "{SECRET} and a space {SECRET}"',
+        f"passwd={SECRET}",
+        f"RAY_AUTH_TOKEN={SECRET}",
+        f"hf_token={SECRET}",
+        f"--token {SECRET}",
+        f"--secret-key={SECRET}",
+        f"api_key={SECRET}, retry=3",
+        f"Authorization: Bearer {SECRET}",
+        f"got header bearer {SECRET}==",
+        f"AWS4-HMAC-SHA256 Credential={SECRET}, Signature={SECRET}",
+        f"https://h/x?X-Amz-Credential={SECRET}&X-Amz-Signature={SECRET}&y=1",
+        f"s3://key:{SECRET}@bucket/run",
+        f"cannot reach https://me:{SECRET}@host:9000/a?b=c",
+        f"redis://:{SECRET}@host",
+        "https://hUnter0123456789abcdef@github.com/x.git",
+    ],
+)
+def test_secrets_are_starred_in_every_form(text):
+    assert "hUnter" not in redact(text)
+    assert "***" in redact(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "step 3: loss 0.5, 128 tokens=128 tokenizer: bert",
+        "s3://bucket/run-7/shards at http://127.0.0.1:9000/bucket/a@b",
+        "expected a mapping of keys, got list; key 'width' is given twice",
+        "no secret is kept here, and no password",
+    ],
+)
+def test_other_text_stays_as_it_is(text):
+    assert redact(text) == text
+
+
+def test_what_surrounds_a_secret_stays():
+    assert redact(f"a=1, token={SECRET}, b=2") == "a=1, token=***, b=2"
+    assert redact(f"s3://key:{SECRET}@bucket/run") == "s3://***@bucket/run"
+
+
+@pytest.fixture
+def log_lines(capsys):
+    logger = logging.getLogger("dist_tl")
+    before = logger.handlers[:], logger.level, logger.propagate
+    logger.handlers.clear()
+    yield lambda: capsys.readouterr().err.splitlines()
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
+def test_log_lines_hold_no_secret_even_from_arguments_and_tracebacks(log_lines):
+    configure_logging()
+    try:
+        raise ValueError(f"refused password={SECRET}")
+    except ValueError:
+        logging.getLogger("dist_tl.x").exception("login %s", f"token={SECRET}")
+    text = "\n".join(log_lines())
+    assert "ValueError" in text
+    assert "hUnter" not in text
+
+
+def test_configuring_twice_writes_each_line_once(log_lines):
+    configure_logging()
+    configure_logging(logging.WARNING)
+    logging.getLogger("dist_tl.x").info("not shown")
+    logging.getLogger("dist_tl.x").warning("shown")
+    assert [line.split(": ")[-1] for line in log_lines()] == ["shown"]
+
+
+def test_silent_progress_says_nothing(capsys):
+    progress = SilentProgress()
+    progress.update("task", 1, 2, "note")
+    progress.say("line")
+    assert capsys.readouterr() == ("", "")
+
+
+def rows(data):
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def test_the_sink_is_handed_all_rows_every_time():
+    kept = []
+    log = MetricsLog(kept.append, flush_every_s=1e9)
+    log.log(step=1, loss=0.5)
+    log.flush()
+    log.log(step=2, loss=0.25, note="é")
+    log.flush()
+    assert [[row["step"] for row in rows(data)] for data in kept] == [[1], [1, 2]]
+    assert rows(kept[1])[0]["loss"] == 0.5
+    assert rows(kept[1])[1]["note"] == "é"
+    assert kept[1].endswith(b"\n")
+
+
+def test_a_resumed_log_drops_what_will_be_made_again():
+    kept = []
+    first = MetricsLog(kept.append)
+    for step in range(1, 8):
+        first.log(step=step, attempt=0)
+    first.flush()
+    resumed = MetricsLog(kept.append, existing=kept[-1], resume_step=5)
+    for step in range(6, 9):
+        resumed.log(step=step, attempt=1)
+    resumed.flush()
+    found = [(row["step"], row["attempt"]) for row in rows(kept[-1])]
+    assert found == [(s, 0) for s in range(1, 6)] + [(s, 1) for s in range(6, 9)]
+
+
+def test_a_log_that_starts_over_keeps_nothing():
+    kept = []
+    MetricsLog(kept.append, existing=b'{"step": 1}\n\n{"step": 2}\n', resume_step=0).flush()
+    assert kept == [b""]
+
+
+def test_rows_are_handed_over_now_and_then(monkeypatch):
+    now, kept = [100.0], []
+    monkeypatch.setattr(telemetry.time, "monotonic", lambda: now[0])
+    log = MetricsLog(kept.append, flush_every_s=10)
+    for step in range(25):
+        now[0] += 1
+        log.log(step=step)
+    assert [len(rows(data)) for data in kept] == [10, 20]

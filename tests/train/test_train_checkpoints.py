@@ -1,0 +1,310 @@
+"""A checkpoint exists when COMMIT does, says what belongs to it, and is refused when it differs."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from dist_tl.errors import CheckpointError, CheckpointMismatchError, StorageError
+from dist_tl.storage import layout
+from dist_tl.storage.objects import ObjectStore
+from dist_tl.train.checkpoints import CheckpointConfig, Checkpoints, TrainState
+from dist_tl.train.engine import Engine, EngineConfig, OptimizerConfig
+
+STAGE = "scratch-seed0"
+
+
+def new_engine(*, seed=0, width=7, zero_stage=1):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 3))
+    config = EngineConfig(zero_stage=zero_stage)
+    return Engine(module, config, OptimizerConfig(), batch_per_rank=4, num_steps=9)
+
+
+def take_step(engine):
+    inputs = torch.linspace(-1, 1, 20).view(4, 5) + engine.num_updates
+    loss = functional.cross_entropy(engine.module(inputs), torch.tensor([0, 1, 2, 0]))
+    engine.backward(loss)
+    engine.step()
+
+
+def weights_of(engine):
+    return torch.cat([fragment.master for fragment in engine.fragments]).tolist()
+
+
+def checkpoints_in(store, *, keep=2, every_steps=1, rank=0, world_size=1, fingerprint="f" * 16):
+    config = CheckpointConfig(every_steps=every_steps, keep=keep)
+    return Checkpoints(
+        store, STAGE, config, fingerprint=fingerprint, rank=rank, world_size=world_size
+    )
+
+
+def committed_steps(store):
+    keys = store.list(layout.checkpoints_prefix(STAGE))
+    return [layout.parse_checkpoint_step(key) for key in keys if key.endswith("/COMMIT")]
+
+
+def files_of(store, step):
+    return store.list(layout.checkpoint_prefix(STAGE, step))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ObjectStore(tmp_path / "run")
+
+
+@pytest.fixture
+def engine(alone):
+    engine = new_engine()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def other(alone):
+    """An engine with other weights, into which a checkpoint can be restored."""
+    engine = new_engine(seed=1)
+    yield engine
+    engine.close()
+
+
+def save_steps(engine, checkpoints, *steps):
+    """Save at each of the steps; returns the weights then."""
+    saved = {}
+    for step in steps:
+        take_step(engine)
+        checkpoints.save(engine, TrainState(step, step))
+        saved[step] = weights_of(engine)
+    return saved
+
+
+class DyingStore(ObjectStore):
+    """A machine that dies when a key that ends so is about to be written or deleted."""
+
+    dies_at = "/COMMIT"
+    dies_deleting = False
+
+    def write(self, key, data, *, create_only=False):
+        if not self.dies_deleting and key.endswith(self.dies_at):
+            raise StorageError("the machine died")
+        return super().write(key, data, create_only=create_only)
+
+    def delete_all(self, prefix):
+        if self.dies_deleting:
+            raise StorageError("the machine died")
+        super().delete_all(prefix)
+
+
+# What exists.
+
+
+def test_a_stage_without_checkpoints_starts_at_the_beginning(store, engine):
+    before = weights_of(engine)
+    assert checkpoints_in(store).restore(engine) == TrainState(0, 0)
+    assert weights_of(engine) == before
+
+
+def test_the_last_committed_checkpoint_is_restored_with_its_cursor(store, engine, other):
+    saved = save_steps(engine, checkpoints_in(store), 1, 2)
+    take_step(engine)
+    checkpoints_in(store).save(engine, TrainState(3, 7))
+    assert checkpoints_in(store).restore(other) == TrainState(3, 7)
+    assert weights_of(other) == weights_of(engine) != saved[2]
+    assert other.num_updates == 3
+
+
+@pytest.mark.parametrize("dies_at", ["/COMMIT", ".json", ".safetensors"])
+def test_a_machine_that_dies_before_commit_leaves_the_checkpoint_before(
+    store, engine, other, dies_at
+):
+    saved = save_steps(engine, checkpoints_in(store), 4)
+    dying = DyingStore(store.url)
+    dying.dies_at = dies_at
+    with pytest.raises(StorageError, match="died"):
+        save_steps(engine, checkpoints_in(dying), 5)
+    assert committed_steps(store) == [4]
+    assert checkpoints_in(store).restore(other) == TrainState(4, 4)
+    assert weights_of(other) == saved[4]
+
+
+def test_remains_without_commit_are_ignored_and_swept_by_the_next_save(store, engine, other):
+    with pytest.raises(StorageError):
+        save_steps(engine, checkpoints_in(DyingStore(store.url)), 5)
+    assert len(files_of(store, 5)) == 2
+    assert checkpoints_in(store).restore(other) == TrainState(0, 0)
+    save_steps(other, checkpoints_in(store), 3)
+    assert files_of(store, 5) == []
+    assert committed_steps(store) == [3]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_last_few_are_kept_and_the_rest_removed_with_their_files(store, engine, keep):
+    save_steps(engine, checkpoints_in(store, keep=keep), *range(10, 15))
+    kept = list(range(10, 15))[-keep:]
+    assert committed_steps(store) == kept
+    prefix = layout.checkpoints_prefix(STAGE)
+    assert {layout.parse_checkpoint_step(key) for key in store.list(prefix)} == set(kept)
+
+
+def test_commit_goes_first_when_a_checkpoint_is_swept(store, engine):
+    """Half of a checkpoint must not pass for a whole one if the sweep is cut short."""
+    save_steps(engine, checkpoints_in(store, keep=1), 1)
+    dying = DyingStore(store.url)
+    dying.dies_deleting = True
+    with pytest.raises(StorageError):
+        save_steps(engine, checkpoints_in(dying, keep=1), 2)
+    assert committed_steps(store) == [2]
+    assert len(files_of(store, 1)) == 2
+
+
+def test_clearing_leaves_nothing_and_no_other_stage_is_touched(store, engine):
+    other_key = layout.commit_key("another", 1)
+    store.write(other_key, b"{}")
+    checkpoints = checkpoints_in(store)
+    save_steps(engine, checkpoints, 1, 2)
+    checkpoints.clear()
+    assert store.list("stages") == [other_key]
+
+
+def test_saving_twice_at_a_step_is_harmless(store, engine, other):
+    saved = save_steps(engine, checkpoints_in(store), 1)
+    checkpoints_in(store).save(engine, TrainState(1, 1))
+    checkpoints_in(store).restore(other)
+    assert weights_of(other) == saved[1]
+
+
+def test_saves_are_due_at_multiples_and_never_if_so_asked(store):
+    assert [step for step in range(1, 8) if checkpoints_in(store, every_steps=3).is_due(step)] == [
+        3,
+        6,
+    ]
+    assert not any(checkpoints_in(store, every_steps=0).is_due(step) for step in range(1, 8))
+
+
+def test_the_time_that_training_is_held_up_is_counted(store, engine):
+    checkpoints = checkpoints_in(store)
+    save_steps(engine, checkpoints, 1)
+    once = checkpoints.seconds_blocked
+    save_steps(engine, checkpoints, 2)
+    assert 0 < once < checkpoints.seconds_blocked < 60
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".json"])
+@pytest.mark.parametrize("damage", ["altered", "cut", "missing"])
+def test_a_damaged_file_is_refused_by_name(store, engine, other, suffix, damage):
+    save_steps(engine, checkpoints_in(store), 1, 2)
+    [key] = [key for key in files_of(store, 2) if key.endswith(suffix)]
+    data = bytearray(store.read(key))
+    data[-1] ^= 1
+    store.delete(key)
+    if damage != "missing":
+        store.write(key, bytes(data) if damage == "altered" else bytes(data[:-1]))
+    before = weights_of(other)
+    with pytest.raises(CheckpointError, match=rf"{key} is .*delete .*step-00000002 to go on"):
+        checkpoints_in(store).restore(other)
+    assert weights_of(other) == before
+    store.delete_all(layout.checkpoint_prefix(STAGE, 2))  # the remedy that the message names
+    assert checkpoints_in(store).restore(other) == TrainState(1, 1)
+
+
+@pytest.mark.parametrize(
+    "damage", [b"{", b"[]", b'{"format": 2}', b'{"step": "x"}', b"\xff\xfe", b""]
+)
+def test_a_damaged_commit_is_refused_by_name(store, engine, other, damage):
+    save_steps(engine, checkpoints_in(store), 1)
+    store.write(layout.commit_key(STAGE, 1), damage)
+    with pytest.raises(CheckpointError, match="step-00000001/COMMIT is damaged"):
+        checkpoints_in(store).restore(other)
+
+
+def test_a_checkpoint_of_another_number_of_workers_is_refused_with_both_numbers(
+    store, engine, other
+):
+    save_steps(engine, checkpoints_in(store), 1)
+    with pytest.raises(CheckpointMismatchError, match=r"made by 1 workers, this job has 4; .*=1"):
+        checkpoints_in(store, world_size=4).restore(other)
+
+
+def test_a_checkpoint_of_another_specification_is_refused_with_both_fingerprints(
+    store, engine, other
+):
+    save_steps(engine, checkpoints_in(store), 1)
+    with pytest.raises(CheckpointMismatchError, match=rf"\({'f' * 16}, this one is {'e' * 16}\)"):
+        checkpoints_in(store, fingerprint="e" * 16).restore(other)
+
+
+def test_a_checkpoint_of_another_network_is_refused(store, engine):
+    save_steps(engine, checkpoints_in(store), 1)
+    wider = new_engine(width=8)
+    with pytest.raises(CheckpointMismatchError, match="other slices"):
+        checkpoints_in(store).restore(wider)
+    wider.close()
+
+
+# Two ranks.
+
+
+def save_on(rank, world_size, url, zero_stage):
+    store = ObjectStore(url)
+    engine = new_engine(zero_stage=zero_stage)
+    take_step(engine)
+    checkpoints = checkpoints_in(store, rank=rank, world_size=world_size)
+    checkpoints.save(engine, TrainState(1, 1))
+    committed_after = committed_steps(store)
+    engine.close()
+    return committed_after
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_every_rank_writes_its_own_files_and_commit_names_them_all(two_ranks, store, zero_stage):
+    assert two_ranks(save_on, store.url, zero_stage) == [[1], [1]]
+    folder = layout.checkpoint_prefix(STAGE, 1)
+    written = {key.removeprefix(f"{folder}/") for key in files_of(store, 1)}
+    own = {f"rank-{rank:05d}.{kind}" for rank in (0, 1) for kind in ("json", "safetensors")}
+    assert written == {"COMMIT", *own}
+    commit = store.read_json(layout.commit_key(STAGE, 1))
+    assert {record["key"] for record in commit["files"]} == {f"{folder}/{name}" for name in own}
+    assert {r["key"]: r["bytes"] for r in commit["files"]} == {
+        f"{folder}/{name}": store.size(f"{folder}/{name}") for name in own
+    }
+    assert commit["world_size"] == 2
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_the_files_of_all_ranks_cover_every_parameter_exactly_once(two_ranks, store, zero_stage):
+    two_ranks(save_on, store.url, zero_stage)
+    held = Counter()
+    for rank in (0, 1):
+        index = json.loads(store.read(layout.rank_state_key(STAGE, 1, rank)))
+        for name, part in index["slices"].items():
+            places = range(part["offset"], part["offset"] + part["length"])
+            held.update((name, place) for place in places)
+    sizes = {"0.weight": 35, "0.bias": 7, "2.weight": 21, "2.bias": 3}
+    assert held == Counter((name, place) for name, size in sizes.items() for place in range(size))
+
+
+def restore_on(rank, world_size, url):
+    engine = new_engine(seed=1)
+    try:
+        return str(checkpoints_in(ObjectStore(url), rank=rank, world_size=2).restore(engine))
+    except CheckpointError as error:
+        return f"refused: {error}"
+    finally:
+        engine.close()
+
+
+def test_ranks_refuse_a_damaged_commit_together(two_ranks, store):
+    """Were only one of them to raise, the others would wait for it."""
+    two_ranks(save_on, store.url, 1)
+    assert two_ranks(restore_on, store.url) == ["TrainState(step=1, cursor=1)"] * 2
+    store.write(layout.commit_key(STAGE, 1), b"{")
+    one, two = two_ranks(restore_on, store.url)
+    assert one == two
+    assert one.startswith("refused:")

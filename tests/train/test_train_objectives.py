@@ -1,0 +1,115 @@
+"""Objectives hand batches to the losses of `methods`, and add nothing of their own."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from dist_tl.methods.pseudo.distillation import DistillationConfig
+from dist_tl.methods.pseudo.p_ssl import PSSLConfig, pssl_loss
+from dist_tl.train.feeds import Batch
+from dist_tl.train.objectives import PSSL, Diffusion, Distillation, supervised
+
+
+def batch_of(lanes=(0, 1), size=8, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    images, weak, strong = (torch.randn(size, 1, 4, 4, generator=rng) for _ in range(3))
+    labels = torch.arange(size) % 3
+    return Batch(images, labels, weak, strong, tuple(range(size)), lanes)
+
+
+def network(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 3))
+
+
+def test_supervised_is_the_cross_entropy_of_the_labelled_rows():
+    batch = batch_of()
+    loss, figures = supervised(network(), batch, 0)
+    expected = functional.cross_entropy(network()(batch.images), batch.labels)
+    assert torch.equal(loss, expected)
+    assert figures == {}
+
+
+def test_p_ssl_warms_up_over_a_tenth_of_the_steps():
+    config = PSSLConfig(weight=0.8, algorithm="entropy_min")
+    objective, batch = PSSL(config, num_steps=40), batch_of()
+    for step, weight in [(0, 0.2), (1, 0.4), (3, 0.8), (30, 0.8)]:
+        loss, figures = objective(network(), batch, step)
+        expected, _ = pssl_loss(
+            network(),
+            batch.images,
+            batch.labels,
+            batch.weak,
+            batch.strong,
+            weight=weight,
+            algorithm="entropy_min",
+        )
+        assert torch.equal(loss, expected)
+        assert set(figures) == {"loss_supervised", "loss_unsupervised", "unmasked"}
+
+
+def test_p_ssl_passes_its_options_on():
+    options = {"algorithm": "uda", "batchnorm": "separate", "threshold": 0.1, "sharpening": 0.7}
+    batch = batch_of()
+    loss, _ = PSSL(PSSLConfig(weight=2.0, **options), num_steps=1)(network(), batch, 0)
+    views = (batch.images, batch.labels, batch.weak, batch.strong)
+    assert torch.equal(loss, pssl_loss(network(), *views, weight=2.0, **options)[0])
+    assert not torch.equal(loss, pssl_loss(network(), *views, weight=2.0)[0])
+
+
+@pytest.mark.parametrize("kind", ["soft_targets", "logit_matching"])
+def test_a_teacher_is_frozen_in_eval_mode_and_gets_no_gradient(kind):
+    teacher, student, batch = network(seed=1), network(), batch_of()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    objective = Distillation(DistillationConfig(kind=kind), teacher)
+    loss, _ = objective(student, batch, 0)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert all(parameter.grad is not None for parameter in student.parameters())
+
+
+def test_matching_a_teacher_means_looking_at_the_same_images():
+    teacher, batch = network(seed=1), batch_of()
+    objective = Distillation(DistillationConfig(kind="logit_matching"), teacher)
+    student = network(seed=1).eval()
+    assert objective(student, batch, 0)[0].item() == 0.0
+
+
+class Denoiser(nn.Module):
+    """Stands in for a diffusion model: a loss that tells which noise it drew."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, images, labels, *, rng):
+        noise = torch.randn(images.shape, generator=rng)
+        return (self.weight * noise - images).square().mean() + labels.sum()
+
+
+def test_diffusion_draws_belong_to_lanes_so_that_ranks_do_not_matter():
+    def part(lanes):
+        whole = batch_of(lanes=(0, 1, 2, 3))
+        rows = slice(lanes[0] * 2, (lanes[-1] + 1) * 2)
+        return Batch(whole.images[rows], whole.labels[rows], None, None, (), lanes)
+
+    objective, module = Diffusion(seed=5), Denoiser()
+    alone, _ = objective(module, part((0, 1, 2, 3)), 7)
+    ranks = [objective(module, part(lanes), 7)[0] for lanes in ((0, 1), (2, 3))]
+    torch.testing.assert_close(torch.stack(ranks).mean(), alone)
+    assert objective(module, part((0, 1, 2, 3)), 7)[0] == alone
+    assert objective(module, part((0, 1, 2, 3)), 8)[0] != alone
+    assert Diffusion(seed=6)(module, part((0, 1, 2, 3)), 7)[0] != alone
+
+
+def test_diffusion_calls_the_module_itself():
+    """ZeRO-3 brings weights together in the hooks of a call."""
+    called = []
+    module = Denoiser()
+    module.register_forward_pre_hook(lambda *_: called.append(1))
+    Diffusion(seed=0)(module, batch_of(lanes=(0, 1)), 0)
+    assert len(called) == 2
