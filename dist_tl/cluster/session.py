@@ -54,6 +54,7 @@ class RaySession:
         self._head: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
         self._environment_before: dict[str, str | None] = {}
+        self._is_connected = False
         self._memory = _MemoryWatch()
 
     def __enter__(self) -> "RaySession":
@@ -64,6 +65,7 @@ class RaySession:
             # it may find another run's cluster and give up on a healthy worker group.
             self._set_environment({"RAY_ADDRESS": address})
             _connect(address)
+            self._is_connected = True
         except BaseException:
             self.close()
             raise
@@ -98,8 +100,9 @@ class RaySession:
     def close(self) -> None:
         """Leave Ray; stop the private cluster. Safe to call twice."""
         self._memory.stop()
-        if ray.is_initialized():
+        if self._is_connected:
             ray.shutdown()
+            self._is_connected = False
         if self._head is not None:
             _stop(self._head)
             self._head = None

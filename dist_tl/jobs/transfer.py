@@ -1,6 +1,6 @@
 """The transfer job: from a source, a little target data and arms to scores. Wiring only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -50,28 +50,30 @@ def run_transfer(job: TransferJob, store: ObjectStore, progress: Progress) -> Tr
     Raises:
         DistTLError: a named error; what is committed stays.
     """
-    target = check_target(job)
+    plan = TransferPlan(job, _known_source(job, store), check_target(job))
+    plan.check()
     with open_workers(
         job, store, progress, generators=job.generators, trials=job.trials
     ) as workers:
-        plan = TransferPlan(job, _source(job, target, workers), target)
-        plan.check()
+        if isinstance(job.source, SourceConfig) and find_source(store) is None:
+            plan = replace(plan, source=_train_source(plan, job.source, workers))
         for spec in plan.generate_stages():
             _start_generation(plan, spec, workers)
         return _run_arms(plan, workers)
 
 
-def _source(job: TransferJob, target: TargetFacts, workers: Workers) -> SourceFacts:
-    found = find_source(workers.store)
-    if found is not None:
-        return found
+def _known_source(job: TransferJob, store: ObjectStore) -> SourceFacts:
+    """What is known before anything starts; source data is opened only if it is still needed."""
     if not isinstance(job.source, SourceConfig):
-        return open_assets(workers.store, job.source)
+        return open_assets(store, job.source)
+    return find_source(store) or planned_facts(job.source, job.seed)
+
+
+def _train_source(plan: TransferPlan, source: SourceConfig, workers: Workers) -> SourceFacts:
     references: list[StageSpec] = []
-    if any(arm.route == "real_source" for arm in job.arms):
-        early = TransferPlan(job, planned_facts(job.source, job.seed), target)
-        references = [early.real_source_trunk(repeat) for repeat in early.seeds]
-    return train_source(job, job.source, workers, references=references)
+    if any(arm.route == "real_source" for arm in plan.job.arms):
+        references = [plan.real_source_trunk(repeat) for repeat in plan.seeds]
+    return train_source(plan.job, source, workers, references=references)
 
 
 def _start_generation(plan: TransferPlan, spec: GenerateSpec, workers: Workers) -> None:
@@ -96,7 +98,6 @@ def _run_arms(plan: TransferPlan, workers: Workers) -> TransferOutcome:
     The first trunk reads pseudo samples while they are still being made. Guards start after the
     arms whose samples they share: only trainers tell the generators how far readers are.
     """
-    plan.training_stages()  # refuses source data before the first of them starts
     guards = [Guard(plan, arm, repeat) for arm in plan.pseudo_arms() for repeat in plan.seeds]
     guards = [guard for guard in guards if guard.num_folds]
     stages = stored_results(workers.store, SOURCE_STAGES + _reference_names(plan))

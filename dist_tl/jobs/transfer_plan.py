@@ -70,10 +70,10 @@ class TransferPlan:
     target: TargetFacts
 
     def check(self) -> None:
-        """Refuse target images that source models cannot take, and shards that lanes cannot share.
+        """Refuse what cannot work: image shapes, lanes, or source data as target data.
 
         Raises:
-            ConfigError: naming both shapes, or the nearest sizes that work.
+            ConfigError: naming both shapes, the nearest sizes that work, or the stage.
         """
         source, target = tuple(self.source.image_shape), tuple(self.target.image_shape)
         if source != target:
@@ -87,6 +87,7 @@ class TransferPlan:
                 batch_size=self.read_batch_size(spec),
                 world_size=self.job.trainers.workers,
             )
+        forbid_source_data(self.training_stages(), self.job.source)
 
     @cached_property
     def seeds(self) -> range:
@@ -283,17 +284,12 @@ class TransferPlan:
         return specs
 
     def training_stages(self) -> list[StageSpec]:
-        """All stages of the trainers after the source's, each after those that it builds on.
-
-        Raises:
-            ConfigError: a stage would read source data.
-        """
+        """All stages of the trainers after the source's, each after those that it builds on."""
         stages = {
             spec.name: spec
             for repeat in self.seeds
             for spec in [*self.trunks(repeat), *(self.arm(a, repeat) for a in self.job.arms)]
         }
-        forbid_source_data(stages.values(), self.job.source)
         return list(stages.values())
 
     def _start(self, arm: ArmConfig, repeat: int) -> ModelSpec:

@@ -1,6 +1,8 @@
 """The smallest stages that mean something, and how to watch Ray's processes at them."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from types import SimpleNamespace
 
 import psutil
 
@@ -110,3 +112,33 @@ def workers_named(prefix):
         except (psutil.Error, IndexError):
             continue
     return found
+
+
+class RayOfThreads:
+    """As much of the `ray` module as a pool needs, each actor a thread of this process.
+
+    For what a pool decides; that its decisions survive real processes is tested with real ones.
+    """
+
+    def __init__(self):
+        self.alive = 0
+
+    def remote(self, cls):
+        return SimpleNamespace(
+            options=lambda **_: SimpleNamespace(remote=lambda *args: self._start(cls(*args)))
+        )
+
+    def _start(self, instance):
+        self.alive += 1
+        thread = ThreadPoolExecutor(1)
+        fulfil = SimpleNamespace(remote=lambda *args: thread.submit(instance.fulfil, *args))
+        return SimpleNamespace(fulfil=fulfil)
+
+    def wait(self, tickets, timeout):
+        return [list(found) for found in wait(tickets, timeout, "FIRST_COMPLETED")]
+
+    def get(self, ticket):
+        return ticket.result()
+
+    def kill(self, actor):
+        self.alive -= 1

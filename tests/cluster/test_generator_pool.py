@@ -2,6 +2,7 @@
 
 import pytest
 from small_stages import (
+    RayOfThreads,
     contents,
     generating_stage,
     make_shards,
@@ -17,7 +18,7 @@ from dist_tl.shards.manifest import committed_indices, read_entry
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180), pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("one_thread")]
 
 
 def open_pool(store, *, positions=None, **config):
@@ -51,30 +52,12 @@ def plain_shards(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_a_pool_of_any_size_makes_the_bytes_of_a_plain_loop(
-    ray_local, store, plain_shards, workers
-):
-    spec = generating_stage(store, num_shards=7)
-    with open_pool(store, min=workers, max=workers) as pool:
-        progress = pool.add(spec, batch_size=4)
-        finish(pool, progress)
-    assert shards(store) == plain_shards(num_shards=7)
-    assert (progress.committed, progress.num_shards) == (7, 7)
-    assert progress.bytes == sum(map(len, shards(store).values()))
+# In processes of Ray.
 
 
-def test_no_worker_is_kept_where_there_is_no_work(ray_local, store):
-    with open_pool(store, min=2, max=2) as pool:
-        pool.wait(0.5)
-        assert pool.num_workers == 0
-        finish(pool, pool.add(generating_stage(store, num_shards=2), batch_size=4))
-        wait_until(lambda: pool.num_workers == 0)
-        wait_until(lambda: not workers_named("GeneratorActor"))
-
-
+@pytest.mark.ray
 def test_a_killed_worker_loses_no_shard_and_doubles_none(ray_local, store, plain_shards):
-    slow = {"num_shards": 8, "num_steps": 60}
+    slow = {"num_shards": 6, "num_steps": 40}
     spec = generating_stage(store, **slow)
     with open_pool(store) as pool:
         progress = pool.add(spec, batch_size=4)
@@ -83,95 +66,30 @@ def test_a_killed_worker_loses_no_shard_and_doubles_none(ray_local, store, plain
         victim.kill()
         assert not progress.done, "the worker was killed too late to prove anything"
         finish(pool, progress)
-        assert progress.committed == 8
+        assert progress.committed == 6
     assert shards(store) == plain_shards(**slow)
-    assert committed_indices(store, "pp") == set(range(8))
+    assert committed_indices(store, "pp") == set(range(6))
 
 
-def test_the_pool_never_runs_further_ahead_of_its_readers_than_its_window(ray_local, store):
-    spec, positions = generating_stage(store, num_shards=16), {}
-    with open_pool(store, positions=positions, window=5) as pool:
-        progress = pool.add(spec, batch_size=4)
-        for position, horizon in [(0, 5), (3, 8), (4, 9)]:
-            positions["pp"] = position
-            wait_until(lambda horizon=horizon: progress.committed == horizon)
-            pool.wait(1.0)
-            assert committed_indices(store, "pp") == set(range(horizon))
-        pool.release()
-        finish(pool, progress)
-
-
-def test_a_window_smaller_than_a_batch_is_widened_to_what_a_reader_needs(ray_local, store):
-    spec = generating_stage(store, num_shards=16)
-    with open_pool(store, window=1) as pool:
-        progress = pool.add(spec, batch_size=12)  # three shards, and the next one
-        wait_until(lambda: progress.committed >= 4)
-
-
-def test_readers_that_were_restarted_find_the_shards_behind_the_last_one_made(ray_local, store):
-    spec = generating_stage(store, num_shards=16)
-    make_shards(store, spec, range(10))
-    with open_pool(store, window=5) as pool:  # no reader has said yet that it is at shard 9
-        progress = pool.add(spec, batch_size=4)
-        wait_until(lambda: progress.committed >= 12)
-
-
-def test_shards_that_exist_are_not_made_again(ray_local, store, plain_shards):
-    spec = generating_stage(store)
-    make_shards(store, spec, [0, 1, 4])
-    before = {index: read_entry(store, "pp", index) for index in (0, 1, 4)}
-    with open_pool(store) as pool:
-        progress = pool.add(spec, batch_size=4)
-        assert progress.committed == 3
-        assert progress.todo == [2, 3, 5]
-        finish(pool, progress)
-    assert {index: read_entry(store, "pp", index) for index in (0, 1, 4)} == before
-    assert shards(store) == plain_shards()
-
-
-def test_a_finished_stage_needs_no_worker(ray_local, store):
-    spec = generating_stage(store)
-    make_shards(store, spec, range(6))
-    with open_pool(store) as pool:
-        assert pool.add(spec, batch_size=4).done
-        pool.wait(0.5)
-        assert pool.num_workers == 0
-
-
-def test_stages_are_made_in_the_order_in_which_they_were_added(ray_local, store):
-    first = generating_stage(store, "first", num_shards=4, num_steps=20)
-    second = generating_stage(store, "second", num_shards=4)
-    with open_pool(store) as pool:
-        earlier, later = (pool.add(spec, batch_size=4) for spec in (first, second))
-        finish(pool, later)
-        assert earlier.last_commit_at <= later.first_commit_at
-
-
-def test_the_pool_is_scaled_while_it_works(ray_local, store, plain_shards):
-    slow = {"num_shards": 24, "num_steps": 40}
+@pytest.mark.ray
+def test_three_workers_and_one_after_scaling_make_the_bytes_of_a_plain_loop(
+    ray_local, store, plain_shards
+):
+    slow = {"num_shards": 60, "num_steps": 10}
     spec = generating_stage(store, **slow)
-    with open_pool(store) as pool:
+    with open_pool(store, min=3, max=3) as pool:
         progress = pool.add(spec, batch_size=4)
-        wait_until(lambda: progress.committed >= 1)
-        assert pool.num_workers == 1
-        pool.scale(3, 3)
-        wait_until(lambda: len(workers_named("GeneratorActor")) == 3)
+        wait_until(lambda: len(workers_named("GeneratorActor")) == 3 and progress.committed > 3)
         pool.scale(1, 1)
         wait_until(lambda: len(workers_named("GeneratorActor")) == 1)
         assert not progress.done, "it was scaled too late to prove anything"
         finish(pool, progress)
+        wait_until(lambda: not workers_named("GeneratorActor"))
     assert shards(store) == plain_shards(**slow)
+    assert progress.bytes == sum(map(len, shards(store).values()))
 
 
-def test_the_pool_shrinks_to_its_minimum_while_readers_have_enough(ray_local, store, monkeypatch):
-    monkeypatch.setattr(generators, "IDLE_S", 0.5)
-    spec = generating_stage(store, num_shards=16)
-    with open_pool(store, min=1, max=2, window=6, low_backlog=4) as pool:
-        progress = pool.add(spec, batch_size=4)
-        wait_until(lambda: pool.num_workers == 2)
-        wait_until(lambda: progress.committed == 6 and pool.num_workers == 1)
-
-
+@pytest.mark.ray
 def test_a_named_error_of_a_worker_reaches_the_driver_as_that_class(ray_local, store):
     spec = generating_stage(store)
     store.delete(f"generator/{layout.MODEL_TENSORS}")
@@ -181,6 +99,7 @@ def test_a_named_error_of_a_worker_reaches_the_driver_as_that_class(ray_local, s
             finish(pool, progress)
 
 
+@pytest.mark.ray
 def test_a_worker_that_dies_too_often_ends_the_job_with_a_way_on(ray_local, store):
     spec = generating_stage(store, num_shards=3, num_steps=500)
     with open_pool(store, max_restarts=0) as pool:
@@ -189,3 +108,137 @@ def test_a_worker_that_dies_too_often_ends_the_job_with_a_way_on(ray_local, stor
         victim.kill()
         with pytest.raises(WorkerError, match="start the same job again"):
             finish(pool, progress)
+
+
+# In threads: what the pool decides.
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    stand_in = RayOfThreads()
+    monkeypatch.setattr(generators, "ray", stand_in)
+    monkeypatch.setattr(generators, "POLL_S", 0.01)
+    return stand_in
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_pool_of_any_size_makes_the_bytes_of_a_plain_loop(threads, store, plain_shards, workers):
+    with open_pool(store, min=workers, max=workers) as pool:
+        progress = pool.add(generating_stage(store, num_shards=7), batch_size=4)
+        wait_until(lambda: threads.alive == workers)
+        finish(pool, progress)
+    assert shards(store) == plain_shards(num_shards=7)
+
+
+def test_no_worker_is_kept_where_there_is_no_work(threads, store):
+    with open_pool(store, min=2, max=2) as pool:
+        pool.wait(0.2)
+        assert (pool.num_workers, threads.alive) == (0, 0)
+        finish(pool, pool.add(generating_stage(store, num_shards=2), batch_size=4))
+        wait_until(lambda: (pool.num_workers, threads.alive) == (0, 0), timeout_s=5)
+
+
+def test_no_worker_outlives_the_pool(threads, store):
+    with open_pool(store, min=2, max=2) as pool:
+        pool.add(generating_stage(store, num_shards=30), batch_size=4)
+        wait_until(lambda: threads.alive == 2)
+    assert threads.alive == 0
+
+
+def test_the_pool_never_runs_further_ahead_of_its_readers_than_its_window(threads, store):
+    spec, positions = generating_stage(store, num_shards=16), {}
+    with open_pool(store, positions=positions, window=5) as pool:
+        progress = pool.add(spec, batch_size=4)
+        for position, horizon in [(0, 5), (3, 8), (4, 9)]:
+            positions["pp"] = position
+            wait_until(lambda horizon=horizon: progress.committed == horizon)
+            pool.wait(0.3)
+            assert committed_indices(store, "pp") == set(range(horizon))
+        pool.release()
+        finish(pool, progress)
+
+
+def test_a_window_smaller_than_a_batch_is_widened_to_what_a_reader_needs(threads, store):
+    with open_pool(store, window=1) as pool:
+        progress = pool.add(generating_stage(store, num_shards=16), batch_size=12)
+        wait_until(lambda: progress.committed >= 4)  # the batch touches four shards at worst
+
+
+def test_readers_that_were_restarted_find_the_shards_behind_the_last_one_made(threads, store):
+    spec = generating_stage(store, num_shards=16)
+    make_shards(store, spec, range(10))
+    with open_pool(store, window=5) as pool:  # no reader has said yet that it is at shard 9
+        progress = pool.add(spec, batch_size=4)
+        wait_until(lambda: progress.committed >= 12)
+
+
+def test_shards_that_exist_are_not_made_again(threads, store, plain_shards):
+    spec = generating_stage(store)
+    make_shards(store, spec, [0, 1, 4])
+    before = {index: read_entry(store, "pp", index) for index in (0, 1, 4)}
+    with open_pool(store) as pool:
+        progress = pool.add(spec, batch_size=4)
+        assert progress.committed == 3
+        assert progress.todo == [2, 3, 5]
+        finish(pool, progress)
+        assert progress.committed == 6
+    assert {index: read_entry(store, "pp", index) for index in (0, 1, 4)} == before
+    assert shards(store) == plain_shards()
+
+
+def test_a_finished_stage_needs_no_worker(threads, store):
+    spec = generating_stage(store)
+    make_shards(store, spec, range(6))
+    with open_pool(store) as pool:
+        assert pool.add(spec, batch_size=4).done
+        pool.wait(0.2)
+        assert threads.alive == 0
+
+
+def test_stages_are_made_in_the_order_in_which_they_were_added(threads, store):
+    first, second = (generating_stage(store, name, num_shards=4) for name in ("first", "second"))
+    with open_pool(store) as pool:
+        earlier, later = (pool.add(spec, batch_size=4) for spec in (first, second))
+        finish(pool, later)
+        assert earlier.last_commit_at <= later.first_commit_at
+
+
+def test_a_stage_whose_window_is_full_does_not_hold_up_the_next(threads, store):
+    first, second = (generating_stage(store, name, num_shards=9) for name in ("first", "second"))
+    with open_pool(store, window=4) as pool:
+        held, progress = (pool.add(spec, batch_size=4) for spec in (first, second))
+        wait_until(lambda: (held.committed, progress.committed) == (4, 4))
+
+
+def test_the_pool_grows_to_its_maximum_while_readers_wait(threads, store):
+    with open_pool(store, min=1, max=3) as pool:
+        pool.add(generating_stage(store, num_shards=40), batch_size=4)
+        wait_until(lambda: threads.alive == 3)
+
+
+def test_the_pool_shrinks_to_its_minimum_while_readers_have_enough(threads, store, monkeypatch):
+    monkeypatch.setattr(generators, "IDLE_S", 0.2)
+    with open_pool(store, min=1, max=2, window=6, low_backlog=4) as pool:
+        progress = pool.add(generating_stage(store, num_shards=16), batch_size=4)
+        wait_until(lambda: threads.alive == 2)
+        wait_until(lambda: (progress.committed, threads.alive) == (6, 1))
+
+
+def test_the_pool_is_scaled_while_it_works(threads, store):
+    with open_pool(store) as pool:
+        progress = pool.add(generating_stage(store, num_shards=200), batch_size=4)
+        for workers in (1, 3, 2):
+            pool.scale(workers, workers)
+            wait_until(lambda workers=workers: threads.alive == workers)
+        assert not progress.done
+
+
+def test_a_pool_scaled_to_nothing_rests_and_goes_on(threads, store):
+    with open_pool(store) as pool:
+        progress = pool.add(generating_stage(store, num_shards=30), batch_size=4)
+        wait_until(lambda: progress.committed >= 1)
+        pool.scale(0, 0)
+        wait_until(lambda: threads.alive == 0)
+        assert not progress.done
+        pool.scale(1, 1)
+        finish(pool, progress)

@@ -9,7 +9,6 @@ from dist_tl.methods.pseudo.guard import (
     GuardConfig,
     choose_lambda,
     num_guard_folds,
-    stratified_folds,
     unguarded,
 )
 
@@ -129,33 +128,6 @@ def test_one_label_in_a_class_makes_the_result_unguarded():
     assert num_guard_folds([0, 0, 1], GuardConfig()) is None
     decision = unguarded(0.1, "class 1 has one label")
     assert (decision.weight, decision.guarded) == (0.1, False)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(5, 12), min_size=2, max_size=5), st.integers(2, 5), st.integers(0, 99))
-def test_every_fold_holds_its_share_of_every_class(counts, num_folds, seed):
-    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
-    folds = stratified_folds(labels, num_folds=num_folds, rng=np.random.default_rng(seed))
-    sizes = np.bincount(folds, minlength=num_folds)
-    assert np.ptp(sizes) <= 1
-    for label in range(len(counts)):
-        share = np.bincount(folds[labels == label], minlength=num_folds)
-        assert share.min() >= 1
-        assert np.ptp(share) <= 1
-
-
-def test_folds_follow_from_their_generator_alone():
-    labels = np.repeat([0, 1, 2], 6)
-    first, again, other = (
-        stratified_folds(labels, num_folds=3, rng=np.random.default_rng(s)) for s in (0, 0, 1)
-    )
-    assert (first == again).all()
-    assert (first != other).any()
-
-
-def test_more_folds_than_labels_of_a_class_are_refused():
-    with pytest.raises(ValueError, match=r"expected 2 \.\. 3 folds"):
-        stratified_folds(np.repeat([0, 1], [5, 3]), num_folds=4, rng=np.random.default_rng(0))
 
 
 # Configuration

@@ -56,10 +56,10 @@ def spec_of(draw=None, *, num_samples=24, samples_per_shard=8, batch_size=8, **f
         "seed": 5,
         "generator": StoredDiffusionConfig(path="unused"),
         "generator_fingerprint": "g" * 16,
+        "image_shape": (1, 3, 3),
     }
     return GenerateSpec(
         num_classes=K,
-        image_shape=(1, 3, 3),
         draw=draw or ByClass(),
         num_samples=num_samples,
         batch_size=batch_size,
@@ -234,9 +234,9 @@ def test_pixels_out_of_range_are_clamped_to_black_and_white():
         def sample(self, condition, *, rng):
             return 100.0 * super().sample(condition, rng=rng)
 
-    assert set(np.unique(pixels(drawn(spec_of(), generator=Loud())))) <= {0, 255} | set(range(256))
-    assert pixels(drawn(spec_of(), generator=Loud())).max() == 255
-    assert pixels(drawn(spec_of(), generator=Loud())).min() == 0
+    levels = pixels(drawn(spec_of(), generator=Loud()))
+    assert (levels.min(), levels.max()) == (0, 255)
+    assert ((levels == 0) | (levels == 255)).mean() > 0.9
 
 
 # Stages.
@@ -334,7 +334,7 @@ def test_a_stored_generator_is_opened_frozen_and_makes_images(store, generator_f
 
 
 def test_a_generator_that_is_not_there_is_named(store):
-    with pytest.raises(ConfigError, match="no model at .*nowhere"):
+    with pytest.raises(ConfigError, match=r"no model at .*nowhere"):
         open_generator(store, StoredDiffusionConfig(path="nowhere"))
 
 
@@ -343,5 +343,7 @@ def test_a_generator_is_its_weights_and_settings_wherever_they_are(store, genera
     put(store, "two", generator_files)
     one = generator_fingerprint(store, StoredDiffusionConfig(path="one"))
     assert generator_fingerprint(store, StoredDiffusionConfig(path="two")) == one
+    fewer_steps = StoredDiffusionConfig(path="one", num_steps=1)
+    assert generator_fingerprint(store, fewer_steps) != one
     put(store, "two", {**generator_files, "config.json": b"{}"})
     assert generator_fingerprint(store, StoredDiffusionConfig(path="two")) != one

@@ -1,27 +1,21 @@
 """One rank in the test process, and two more in processes of their own, started once a session."""
 
 import gc
-import os
-import traceback
-
-os.environ.update(TORCHDYNAMO_DISABLE="1", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from rank_processes import TwoRanks, join_on_cpu
 
 from dist_tl.datasets.digits import DigitsConfig
 from dist_tl.datasets.views import ViewsConfig
 from dist_tl.models.resnet import ResNetConfig
 from dist_tl.train.checkpoints import CheckpointConfig
-from dist_tl.train.engine import EngineConfig, OptimizerConfig, join_group
+from dist_tl.train.engine import EngineConfig, OptimizerConfig
 from dist_tl.train.models import NewNetwork
 from dist_tl.train.objectives import SupervisedSpec
 from dist_tl.train.rows import RowsSpec, SplitSpec
 from dist_tl.train.spec import StageSpec
-
-PATIENCE_S = 120.0
 
 
 @pytest.fixture(autouse=True)
@@ -33,71 +27,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def _import_deepspeed():
-    import deepspeed  # noqa: F401
-
-    # ZeRO-3 collects garbage for every engine: half a second among all that has been imported.
-    gc.collect()
-    gc.freeze()
-
-
 # For the whole session: DeepSpeed keeps handles to the first group it sees.
 @pytest.fixture(scope="session")
 def alone():
     """A world of one in the test process."""
-    join_group(0, 1)
-    _import_deepspeed()
+    join_on_cpu(0, 1)
     yield
     gc.unfreeze()
     dist.destroy_process_group()
-
-
-def _serve(rank, rendezvous, orders, answers):
-    torch.set_num_threads(1)
-    join_group(rank, 2, rendezvous=rendezvous, timeout_s=PATIENCE_S)
-    _import_deepspeed()
-    while (order := orders.get()) is not None:
-        function, arguments = order
-        try:
-            answers.put((function(rank, 2, *arguments), None))
-        except BaseException:
-            answers.put((None, traceback.format_exc()))
-    dist.destroy_process_group()
-
-
-class TwoRanks:
-    """Two ranks that wait for work.
-
-    Calling it with a module-level function of a test file runs `function(rank, 2, *arguments)` on
-    both, and gives back their two results. What crosses must be plain values: a tensor would leave
-    its file behind when its process ends.
-    """
-
-    def __init__(self, folder):
-        context = multiprocessing.get_context("spawn")
-        self._pipes = [(context.Queue(), context.Queue()) for _ in range(2)]
-        self._processes = [
-            context.Process(target=_serve, args=(rank, f"file://{folder}/meet", *pipes))
-            for rank, pipes in enumerate(self._pipes)
-        ]
-        for process in self._processes:
-            process.start()
-
-    def __call__(self, function, *arguments):
-        for orders, _ in self._pipes:
-            orders.put((function, arguments))
-        results = [answers.get(timeout=PATIENCE_S) for _, answers in self._pipes]
-        for rank, (_, failure) in enumerate(results):
-            assert failure is None, f"rank {rank}: {failure}"
-        return [result for result, _ in results]
-
-    def close(self):
-        for orders, _ in self._pipes:
-            orders.put(None)
-        for process in self._processes:
-            process.join(timeout=20)
-            if process.is_alive():
-                process.kill()
 
 
 @pytest.fixture(scope="session")

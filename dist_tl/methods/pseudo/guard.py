@@ -72,28 +72,6 @@ def num_guard_folds(labels_N: Sequence[int] | np.ndarray, config: GuardConfig) -
     return min(MAX_FOLDS if config.folds is None else config.folds, smallest)
 
 
-def stratified_folds(
-    labels_N: Sequence[int] | np.ndarray, *, num_folds: int, rng: np.random.Generator
-) -> np.ndarray:
-    """The fold 0 .. num_folds - 1 of each item, int64 (N,); every fold has every class.
-
-    Class sizes differ by one item at most between folds, and so do fold sizes.
-
-    Raises:
-        ValueError: fewer than two folds, or a class with fewer items than folds.
-    """
-    labels = np.asarray(labels_N)
-    classes, counts = np.unique(labels, return_counts=True)
-    smallest = int(counts.min()) if len(counts) else 0
-    if not 2 <= num_folds <= smallest:
-        raise ValueError(f"expected 2 .. {smallest} folds, the smallest class, got {num_folds}")
-    by_class = np.concatenate([rng.permutation(np.flatnonzero(labels == c)) for c in classes])
-    folds = np.empty(len(labels), dtype=np.int64)
-    # Dealing all classes round in one go also evens out the folds' total sizes.
-    folds[by_class] = np.arange(len(labels)) % num_folds
-    return folds
-
-
 def choose_lambda(correct: Mapping[float, Sequence[float] | np.ndarray]) -> GuardDecision:
     """The weight that cross-validation supports.
 

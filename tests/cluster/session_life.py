@@ -1,0 +1,93 @@
+"""A program that opens private clusters one after another and says what it sees. Run by a test.
+
+    python session_life.py ENDING [ENDING ...]
+
+Each cluster ends in one way: `raise` (the body raises), `lose` (its head is killed) or `wait` (for
+this program to be killed). Prints one line of JSON a cluster.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+
+from dist_tl.cluster.config import SessionConfig
+from dist_tl.cluster.session import RaySession
+from dist_tl.errors import WorkerError
+
+SECRET = "a-secret-that-must-stay-in-memory"
+
+
+def read_secret():
+    return os.environ.get("AWS_SECRET_ACCESS_KEY")
+
+
+def describe(session):
+    import ray
+
+    ray.get(ray.remote(read_secret).remote())
+    folder = str(session._folder)
+    family = psutil.Process().children(recursive=True)
+    return {
+        "folder": folder,
+        "folder_mode": oct(os.stat(folder).st_mode & 0o777),
+        "processes": [[process.pid, process.create_time()] for process in family],
+        "commands": [process.cmdline() for process in family],
+        "cpus": ray.cluster_resources()["CPU"],
+        "others": ray.util.list_named_actors(all_namespaces=True),
+        "secret_seen": ray.get(ray.remote(read_secret).remote()) == SECRET,
+        "runtime_env": str(ray.get_runtime_context().runtime_env),
+        "files_with_secrets": [name for secret in secrets() for name in files_with(secret, folder)],
+    }
+
+
+def secrets():
+    return SECRET, os.environ["RAY_AUTH_TOKEN"]
+
+
+def files_with(text, folder):
+    found = subprocess.run(["grep", "-rlaF", text, folder], capture_output=True, text=True)
+    return found.stdout.splitlines()
+
+
+def lose_head(session):
+    session._head.kill()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            session.check()
+        except WorkerError as error:
+            return str(error)
+        time.sleep(0.05)
+    return "nothing was noticed"
+
+
+def live(ending):
+    with RaySession(SessionConfig(num_cpus=3, object_store_mb=80)) as session:
+        session.check()
+        facts = describe(session)
+        if ending == "lose":
+            facts["noticed"] = lose_head(session)
+        print(json.dumps(facts), flush=True)
+        if ending == "wait":
+            time.sleep(600)
+        if ending == "raise":
+            raise KeyError("out of the body")
+
+
+def main():
+    os.environ["AWS_SECRET_ACCESS_KEY"] = SECRET
+    before = dict(os.environ)
+    for ending in sys.argv[1:]:
+        try:
+            live(ending)
+        except KeyError:
+            pass
+        assert dict(os.environ) == before, "the environment is put back"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Private clusters: alone, gone without a trace, and silent about secrets.
+
+Those tested here are opened by programs of their own, beside the one that these tests share.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from small_stages import wait_until
+
+from dist_tl.cluster import session as session_module
+from dist_tl.cluster.config import SessionConfig
+from dist_tl.cluster.session import RaySession
+from dist_tl.errors import WorkerError
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+PROGRAM = Path(__file__).with_name("session_life.py")
+
+
+def start(*endings):
+    return subprocess.Popen(
+        [sys.executable, str(PROGRAM), *endings],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As where a user has strict warnings and no cluster.
+        env={
+            **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+            "PYTHONWARNINGS": "error::DeprecationWarning",
+        },
+    )
+
+
+def still_running(facts):
+    found = []
+    for pid, created in facts["processes"]:
+        try:
+            process = psutil.Process(pid)
+            if process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.cmdline())
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def taken_port():
+    """Another program has the port that Ray's client server takes if it is not told otherwise."""
+    with socket.socket() as holder:
+        try:
+            holder.bind(("0.0.0.0", 10001))
+            holder.listen()
+        except OSError:  # somebody else has it: just as well
+            pass
+        yield
+
+
+@pytest.fixture(scope="module")
+def neighbour(ray_local):
+    """Something in the cluster of this process that others could see, and do not."""
+    actor = ray.remote(threading.Event).options(name="ours", num_cpus=0).remote()
+    ray.get(actor.is_set.remote())
+    yield
+    ray.kill(actor)
+
+
+@pytest.fixture(scope="module")
+def lives(neighbour, taken_port):
+    """What a program saw that opened two clusters, one after the other; both have ended."""
+    program = start("raise", "lose")
+    out, err = program.communicate(timeout=200)
+    assert program.returncode == 0, err[-3000:]
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def life(lives):
+    return lives[0]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["body raised", "head was killed"])
+def test_a_session_leaves_no_process_and_no_folder_behind(lives, which):
+    facts = lives[which]
+    assert len(facts["processes"]) > 3
+    assert still_running(facts) == []
+    assert not Path(facts["folder"]).exists()
+
+
+def test_a_session_dies_with_its_driver_even_on_kill_9(neighbour):
+    driver = start("wait")
+    facts = json.loads(driver.stdout.readline())
+    driver.kill()
+    driver.communicate()
+    wait_until(lambda: still_running(facts) == [], timeout_s=15)
+
+
+def test_sessions_on_one_machine_do_not_see_each_other(life, ray_local):
+    assert life["cpus"] == 3
+    assert life["others"] == []
+    assert ray.cluster_resources()["CPU"] == 8
+    assert [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)] == ["ours"]
+
+
+def test_a_session_that_lost_its_head_says_so(lives):
+    assert "start the same job again" in lives[1]["noticed"]
+
+
+def test_workers_have_the_secrets_of_the_environment_and_nobody_writes_them_down(life):
+    assert life["secret_seen"]
+    assert life["files_with_secrets"] == []
+    assert "secret" not in life["runtime_env"].lower()
+    assert "token" not in life["runtime_env"].lower()
+    assert not any("secret" in word for command in life["commands"] for word in command)
+
+
+def test_no_other_user_reaches_the_sockets(life):
+    assert life["folder_mode"] == "0o700"
+
+
+def test_a_cluster_out_of_reach_is_named_soon_and_what_runs_here_stays(ray_local, monkeypatch):
+    monkeypatch.setattr(session_module, "CONNECT_TIMEOUT_S", 0.5)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        began = time.monotonic()
+        with pytest.raises(WorkerError, match=f"answers at {address}.*RAY_ADDRESS"):
+            RaySession(SessionConfig()).__enter__()
+    assert time.monotonic() - began < 5
+    assert os.environ["RAY_ADDRESS"] == address
+    assert ray.is_initialized()
+
+
+def test_ray_that_does_not_start_says_its_last_words(monkeypatch):
+    words = [sys.executable, "-c", "import sys; sys.exit('no room for shared memory')"]
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(session_module, "_head_command", lambda *_: words)
+    with pytest.raises(WorkerError, match="no room for shared memory"):
+        RaySession(SessionConfig()).__enter__()
+
+
+def test_memory_is_watched_over_all_processes_of_the_session(ray_local):
+    driver = psutil.Process().memory_info().rss
+    wait_until(lambda: ray_local.peak_memory_bytes > driver)
