@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -246,24 +247,27 @@ def _answers(host: str, port: int) -> bool:
     return True
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop the head and everything it started; actors that linger are killed."""
+def _stop(head: subprocess.Popen[bytes]) -> None:
+    """Stop the head and everything it started; returns when all of it is gone."""
+    head.terminate()
     try:
-        family = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
-    process.terminate()
-    try:
-        process.wait(timeout=3)
+        head.wait(timeout=3)
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    for child in family:
-        try:
-            child.kill()
-        except psutil.NoSuchProcess:
-            continue
+        head.kill()
+        head.wait()
+    # Where the head was killed its family has lost its parent, but is still in its session.
+    family = [process for process in psutil.process_iter() if _session_of(process) == head.pid]
+    for process in family:
+        with suppress(psutil.Error):
+            process.kill()
     psutil.wait_procs(family, timeout=5)
+
+
+def _session_of(process: psutil.Process) -> int | None:
+    try:
+        return os.getsid(process.pid)
+    except OSError:
+        return None
 
 
 class _MemoryWatch:

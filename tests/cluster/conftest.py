@@ -1,6 +1,7 @@
 """One Ray for all tests of the cluster's parts."""
 
 import os
+from pathlib import Path
 
 # Read by DeepSpeed and torch in this process and, inherited, in Ray's.
 os.environ.update(TORCHDYNAMO_DISABLE="1", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
@@ -12,12 +13,27 @@ from dist_tl.cluster.config import SessionConfig
 from dist_tl.cluster.session import RaySession
 from dist_tl.storage.objects import ObjectStore
 
+HERE = Path(__file__).parent
+_open = []
 
-# For this folder only: RAY_ADDRESS is set meanwhile, and other tests start clusters of their own.
-@pytest.fixture(scope="package")
+
+@pytest.fixture(scope="module")
 def ray_local():
-    with RaySession(SessionConfig(num_cpus=8, object_store_mb=100)) as session:
-        yield session
+    """A Ray that the modules of this folder share."""
+    if not _open:
+        _open.append(RaySession(SessionConfig(num_cpus=8, object_store_mb=100)).__enter__())
+    return _open[0]
+
+
+# Not a fixture of the whole run: RAY_ADDRESS is set meanwhile, and tests elsewhere start clusters
+# of their own.
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    try:
+        return (yield)
+    finally:
+        if _open and (nextitem is None or HERE not in nextitem.path.parents):
+            _open.pop().close()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ Each cluster ends in one way: `raise` (the body raises), `lose` (its head is kil
 this program to be killed). Prints one line of JSON a cluster.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -82,10 +83,8 @@ def main():
     os.environ["AWS_SECRET_ACCESS_KEY"] = SECRET
     before = dict(os.environ)
     for ending in sys.argv[1:]:
-        try:
+        with contextlib.suppress(KeyError):
             live(ending)
-        except KeyError:
-            pass
         assert dict(os.environ) == before, "the environment is put back"
 
 

@@ -121,7 +121,7 @@ class RayOfThreads:
     """
 
     def __init__(self):
-        self.alive = 0
+        self.alive = self.most = 0
 
     def remote(self, cls):
         return SimpleNamespace(
@@ -130,6 +130,7 @@ class RayOfThreads:
 
     def _start(self, instance):
         self.alive += 1
+        self.most = max(self.most, self.alive)
         thread = ThreadPoolExecutor(1)
         fulfil = SimpleNamespace(remote=lambda *args: thread.submit(instance.fulfil, *args))
         return SimpleNamespace(fulfil=fulfil)

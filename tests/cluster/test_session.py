@@ -5,6 +5,7 @@ Those tested here are opened by programs of their own, beside the one that these
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -74,7 +75,16 @@ def neighbour(ray_local):
 
 
 @pytest.fixture(scope="module")
-def lives(neighbour, taken_port):
+def doomed(neighbour):
+    """A program that waits in its cluster; started early, so that it starts beside the others."""
+    program = start("wait")
+    yield program
+    program.kill()
+    program.communicate()
+
+
+@pytest.fixture(scope="module")
+def lives(doomed, taken_port):
     """What a program saw that opened two clusters, one after the other; both have ended."""
     program = start("raise", "lose")
     out, err = program.communicate(timeout=200)
@@ -95,12 +105,12 @@ def test_a_session_leaves_no_process_and_no_folder_behind(lives, which):
     assert not Path(facts["folder"]).exists()
 
 
-def test_a_session_dies_with_its_driver_even_on_kill_9(neighbour):
-    driver = start("wait")
-    facts = json.loads(driver.stdout.readline())
-    driver.kill()
-    driver.communicate()
+def test_a_session_dies_with_its_driver_even_on_kill_9(doomed):
+    facts = json.loads(doomed.stdout.readline())
+    assert len(still_running(facts)) > 3
+    doomed.kill()
     wait_until(lambda: still_running(facts) == [], timeout_s=15)
+    shutil.rmtree(facts["folder"])  # nobody was left to do it
 
 
 def test_sessions_on_one_machine_do_not_see_each_other(life, ray_local):

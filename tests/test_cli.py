@@ -1,0 +1,239 @@
+"""The command: help that teaches, refusals that say what to do, JSON that programs can read."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import dist_tl.jobs.run
+from dist_tl import cli
+from dist_tl.errors import ConfigError, DataError, StorageError
+
+TRAINING = {"steps": 4, "batch_size": 8}
+RESNET = {"kind": "resnet", "width": 4, "blocks": [1], "norm": "group"}
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Writes a small job file with changes; returns its path."""
+
+    def write(**changes):
+        content = {
+            "kind": "transfer",
+            "run": str(tmp_path / "run"),
+            "seeds": 1,
+            "lanes": 2,
+            "source": {
+                "data": {"source": "digits", "part": {"index": 0, "of": 2}, "limit": 100},
+                "classifier": RESNET,
+                "classifier_training": TRAINING,
+                "generator": {"channels": [8]},
+                "generator_training": TRAINING,
+            },
+            "target": {
+                "data": {"source": "digits", "part": {"index": 1, "of": 2}},
+                "labels_per_class": 2,
+                "network": RESNET,
+                "training": TRAINING,
+            },
+            "arms": ["scratch", "pp"],
+            "pp": {"samples": 32, "training": TRAINING},
+            "shards": {"samples_per_shard": 8, "lanes": 2},
+            **changes,
+        }
+        path = tmp_path / "job.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the command in this process; returns exit code, standard output, standard error."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["dist-tl", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        shown = capsys.readouterr()
+        return left.value.code or 0, plain(shown.out), plain(shown.err)
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli.console, "_width", 200)
+    monkeypatch.setattr(cli.errors, "_width", 200)
+    return run
+
+
+def plain(text):
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch, tmp_path):
+    """Whoever would run a job, or leave a file, fails the test."""
+
+    def forbidden(*_):
+        raise AssertionError("a job was started")
+
+    monkeypatch.setattr(dist_tl.jobs.run, "run_job", forbidden)
+    yield
+    assert not (tmp_path / "run").exists()
+
+
+# Help.
+
+
+def test_help_teaches_the_verbs_overrides_and_exit_codes(command):
+    code, out, _ = command("--help")
+    assert code == 0
+    for verb in ("plan", "run", "report", "doctor"):
+        assert f"dist-tl {verb}" in out
+    assert "target.labels_per_class=10" in out
+    for meaning in ("0 done", "2 bad input", "3 failed and can be started again", "130"):
+        assert meaning in out
+
+
+def test_the_bare_command_shows_its_help(command):
+    code, out, err = command()
+    assert "dist-tl plan JOB.yaml" in out + err
+    assert code in (0, cli.BAD_INPUT)
+
+
+@pytest.mark.parametrize(
+    ("verb", "lessons"),
+    [
+        ("plan", ["JOB.yaml", "KEY=VALUE", "trainers.workers=1", "--json", "Starts nothing"]),
+        ("run", ["JOB.yaml", "KEY=VALUE", "--json", "goes on from what is committed", "Ctrl-C"]),
+        ("report", ["RUN", "--markdown", "--json"]),
+        ("doctor", ["--store", "s3://", "--json"]),
+    ],
+)
+def test_each_verb_explains_itself(command, verb, lessons):
+    code, out, _ = command(verb, "--help")
+    assert code == 0
+    for lesson in lessons:
+        assert lesson in out
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize("verb", ["plan", "run"])
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        (
+            "target.labels_per_clas=3",
+            "labels_per_clas: unknown key; did you mean 'labels_per_class'",
+        ),
+        (
+            "target.labels_per_class=many",
+            "target.labels_per_class: Input should be a valid integer",
+        ),
+        ("kind=transmute", "kind: expected one of source, transfer, got 'transmute'"),
+        ("lanes=3", "3 lanes cannot be shared by 2 workers"),
+        ("seed", "expected key=value"),
+    ],
+)
+def test_a_job_that_cannot_work_is_refused_before_anything_starts(
+    command, job, nothing_starts, verb, override, complaint
+):
+    code, out, err = command(verb, job(), override)
+    assert code == cli.BAD_INPUT == 2
+    assert complaint in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_a_missing_job_file_is_refused(command, nothing_starts, tmp_path, verb):
+    code, _, err = command(verb, tmp_path / "absent.yaml")
+    assert code == cli.BAD_INPUT
+    assert "absent.yaml" in err
+    assert "No such file" in err
+
+
+@pytest.mark.parametrize("words", [["fly"], ["plan"], ["run", "--fast", "job.yaml"]])
+def test_a_command_that_does_not_exist_is_refused(command, words):
+    code, _, err = command(*words)
+    assert code == cli.BAD_INPUT
+    assert "Traceback" not in err
+
+
+def test_an_unfinished_run_has_no_report(command, tmp_path):
+    code, _, err = command("report", tmp_path)
+    assert code in (cli.BAD_INPUT, cli.FAILED)
+    assert "Traceback" not in err
+    assert "results.json" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("token=abc is wrong"), 2),
+        (DataError("token=abc is wrong"), 2),
+        (StorageError("token=abc is wrong"), 3),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_what_ends_a_run_decides_the_exit_code_and_shows_no_secret(
+    command, job, monkeypatch, error, code
+):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(dist_tl.jobs.run, "run_job", fail)
+    found, _, err = command("run", job())
+    assert found == code
+    assert "abc" not in err
+    assert ("the same command goes on" in err) == (code != 2)
+
+
+# What programs read.
+
+
+def test_a_plan_is_readable_by_programs_and_leaves_nothing_behind(command, job, nothing_starts):
+    code, out, _ = command("plan", job(), "--json", "pp.samples=48")
+    plan = json.loads(out)
+    assert code == 0
+    assert [(row["shards"], row["samples"]) for row in plan["generate"]] == [(6, 48)]
+    assert {row["steps"] for row in plan["train"]} == {4}
+
+
+def test_a_plan_shows_tables_to_people(command, job, nothing_starts):
+    code, out, _ = command("plan", job())
+    assert code == 0
+    assert "pp-shards" in out
+    assert "2 x 1 CPU" in out
+
+
+def test_the_doctor_is_readable_by_programs(command):
+    code, out, _ = command("doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(out)}
+    assert {"machine", "torch", "ray", "deepspeed", "embedded S3"} <= set(checks)
+    failed = [name for name, check in checks.items() if check["state"] == "fails"]
+    assert code == (cli.FAILED if failed else 0)
+
+
+def test_the_doctor_says_why_a_store_refuses(command, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    code, out, _ = command("doctor", "--json", "--store", tmp_path / "file" / "run")
+    [check] = [check for check in json.loads(out) if check["name"] == "store"]
+    assert (code, check["state"]) == (cli.FAILED, "fails")
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_tl", "plan", "absent.yaml"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert done.returncode == cli.BAD_INPUT
+    assert "cannot read the job file absent.yaml" in done.stderr
+    assert done.stdout == ""
