@@ -1,4 +1,4 @@
-"""The house, held by a test: who may import whom, where each framework lives, how long a file is."""
+"""The house, held by a test: who may import whom, where frameworks live, how long a file is."""
 
 import ast
 import re

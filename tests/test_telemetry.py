@@ -65,9 +65,15 @@ def test_what_surrounds_a_secret_stays():
 def log_lines(capsys):
     logger = logging.getLogger("dist_tl")
     before = logger.handlers[:], logger.level, logger.propagate
+    disabled = {n: logging.getLogger(n).disabled for n in ("dist_tl", "dist_tl.x")}
     logger.handlers.clear()
+    for name in disabled:
+        logging.getLogger(name).disabled = False
+    logging.disable(logging.NOTSET)
     yield lambda: capsys.readouterr().err.splitlines()
     logger.handlers[:], logger.level, logger.propagate = before
+    for name, value in disabled.items():
+        logging.getLogger(name).disabled = value
 
 
 def test_log_lines_hold_no_secret_even_from_arguments_and_tracebacks(log_lines):

@@ -53,6 +53,7 @@ class RaySession:
     def __init__(self, config: SessionConfig) -> None:
         self._config = config
         self._head: subprocess.Popen[bytes] | None = None
+        self._watcher: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
         self._environment_before: dict[str, str | None] = {}
         self._is_connected = False
@@ -107,6 +108,10 @@ class RaySession:
         if self._head is not None:
             _stop(self._head)
             self._head = None
+        if self._watcher is not None:
+            self._watcher.kill()
+            self._watcher.wait()
+            self._watcher = None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
@@ -135,6 +140,7 @@ class RaySession:
                 preexec_fn=partial(_die_with, os.getpid()),
                 env={**os.environ, **WARNINGS, "RAY_ADDRESS": address},
             )
+        self._watcher = _watch_over(self._head.pid)
         self._wait_until_up(port)
         return address
 
@@ -260,7 +266,32 @@ def _stop(head: subprocess.Popen[bytes]) -> None:
     for process in family:
         with suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(family, timeout=5)
+    # Where nobody reaps orphans they stay zombies: dead, though their numbers are still taken.
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and not all(map(_is_dead, family)):
+        time.sleep(0.05)
+
+
+def _is_dead(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return True
+
+
+def _watch_over(head_pid: int) -> subprocess.Popen[bytes]:
+    """A shell that outlives us and then kills the head's whole session, should we be killed."""
+    script = (
+        f"while kill -0 {os.getpid()} 2>/dev/null; do sleep 1; done; "
+        f"pkill -KILL -s {head_pid} || kill -KILL -- -{head_pid}"
+    )
+    return subprocess.Popen(
+        ["/bin/sh", "-c", script],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def _session_of(process: psutil.Process) -> int | None:

@@ -215,7 +215,7 @@ def test_the_pool_is_scaled_while_it_works(threads, store):
         progress = pool.add(generating_stage(store, num_shards=200), batch_size=4)
         for workers in (1, 3, 2):
             pool.scale(workers, workers)
-            wait_until(lambda workers=workers: threads.alive == workers)
+            wait_until(lambda workers=workers: threads.alive == workers, timeout_s=5)
         assert not progress.done
 
 

@@ -64,6 +64,8 @@ def job_file(folder, source_folder, name, **changes):
         "pp": {"samples": 512, "training": {**training, "steps": 40}},
         "p_ssl": {"samples": 64, "loss": {"lambda_guard": {"folds": 2}}},
         "shards": {"samples_per_shard": 16, "lanes": 2},
+        # Fewer than the 32 shards of pp: generators must wait for the trainers to read.
+        "generators": {"window": 4},
         "checkpoints": {"every_steps": 5},
         "session": {"num_cpus": 4},
         **changes,
@@ -102,8 +104,21 @@ def family(process):
     return psutil.Process(process.pid).children(recursive=True)
 
 
+def is_dead(process):
+    try:
+        # Orphans stay zombies where the machine's first process does not reap them.
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def all_gone(processes, timeout_s):
-    return not psutil.wait_procs(processes, timeout=timeout_s)[1]
+    deadline = time.monotonic() + timeout_s
+    while not all(is_dead(process) for process in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def scores(results):

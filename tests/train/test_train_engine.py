@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_tl.errors import CheckpointMismatchError, ConfigError
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.train import engine as engine_module
 from dist_tl.train.checkpoints import CheckpointConfig, Checkpoints, TrainState
 from dist_tl.train.engine import (
     Engine,
@@ -150,6 +152,7 @@ class PartlyIdle(nn.Module):
 
 def train_partly_idle(rank, world_size, zero_stage):
     engine = engine_of(PartlyIdle(), zero_stage=zero_stage)
+    assert torch.equal(engine.full_weights()["frozen.weight"], PartlyIdle().frozen.weight)
     train(engine, 0, 2, rank)
     state, weights = engine.local_state(), engine.full_weights()
     continued = train(engine, 2, 4, rank)
@@ -239,9 +242,20 @@ def test_clipping_equals_that_of_plain_torch_up_to_rounding(two_ranks, zero_stag
         assert losses == pytest.approx(plain, rel=1e-5)
 
 
+def with_small_buckets(config, batch_per_rank):
+    """Gradients are reduced while the backward pass goes on, as those of a large model are."""
+    settings = deepspeed_config(config, batch_per_rank)
+    settings["zero_optimization"]["reduce_bucket_size"] = 8
+    return settings
+
+
+deepspeed_config = engine_module._deepspeed_config
+
+
 def losses_of_micro_batches(rank, world_size, zero_stage, offload, accumulation):
     config = {"zero_stage": zero_stage, "offload": offload, "accumulation": accumulation}
-    engine = engine_of(network(plain=True), **config)
+    with mock.patch.object(engine_module, "_deepspeed_config", with_small_buckets):
+        engine = engine_of(network(plain=True), **config)
     losses = []
     for step in range(STEPS):
         parts = []

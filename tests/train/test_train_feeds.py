@@ -281,6 +281,16 @@ def test_views_change_from_step_to_step_and_with_the_seed():
     assert torch.equal(one.images, two.images)
 
 
+def test_lanes_draw_views_of_their_own():
+    def twelve_times(**fields):
+        return memory_rows(1, batch_size=12, lanes=12, **fields)
+
+    [batch] = next(feed_of(twelve_times(), twelve_times()).read_from(0))
+    for views in (batch.images, batch.weak, batch.strong):
+        assert len({tuple(view.flatten().tolist()) for view in views}) > 2
+    assert not torch.equal(batch.images, batch.weak)
+
+
 def test_unlabelled_rows_do_not_change_what_is_seen_of_the_labelled():
     with_them = feed_of(memory_rows(), memory_unlabelled()).read_from(0)
     without = feed_of(memory_rows()).read_from(0)

@@ -106,6 +106,15 @@ def test_diffusion_draws_belong_to_lanes_so_that_ranks_do_not_matter():
     assert Diffusion(seed=6)(module, part((0, 1, 2, 3)), 7)[0] != alone
 
 
+def test_lanes_draw_noise_of_their_own():
+    images, labels = torch.zeros(4, 1, 4, 4), torch.zeros(4, dtype=torch.int64)
+    losses = {
+        Diffusion(seed=5)(Denoiser(), Batch(images, labels, None, None, (), (lane,)), 0)[0].item()
+        for lane in range(6)
+    }
+    assert len(losses) == 6
+
+
 def test_diffusion_calls_the_module_itself():
     """ZeRO-3 brings weights together in the hooks of a call."""
     called = []
