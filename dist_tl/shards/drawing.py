@@ -29,7 +29,7 @@ from dist_tl.models.generators.config import (
 )
 from dist_tl.models.generators.protocol import ConditionalGenerator, check_condition
 from dist_tl.seeds import row_rngs
-from dist_tl.shards.manifest import StageManifest, open_stage
+from dist_tl.shards.manifest import StageManifest, open_stage, read_manifest
 from dist_tl.shards.order import ShardOrder, ShardPlan
 from dist_tl.shards.sample import PseudoSample, quantise
 from dist_tl.shards.writer import ShardConfig
@@ -102,7 +102,9 @@ def open_generate_stage(
     if isinstance(spec.draw, ByTarget):
         if q_NK is None:
             raise ConfigError(f"stage {spec.name} draws by target images; it needs conditions")
-        store.write(layout.conditions_key(spec.name), conditions_bytes(q_NK))
+        # Not over another job's conditions: whoever finds a manifest finds its conditions too.
+        if read_manifest(store, spec.name) is None:
+            store.write(layout.conditions_key(spec.name), conditions_bytes(q_NK))
     return open_stage(store, spec.manifest(created_by))
 
 

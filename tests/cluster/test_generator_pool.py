@@ -81,8 +81,9 @@ def test_a_named_error_of_a_worker_reaches_the_driver_as_that_class(ray_local, s
     store.delete(f"generator/{layout.MODEL_TENSORS}")
     with open_pool(store) as pool:
         progress = pool.add(spec, batch_size=4)
-        with pytest.raises(ConfigError, match=r"model\.safetensors not found"):
+        with pytest.raises(ConfigError, match=r"model\.safetensors not found") as caught:
             finish(pool, progress)
+    assert type(caught.value) is ConfigError  # and not Ray's own, which only looks like it
 
 
 @pytest.mark.ray

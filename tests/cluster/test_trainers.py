@@ -104,7 +104,8 @@ def test_a_group_without_shards_to_read_holds_no_generator_back(mailbox, undistu
 def test_a_named_error_of_a_worker_reaches_the_driver_as_that_class_and_ends_the_group(group):
     doomed = training_stage("doomed", steps=30, optimizer=OptimizerConfig(learning_rate=1e30))
     ticket, next_ticket = group.post(doomed), group.post(training_stage("never"))
-    with pytest.raises(NonFiniteLossError, match="stage doomed"):
+    with pytest.raises(NonFiniteLossError, match="stage doomed") as caught:
         group.wait(ticket)
+    assert type(caught.value) is NonFiniteLossError  # and not Ray's own, which looks like it
     with pytest.raises(NumericsError):
         group.wait(next_ticket)

@@ -62,8 +62,9 @@ def test_a_trial_whose_worker_is_killed_goes_on_in_another(ray_local, store, pla
 def test_a_named_error_of_a_trial_reaches_the_driver_as_that_class(ray_local, store):
     missing = training_stage("orphan", model=Handover(model="stages/none/model", num_classes=10))
     trials = Trials(TrialsConfig(cpus=0.5), store.url)
-    with pytest.raises(ConfigError, match="no model at"):
+    with pytest.raises(ConfigError, match="no model at") as caught:
         trials.results(trials.start([missing]))
+    assert type(caught.value) is ConfigError  # and not Ray's own, which only looks like it
 
 
 def test_a_trial_that_dies_too_often_ends_the_job_with_a_way_on(ray_local, store):
