@@ -43,7 +43,7 @@ def configure_logging(level: int = logging.INFO) -> None:
     logger = logging.getLogger("dist_tl")
     logger.setLevel(level)
     logger.propagate = False
-    if not logger.handlers:
+    if not any(isinstance(h.formatter, _RedactingFormatter) for h in logger.handlers):
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logger.addHandler(handler)

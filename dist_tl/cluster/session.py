@@ -281,8 +281,10 @@ def _is_dead(process: psutil.Process) -> bool:
 
 def _watch_over(head_pid: int) -> subprocess.Popen[bytes]:
     """A shell that outlives us and then kills the head's whole session, should we be killed."""
+    me = os.getpid()
     script = (
-        f"while kill -0 {os.getpid()} 2>/dev/null; do sleep 1; done; "
+        f"alive() {{ kill -0 {me} && ! grep -q '^State:.Z' /proc/{me}/status; }} 2>/dev/null; "
+        f"while alive; do sleep 1; done; "
         f"pkill -KILL -s {head_pid} || kill -KILL -- -{head_pid}"
     )
     return subprocess.Popen(
