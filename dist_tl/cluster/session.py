@@ -6,6 +6,7 @@ share a machine; it dies with us, even on kill -9, and does not see the terminal
 
 import ctypes
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -140,7 +141,7 @@ class RaySession:
                 preexec_fn=partial(_die_with, os.getpid()),
                 env={**os.environ, **WARNINGS, "RAY_ADDRESS": address},
             )
-        self._watcher = _watch_over(self._head.pid)
+        self._watcher = _watch_over(self._head.pid, self._folder)
         self._wait_until_up(port)
         return address
 
@@ -279,13 +280,14 @@ def _is_dead(process: psutil.Process) -> bool:
         return True
 
 
-def _watch_over(head_pid: int) -> subprocess.Popen[bytes]:
-    """A shell that outlives us and then kills the head's whole session, should we be killed."""
+def _watch_over(head_pid: int, folder: Path) -> subprocess.Popen[bytes]:
+    """A shell that outlives us, should we be killed: it ends the head's session and its folder."""
     me = os.getpid()
     script = (
         f"alive() {{ kill -0 {me} && ! grep -q '^State:.Z' /proc/{me}/status; }} 2>/dev/null; "
         f"while alive; do sleep 1; done; "
-        f"pkill -KILL -s {head_pid} || kill -KILL -- -{head_pid}"
+        f"pkill -KILL -s {head_pid} || kill -KILL -- -{head_pid}; "
+        f"sleep 1; rm -rf {shlex.quote(str(folder))}"
     )
     return subprocess.Popen(
         ["/bin/sh", "-c", script],

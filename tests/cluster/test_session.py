@@ -5,7 +5,6 @@ Those tested here are opened by programs of their own, beside the one that these
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -54,18 +53,6 @@ def still_running(facts):
 
 
 @pytest.fixture(scope="module")
-def taken_port():
-    """Another program has the port that Ray's client server takes if it is not told otherwise."""
-    with socket.socket() as holder:
-        try:
-            holder.bind(("0.0.0.0", 10001))
-            holder.listen()
-        except OSError:  # somebody else has it: just as well
-            pass
-        yield
-
-
-@pytest.fixture(scope="module")
 def neighbour(ray_local):
     """Something in the cluster of this process that others could see, and do not."""
     actor = ray.remote(threading.Event).options(name="ours", num_cpus=0).remote()
@@ -84,7 +71,7 @@ def doomed(neighbour):
 
 
 @pytest.fixture(scope="module")
-def lives(doomed, taken_port):
+def lives(doomed):
     """What a program saw that opened two clusters, one after the other; both have ended."""
     program = start("raise", "lose")
     out, err = program.communicate(timeout=200)
@@ -110,7 +97,7 @@ def test_a_session_dies_with_its_driver_even_on_kill_9(doomed):
     assert len(still_running(facts)) > 3
     doomed.kill()
     wait_until(lambda: still_running(facts) == [], timeout_s=15)
-    shutil.rmtree(facts["folder"])  # nobody was left to do it
+    wait_until(lambda: not Path(facts["folder"]).exists(), timeout_s=15)
 
 
 def test_sessions_on_one_machine_do_not_see_each_other(life, ray_local):
@@ -118,6 +105,12 @@ def test_sessions_on_one_machine_do_not_see_each_other(life, ray_local):
     assert life["others"] == []
     assert ray.cluster_resources()["CPU"] == 8
     assert [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)] == ["ours"]
+
+
+def test_a_session_needs_no_port_that_another_program_may_have(life):
+    # Ray's client server takes 10001 unless told otherwise, and where it cannot, Ray stops.
+    assert not any("--port=10001" in command for command in life["commands"])
+    assert any("ray.util.client.server" in command for command in life["commands"])
 
 
 def test_a_session_that_lost_its_head_says_so(lives):
