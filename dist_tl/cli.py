@@ -6,14 +6,19 @@ Exit codes: 0 done, 2 bad input, 3 failed and can be started again, 130 interrup
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from dist_tl.display import TerminalProgress, console, errors, show_table
 from dist_tl.errors import ConfigError, DataError, DistTLError
 from dist_tl.telemetry import configure_logging, redact
+
+if TYPE_CHECKING:  # these take seconds to import, and --help needs none of them
+    from dist_tl.jobs.planning import TrainRow
+    from dist_tl.results import AnyResults
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
 GOES_ON = "stopped; the same command goes on from what is committed"
@@ -69,6 +74,16 @@ def plan(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> 
                 for row in table.generate
             ],
         )
+    if table.tasks:
+        rows = [(row.phase, str(row.tasks), row.what) for row in table.tasks]
+        show_table("Tasks (Ray, phase after phase)", ("phase", "tasks", "what"), rows)
+    if table.train:
+        _show_training(table.train)
+    if table.trials:
+        console.print(f"and {table.trials} short trials for the lambda guards", highlight=False)
+
+
+def _show_training(train: "Sequence[TrainRow]") -> None:
     show_table(
         "Training (one worker group, in this order)",
         ("stage", "objective", "steps", "rows a step", "parameters", "MB a checkpoint"),
@@ -81,11 +96,9 @@ def plan(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> 
                 "of its trunk" if row.parameters is None else f"{row.parameters:,}",
                 "" if row.checkpoint_bytes is None else f"{row.checkpoint_bytes / 1e6:.1f}",
             )
-            for row in table.train
+            for row in train
         ],
     )
-    if table.trials:
-        console.print(f"and {table.trials} short trials for the lambda guards", highlight=False)
 
 
 @app.command()
@@ -99,7 +112,6 @@ def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> N
     spec = read_job(job, overrides or [])
     from dist_tl.jobs.run import open_store, run_job
     from dist_tl.report.collect import write_report
-    from dist_tl.report.summary import table_rows, verdict
 
     with TerminalProgress() as progress:
         results = run_job(spec, progress)
@@ -110,11 +122,7 @@ def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> N
     if as_json:
         print(results.model_dump_json(indent=1))
         return
-    header, *rows = table_rows(results)
-    show_table(f"{results.run}: accuracy on the test split", header, rows)
-    for finding in results.findings:
-        console.print(f"- {finding}", highlight=False, markup=False)
-    console.print(verdict(results), style="bold", highlight=False, markup=False)
+    _show_results(results)
     minutes, seconds = divmod(round(results.wall_seconds), 60)
     console.print(
         f"{minutes} min {seconds} s, peak memory {results.peak_memory_bytes / 2**30:.1f} GiB; "
@@ -134,7 +142,7 @@ def report(
 ) -> None:
     """Make the page of a finished run again, and print its table."""
     from dist_tl.report.collect import read_results, write_report
-    from dist_tl.report.summary import markdown_table, table_rows, verdict
+    from dist_tl.report.summary import markdown_tables
     from dist_tl.storage.objects import ObjectStore
 
     store = ObjectStore(run)
@@ -143,12 +151,22 @@ def report(
     if as_json:
         print(results.model_dump_json(indent=1))
     elif markdown:
-        print(markdown_table(results), end="")
+        print(markdown_tables(results), end="")
     else:
-        header, *rows = table_rows(results)
-        show_table(f"{results.run}: accuracy on the test split", header, rows)
-        console.print(verdict(results), style="bold", highlight=False, markup=False)
+        _show_results(results)
         console.print(f"page: {store.url}/{page}", highlight=False, markup=False)
+
+
+def _show_results(results: "AnyResults") -> None:
+    from dist_tl.report.summary import tables, verdict
+
+    for table in tables(results):
+        show_table(table.title, table.header, list(table.rows))
+        if table.note:
+            console.print(table.note, style="dim", highlight=False, markup=False)
+    for finding in results.findings:
+        console.print(f"- {finding}", highlight=False, markup=False)
+    console.print(verdict(results), style="bold", highlight=False, markup=False)
 
 
 @app.command()

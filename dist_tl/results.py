@@ -4,8 +4,10 @@ Intervals are two-sided 95 % Student t over seeds; differences between arms are 
 because two arms of one seed share their labels, their test split and their initial weights.
 """
 
+import json
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import Field
 from scipy import stats
@@ -98,27 +100,32 @@ class GeneratorQuality(StrictModel):
     samples: int
 
 
-class RunResults(StrictModel):
-    """results.json: everything the table and the page are made from."""
+class Results(StrictModel):
+    """What every kind of run says of itself in results.json."""
 
     run: str
     kind: str
     fingerprint: str
+    stages: tuple[StageRecord, ...]
+    findings: tuple[str, ...] = Field(description="Plain sentences, negative results included.")
+    versions: dict[str, str]
+    wall_seconds: float
+    peak_memory_bytes: int
+
+
+class RunResults(Results):
+    """Of a run that compares arms: everything the table and the page are made from."""
+
     baseline: str
     references: tuple[str, ...] = ()
     scores: tuple[Score, ...]
     summaries: tuple[ArmSummary, ...]
-    stages: tuple[StageRecord, ...]
     quality: GeneratorQuality | None
     overlap: dict[str, float] = Field(
         default_factory=dict,
         description="Seconds by which the first optimizer step of a stage came before the last "
         "commit of the shards it reads, by stage name.",
     )
-    findings: tuple[str, ...] = Field(description="Plain sentences, negative results included.")
-    versions: dict[str, str]
-    wall_seconds: float
-    peak_memory_bytes: int
 
 
 def summarise(
@@ -165,3 +172,75 @@ def _summary(
         reference=arm in references,
         note=note,
     )
+
+
+class Table(StrictModel):
+    """A table as text."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = Field("", description="How to read it, in a sentence.")
+
+
+class Series(StrictModel):
+    """One curve: a line, or points with error bars."""
+
+    label: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    half_width: tuple[float, ...] | None = Field(None, description="Of each point's error bar.")
+    style: Literal["line", "points"] = "line"
+    color: int = Field(0, ge=0, description="Series of one colour belong together.")
+
+
+class Chart(StrictModel):
+    """Curves over one axis."""
+
+    title: str
+    x_label: str = Field(description="With its unit.")
+    y_label: str = Field(description="With its unit.")
+    log_x: bool = False
+    zero_line: bool = False
+    series: tuple[Series, ...]
+    note: str = ""
+
+
+class HeatMap(StrictModel):
+    """A number over two axes; the colours are symmetric around zero where `signed`."""
+
+    title: str
+    x_label: str
+    y_label: str
+    x: tuple[str, ...]
+    y: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...] = Field(description="A row for each y.")
+    insignificant: tuple[tuple[bool, ...], ...] = Field(
+        (), description="Cells whose interval includes zero; shown hatched."
+    )
+    signed: bool = True
+    unit: str = ""
+    note: str = ""
+
+
+class StudyResults(Results):
+    """Of a run that measures rather than races: tables, curves, maps, and what they say."""
+
+    verdict: str = Field(description="The outcome in one sentence.")
+    tables: tuple[Table, ...]
+    charts: tuple[Chart, ...] = ()
+    heat_maps: tuple[HeatMap, ...] = ()
+    facts: tuple[tuple[str, str], ...] = Field((), description="Figures by name.")
+
+
+AnyResults = RunResults | StudyResults
+
+
+def read_any_results(text: str | bytes) -> AnyResults:
+    """The content of a results.json.
+
+    Raises:
+        ValueError: it is of no kind known here.
+    """
+    model = StudyResults if "verdict" in json.loads(text) else RunResults
+    return model.model_validate_json(text)

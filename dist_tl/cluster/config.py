@@ -1,8 +1,13 @@
-"""How large the parts of a cluster are: plain configuration, read without ray."""
+"""How large the parts of a cluster are, and what its tasks are asked: read without ray."""
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from pydantic import Field, model_validator
 
 from dist_tl.config import StrictModel
+
+Asked = TypeVar("Asked", bound=StrictModel)
 
 
 class SessionConfig(StrictModel):
@@ -49,3 +54,11 @@ class TrialsConfig(StrictModel):
     cpus: float = Field(1.0, gt=0, description="CPUs that Ray reserves for each trial.")
     gpus: float = Field(0.0, ge=0, description="GPUs that Ray reserves for each trial.")
     max_retries: int = Field(3, ge=0, description="Fresh starts of a trial whose worker died.")
+
+
+@dataclass(frozen=True)
+class Task(Generic[Asked]):
+    """One piece of work; its name is that of a stage of the run."""
+
+    name: str
+    asked: Asked

@@ -1,9 +1,13 @@
 """What a job will do, from its file and its data alone: nothing is started, nothing is written."""
 
 from dist_tl.config import StrictModel
+from dist_tl.jobs.manifold_plan import ManifoldPlan
+from dist_tl.jobs.manifold_spec import ManifoldJob
+from dist_tl.jobs.run_spec import JobConfig, RunConfig
 from dist_tl.jobs.source_plan import open_assets, planned_facts, source_stages
-from dist_tl.jobs.specs import Job, RunConfig, SourceConfig, SourceJob
+from dist_tl.jobs.specs import Job
 from dist_tl.jobs.transfer_plan import TransferPlan, check_target
+from dist_tl.jobs.transfer_spec import SourceConfig, SourceJob
 from dist_tl.methods.pseudo.guard import GuardConfig, num_guard_folds
 from dist_tl.models.networks import parameter_count
 from dist_tl.shards.drawing import GenerateSpec
@@ -36,6 +40,14 @@ class GenerateRow(StrictModel):
     bytes_at_most: int
 
 
+class TaskRow(StrictModel):
+    """Independent tasks of one kind."""
+
+    phase: str
+    tasks: int
+    what: str
+
+
 class PlanTable(StrictModel):
     """The whole job."""
 
@@ -45,7 +57,7 @@ class PlanTable(StrictModel):
     generate: tuple[GenerateRow, ...]
     train: tuple[TrainRow, ...]
     trials: int
-    notes: tuple[str, ...] = ()
+    tasks: tuple[TaskRow, ...] = ()
 
 
 def plan_job(job: Job) -> PlanTable:
@@ -55,6 +67,8 @@ def plan_job(job: Job) -> PlanTable:
         ConfigError: the job cannot work.
         DataError: its data is damaged.
     """
+    if isinstance(job, ManifoldJob):
+        return _manifold_table(job)
     if isinstance(job, SourceJob):
         facts = planned_facts(job.source, job.seed)
         stages = source_stages(job, job.source, facts)
@@ -74,6 +88,26 @@ def plan_job(job: Job) -> PlanTable:
         plan.generate_stages(),
         [*stages, *plan.training_stages()],
         trials=num_trials(plan),
+    )
+
+
+def _manifold_table(job: ManifoldJob) -> PlanTable:
+    plan = ManifoldPlan(job)
+    points = len(job.samples) * len(job.lambdas)
+    rows = (
+        ("sources", plan.sources(), f"{job.source_samples} samples, {job.hidden} hidden units"),
+        ("moments", plan.moments(), f"{job.moment_samples} samples a cell"),
+        ("baselines", plan.baselines(), f"{points} points, {job.draws} draws each"),
+        ("cells", plan.cells(), f"{points} points, {job.draws} draws each"),
+    )
+    return PlanTable(
+        run=job.run,
+        store=job.store,
+        actors=_actors(job),
+        generate=(),
+        train=(),
+        trials=0,
+        tasks=tuple(TaskRow(phase=name, tasks=len(t), what=what) for name, t, what in rows),
     )
 
 
@@ -107,10 +141,11 @@ def _table(
     )
 
 
-def _actors(job: RunConfig) -> dict[str, str]:
-    actors = {"trainers": f"{job.trainers.workers} x {job.trainers.cpus:g} CPU"}
-    if job.trainers.gpus:
-        actors["trainers"] += f" + {job.trainers.gpus:g} GPU"
+def _actors(job: JobConfig) -> dict[str, str]:
+    actors = {}
+    if isinstance(job, RunConfig):
+        actors["trainers"] = f"{job.trainers.workers} x {job.trainers.cpus:g} CPU"
+        actors["trainers"] += f" + {job.trainers.gpus:g} GPU" if job.trainers.gpus else ""
     for name in ("generators", "trials"):
         config = getattr(job, name, None)
         if config is not None:

@@ -10,20 +10,25 @@ from typing import Any
 from dist_tl.config import differing_fields, fingerprint
 from dist_tl.errors import ConfigError, StorageError
 from dist_tl.jobs.exports import export_models, write_gallery
+from dist_tl.jobs.manifold import run_manifold
+from dist_tl.jobs.manifold_results import manifold_results
+from dist_tl.jobs.manifold_spec import ManifoldJob
+from dist_tl.jobs.run_spec import JobConfig
 from dist_tl.jobs.source import find_source, train_source
-from dist_tl.jobs.specs import MAY_CHANGE, Job, RunConfig, SourceJob
+from dist_tl.jobs.specs import MAY_CHANGE, Job
 from dist_tl.jobs.transfer import run_transfer
 from dist_tl.jobs.transfer_results import transfer_results
+from dist_tl.jobs.transfer_spec import SourceJob, TransferJob
 from dist_tl.jobs.versions import versions
 from dist_tl.jobs.workers import open_workers
-from dist_tl.results import RunResults
+from dist_tl.results import AnyResults, read_any_results
 from dist_tl.storage import layout
 from dist_tl.storage.embedded import EmbeddedS3
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.telemetry import Progress
 
 
-def run_job(job: Job, progress: Progress) -> RunResults | None:
+def run_job(job: Job, progress: Progress) -> AnyResults | None:
     """Run `job`, or go on where an earlier start of the same job stopped.
 
     Returns:
@@ -39,21 +44,27 @@ def run_job(job: Job, progress: Progress) -> RunResults | None:
         done = store.read_or_none(layout.RESULTS)
         if done is not None:
             progress.say("this run is done; its results are shown again")
-            return RunResults.model_validate_json(done)
+            return read_any_results(done)
         if isinstance(job, SourceJob):
             _run_source(job, store, progress)
             return None
-        outcome = run_transfer(job, store, progress)
-        results = transfer_results(
-            outcome,
-            run=job.run,
-            fingerprint=identity(job),
-            wall_seconds=time.monotonic() - began,
-        )
-        export_models(outcome, store)
-        write_gallery(outcome, store)
+        results = _found(job, store, progress, began)
         store.write(layout.RESULTS, results.model_dump_json(indent=1).encode())
         return results
+
+
+def _found(
+    job: TransferJob | ManifoldJob, store: ObjectStore, progress: Progress, began: float
+) -> AnyResults:
+    told = {"run": job.run, "fingerprint": identity(job)}
+    if isinstance(job, ManifoldJob):
+        found = run_manifold(job, store, progress)
+        return manifold_results(found, **told, wall_seconds=time.monotonic() - began)
+    outcome = run_transfer(job, store, progress)
+    results = transfer_results(outcome, **told, wall_seconds=time.monotonic() - began)
+    export_models(outcome, store)
+    write_gallery(outcome, store)
+    return results
 
 
 def _run_source(job: SourceJob, store: ObjectStore, progress: Progress) -> None:
@@ -68,7 +79,7 @@ def _run_source(job: SourceJob, store: ObjectStore, progress: Progress) -> None:
 
 
 @contextmanager
-def open_store(job: RunConfig) -> Iterator[ObjectStore]:
+def open_store(job: JobConfig) -> Iterator[ObjectStore]:
     """The run's store, checked to be writable; served on loopback for `store: embedded`.
 
     Raises:

@@ -8,6 +8,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from dist_tl.jobs.run_spec import RunConfig
 from dist_tl.jobs.source_plan import (
     CLASSIFIER,
     PHASE,
@@ -16,7 +17,7 @@ from dist_tl.jobs.source_plan import (
     source_rows,
     source_stages,
 )
-from dist_tl.jobs.specs import RunConfig, SourceConfig
+from dist_tl.jobs.transfer_spec import SourceConfig
 from dist_tl.jobs.workers import Workers
 from dist_tl.methods.pseudo.quality import agreement, feature_moments, frechet_distance
 from dist_tl.models.networks import Network

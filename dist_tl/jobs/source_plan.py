@@ -11,7 +11,8 @@ from pydantic import Field
 from dist_tl.config import StrictModel, fingerprint
 from dist_tl.datasets.views import ViewsConfig
 from dist_tl.errors import ConfigError
-from dist_tl.jobs.specs import BudgetConfig, RunConfig, SourceAssets, SourceConfig
+from dist_tl.jobs.run_spec import BudgetConfig, RunConfig
+from dist_tl.jobs.transfer_spec import SourceAssets, SourceConfig
 from dist_tl.models.generators.config import GeneratorConfig, StoredDiffusionConfig
 from dist_tl.shards.drawing import generator_fingerprint, open_generator
 from dist_tl.storage import layout

@@ -7,8 +7,8 @@ from torch import Tensor
 from dist_tl.cluster.generators import StageProgress
 from dist_tl.jobs.source import find_source, judge_generator, train_source
 from dist_tl.jobs.source_plan import SOURCE_STAGES, SourceFacts, open_assets, planned_facts
-from dist_tl.jobs.specs import ArmConfig, SourceConfig, TransferJob
 from dist_tl.jobs.transfer_plan import PP_SHARDS, TransferPlan, check_target
+from dist_tl.jobs.transfer_spec import ArmConfig, SourceConfig, TransferJob
 from dist_tl.jobs.versions import versions
 from dist_tl.jobs.workers import Workers, open_workers
 from dist_tl.methods.pseudo.conditions import source_probabilities

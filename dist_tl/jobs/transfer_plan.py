@@ -11,8 +11,9 @@ from functools import cached_property
 
 from dist_tl.config import fingerprint
 from dist_tl.errors import ConfigError
+from dist_tl.jobs.run_spec import BudgetConfig
 from dist_tl.jobs.source_plan import SourceFacts, forbid_source_data
-from dist_tl.jobs.specs import ArmConfig, BudgetConfig, PPConfig, PSSLArmConfig, TransferJob
+from dist_tl.jobs.transfer_spec import ArmConfig, PPConfig, PSSLArmConfig, TransferJob
 from dist_tl.seeds import derive_seed
 from dist_tl.shards.drawing import ByClass, ByTarget, GenerateSpec
 from dist_tl.shards.order import ShardPlan, check_sizes
@@ -114,7 +115,7 @@ class TransferPlan:
 
     def pp_shards(self) -> GenerateSpec:
         """The samples of pseudo pre-training: one set for all repeats."""
-        assert self.job.pp is not None, "jobs/specs.py requires pp where an arm uses it"
+        assert self.job.pp is not None, "jobs/transfer_spec.py requires pp where an arm uses it"
         return self._generate(PP_SHARDS, self.job.seed, self.job.pp.num_samples, ByClass())
 
     def pseudo_shards(self, arm: ArmConfig, repeat: int) -> GenerateSpec:
@@ -188,7 +189,7 @@ class TransferPlan:
     def p_ssl(self, arm: ArmConfig) -> PSSLArmConfig:
         """The P-SSL settings of an arm."""
         config = arm.p_ssl or self.job.p_ssl
-        assert config is not None, "jobs/specs.py requires p_ssl where an arm uses it"
+        assert config is not None, "jobs/transfer_spec.py requires p_ssl where an arm uses it"
         return config
 
     def budget(self, arm: ArmConfig) -> BudgetConfig:
@@ -215,8 +216,8 @@ class TransferPlan:
 
     def _pre_training(self, name: str, repeat: int, rows: RowsSpec | ShardPlan | None) -> StageSpec:
         pp: PPConfig | None = self.job.pp
-        assert pp is not None, "jobs/specs.py requires pp where an arm uses it"
-        assert rows is not None, "jobs/specs.py requires a trained source for real_source"
+        assert pp is not None, "jobs/transfer_spec.py requires pp where an arm uses it"
+        assert rows is not None, "jobs/transfer_spec.py requires a trained source for real_source"
         return self._stage(
             name,
             repeat,

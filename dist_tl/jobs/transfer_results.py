@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from dist_tl.cluster.generators import StageProgress
-from dist_tl.jobs.specs import BASELINE, REFERENCES, ArmConfig
 from dist_tl.jobs.transfer import TransferOutcome
 from dist_tl.jobs.transfer_plan import PP_SHARDS, TRUNKS
+from dist_tl.jobs.transfer_spec import BASELINE, REFERENCES, ArmConfig
 from dist_tl.jobs.versions import versions
 from dist_tl.results import Interval, RunResults, Score, StageRecord, interval, summarise
 from dist_tl.train.spec import StageResult

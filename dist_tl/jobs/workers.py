@@ -13,7 +13,7 @@ from dist_tl.cluster.mailbox import Snapshot, open_mailbox, read_positions
 from dist_tl.cluster.session import RaySession
 from dist_tl.cluster.trainers import TrainerGroup
 from dist_tl.cluster.trials import Trials
-from dist_tl.jobs.specs import RunConfig
+from dist_tl.jobs.run_spec import RunConfig
 from dist_tl.shards.drawing import GenerateSpec
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.telemetry import Progress

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from dist_tl.errors import ConfigError
 from dist_tl.models.hugging_face import TransformersConfig, build_transformers
 from dist_tl.models.inputs import ImageShape
+from dist_tl.models.perceptron import HiddenLayer, PerceptronConfig
 from dist_tl.models.resnet import ResNetConfig, ResNetTrunk
 from dist_tl.models.taps import record_blocks
 from dist_tl.models.timm_networks import TimmConfig, build_timm
 
-AnyNetworkConfig = ResNetConfig | TransformersConfig | TimmConfig
+AnyNetworkConfig = ResNetConfig | TransformersConfig | TimmConfig | PerceptronConfig
 NetworkConfig = Annotated[AnyNetworkConfig, Field(discriminator="kind")]
 
 
@@ -131,6 +132,8 @@ def _build_parts(
         return build_transformers(config, num_classes=num_classes, image_shape=image_shape)
     if isinstance(config, TimmConfig):
         return build_timm(config, num_classes=num_classes, image_shape=image_shape)
+    if isinstance(config, PerceptronConfig):
+        return HiddenLayer(config, image_shape), None, config
     return ResNetTrunk(config, image_shape), None, config
 
 

@@ -9,12 +9,13 @@ from safetensors.numpy import load as load_arrays
 from dist_tl.errors import ConfigError
 from dist_tl.report.gallery import Gallery
 from dist_tl.report.page import build_page
-from dist_tl.results import RunResults
+from dist_tl.report.study import build_study_page
+from dist_tl.results import AnyResults, StudyResults, read_any_results
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
 
 
-def read_results(store: ObjectStore) -> RunResults:
+def read_results(store: ObjectStore) -> AnyResults:
     """The results of a finished run.
 
     Raises:
@@ -26,7 +27,7 @@ def read_results(store: ObjectStore) -> RunResults:
             f"{store.url} holds no {layout.RESULTS}; start the job with `dist-tl run`, or let it "
             "end, and then report"
         )
-    return RunResults.model_validate_json(data)
+    return read_any_results(data)
 
 
 def write_report(store: ObjectStore) -> str:
@@ -36,6 +37,9 @@ def write_report(store: ObjectStore) -> str:
         ConfigError: the run has no results yet.
     """
     results = read_results(store)
+    if isinstance(results, StudyResults):
+        store.write(layout.REPORT, build_study_page(results).encode())
+        return layout.REPORT
     metrics = {stage.name: _rows(store, stage.name) for stage in results.stages}
     page = build_page(
         results,

@@ -5,17 +5,16 @@ The page says what happened and adds nothing: the same input gives the same byte
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dist_tl.report import gallery as pictures
 from dist_tl.report import plots
 from dist_tl.report.gallery import Gallery
 from dist_tl.report.summary import MARKS_EXPLAINED, ordered, points, table_rows, verdict
 from dist_tl.report.svg import Plot, responsive
-from dist_tl.results import RunResults, StageRecord
+from dist_tl.results import Results, RunResults, StageRecord
 
 
 @dataclass(frozen=True)
@@ -39,14 +38,11 @@ def build_page(
         metrics: stage name to its metric rows; rows with `step` and `loss` become curves.
         gallery: images to show, if there are any.
     """
-    template = resources.files("dist_tl.report").joinpath("page.html").read_text("utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     groups = plots.group_curves(metrics)
     header, *rows = table_rows(results)
     inside = sum(not summary.reference for summary in results.summaries)
-    return environment.from_string(template).render(
+    return render(
+        "page.html",
         results=results,
         verdict=verdict(results),
         header=header,
@@ -59,13 +55,25 @@ def build_page(
         panels_left_out=max(0, len(groups) - plots.MAX_PANELS),
         pseudo_tiles=pictures.pseudo_tiles(gallery) if gallery else [],
         target_tiles=pictures.target_tiles(gallery) if gallery else [],
-        timeline=_timeline_plot(results.stages),
+        timeline=timeline_plot(results.stages),
         kinds=[kind for kind in plots.KINDS if any(s.kind == kind for s in results.stages)],
         stage_rows=_stage_rows(results),
         quality=_quality_facts(results),
         shards=_shard_facts(results),
-        run_facts=_run_facts(results),
+        run_facts=run_facts(results),
     )
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from one of the templates beside this module."""
+    environment = Environment(
+        loader=PackageLoader("dist_tl", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
 
 
 def _accuracy_plot(results: RunResults) -> Plot | None:
@@ -90,7 +98,8 @@ def _loss_plot(groups: Mapping[str, Sequence[Mapping[int, float]]]) -> Plot | No
     )
 
 
-def _timeline_plot(stages: Sequence[StageRecord]) -> Plot | None:
+def timeline_plot(stages: Sequence[StageRecord]) -> Plot | None:
+    """Bars of the stages over time; None without stages."""
     if not stages:
         return None
     return responsive(
@@ -192,7 +201,8 @@ def byte_text(size: float) -> str:
     return f"{size:,.1f} TiB"
 
 
-def _run_facts(results: RunResults) -> list[Fact]:
+def run_facts(results: Results) -> list[Fact]:
+    """What every page ends with."""
     return [
         Fact("Wall time", f"{results.wall_seconds:,.1f} s"),
         Fact("Peak memory", byte_text(results.peak_memory_bytes)),

@@ -5,7 +5,7 @@ Accuracies and gains are in per cent and in percentage points; a gain is paired 
 
 from collections.abc import Sequence
 
-from dist_tl.results import ArmSummary, Interval, RunResults
+from dist_tl.results import AnyResults, ArmSummary, Interval, RunResults, StudyResults, Table
 
 BETTER, WORSE = "▲", "▼"
 MARKS_EXPLAINED = (
@@ -62,8 +62,13 @@ def points(share: float, sign: str = "") -> str:
     return f"{value or 0.0:{sign if value else ''}.1f}"
 
 
-def verdict(results: RunResults) -> str:
-    """One sentence: which arm beat the baseline and by how much, or that none did.
+def verdict(results: AnyResults) -> str:
+    """The outcome in one sentence."""
+    return results.verdict if isinstance(results, StudyResults) else _winner(results)
+
+
+def _winner(results: RunResults) -> str:
+    """Which arm beat the baseline and by how much, or that none did.
 
     Reference arms never win: they use what the setting forbids.
     """
@@ -114,6 +119,28 @@ def _bounds(gain: Interval) -> str:
         return "(one seed, no interval)"
     low, high = points(gain.mean - gain.half_width), points(gain.mean + gain.half_width)
     return f"(95 % interval {low} to {high}, {gain.count} seeds)"
+
+
+def tables(results: AnyResults) -> list[Table]:
+    """What the terminal shows, whatever the kind of the run."""
+    if isinstance(results, StudyResults):
+        return list(results.tables)
+    header, *rows = table_rows(results)
+    title = f"{results.run}: accuracy on the test split"
+    return [Table(title=title, header=header, rows=tuple(rows))]
+
+
+def markdown_tables(results: AnyResults) -> str:
+    """All tables in GitHub's Markdown, ending in a newline."""
+    if isinstance(results, RunResults):
+        return markdown_table(results)
+    return "\n".join(_study_markdown(table) for table in results.tables)
+
+
+def _study_markdown(table: Table) -> str:
+    rule = tuple("---" for _ in table.header)
+    lines = "".join(_markdown_line(cells) for cells in (table.header, rule, *table.rows))
+    return f"**{table.title}**\n\n{lines}"
 
 
 def markdown_table(results: RunResults) -> str:

@@ -16,6 +16,11 @@ from torch import Tensor
 
 from dist_tl.config import StrictModel, fingerprint
 from dist_tl.errors import ConfigError
+from dist_tl.methods.hidden_manifold.sampling import (
+    ManifoldConfig,
+    ManifoldGenerator,
+    draw_tasks,
+)
 from dist_tl.methods.pseudo.conditions import (
     ConditionConfig,
     draw_classes,
@@ -23,15 +28,15 @@ from dist_tl.methods.pseudo.conditions import (
     one_hot,
 )
 from dist_tl.models.generators.config import (
-    GeneratorConfig,
     StoredDiffusionConfig,
     load_generator,
 )
+from dist_tl.models.generators.pipelines import PipelineConfig
 from dist_tl.models.generators.protocol import ConditionalGenerator, check_condition
 from dist_tl.seeds import row_rngs
 from dist_tl.shards.manifest import StageManifest, open_stage, read_manifest
 from dist_tl.shards.order import ShardOrder, ShardPlan
-from dist_tl.shards.sample import PseudoSample, quantise
+from dist_tl.shards.sample import PseudoSample, as_inputs, quantise
 from dist_tl.shards.writer import ShardConfig
 from dist_tl.storage import layout
 from dist_tl.storage.model_files import files_fingerprint, read_model_files
@@ -51,12 +56,26 @@ class ByTarget(StrictModel):
     condition: ConditionConfig
 
 
+class ManifoldTaskConfig(StrictModel):
+    """One task of the correlated hidden manifold model in a generator's place."""
+
+    kind: Literal["manifold"] = "manifold"
+    model: ManifoldConfig
+    role: Literal["source", "target"]
+    seed: int = Field(description="Of the pair of tasks.")
+
+
+AnyGeneratorConfig = Annotated[
+    StoredDiffusionConfig | PipelineConfig | ManifoldTaskConfig, Field(discriminator="kind")
+]
+
+
 class GenerateSpec(StrictModel):
     """One stage of pseudo samples: everything that fixes its shards."""
 
     name: str = Field(description="Of the stage; part of the samples' seeds.")
     seed: int
-    generator: GeneratorConfig
+    generator: AnyGeneratorConfig
     generator_fingerprint: str = Field(description="Of the generator's files and sampler.")
     num_classes: int = Field(ge=2, description="Source classes.")
     image_shape: tuple[int, int, int]
@@ -148,7 +167,9 @@ def _draw_batch(
     noise = row_rngs(order.seed, f"{order.purpose} noise", numbers)
     with torch.no_grad():
         images = generator.sample(condition_SK, rng=noise)
-    pixels = quantise(images.float().cpu(), numbers=numbers)
+    # A picture is stored as pixels; the inputs of a manifold task are numbers, kept as they are.
+    stored = as_inputs if isinstance(spec.generator, ManifoldTaskConfig) else quantise
+    pixels = stored(images.float().cpu(), numbers=numbers)
     for i, number in enumerate(numbers):
         provenance: dict[str, Any] = {"stage": spec.name, "generator": spec.generator_fingerprint}
         if row_S is not None:
@@ -179,19 +200,22 @@ def _conditions(
     return drawn.condition_SK, None, drawn.row_S
 
 
-def open_generator(store: ObjectStore, config: GeneratorConfig) -> ConditionalGenerator:
+def open_generator(store: ObjectStore, config: AnyGeneratorConfig) -> ConditionalGenerator:
     """The generator a job names, frozen, on the GPU where there is one.
 
     Raises:
         ConfigError: it is missing, damaged, or not class-conditional.
     """
+    if isinstance(config, ManifoldTaskConfig):
+        tasks = draw_tasks(config.model, seed=config.seed)
+        return ManifoldGenerator(tasks.source if config.role == "source" else tasks.target)
     stored = isinstance(config, StoredDiffusionConfig)
     files = read_model_files(store, config.path) if stored else None
     generator = load_generator(config, files=files)
     return generator.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def generator_fingerprint(store: ObjectStore, config: GeneratorConfig) -> str:
+def generator_fingerprint(store: ObjectStore, config: AnyGeneratorConfig) -> str:
     """What stands for the generator in orders and manifests: its settings, and own weights."""
     settings = fingerprint(config.model_dump(mode="json", exclude={"path"}))
     if not isinstance(config, StoredDiffusionConfig):

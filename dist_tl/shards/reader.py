@@ -33,13 +33,13 @@ class DecodedShard:
 
     Attributes:
         numbers: int64 [n] sample numbers.
-        images: uint8 [n, H, W, C].
+        images: uint8 [n, H, W, C], or float32 where the samples are no pictures.
         labels: int64 [n], or None where the shard has no `.cls`.
         soft: float32 [n, K], or None where the shard has no `.soft.npy`.
     """
 
     numbers: NDArray[np.int64]
-    images: NDArray[np.uint8]
+    images: NDArray[np.uint8] | NDArray[np.float32]
     labels: NDArray[np.int64] | None
     soft: NDArray[np.float32] | None
 
@@ -113,9 +113,10 @@ def _decode_columns(data: bytes, numbers: range) -> DecodedShard:
         pixels = decode_pixels(members)
         if images is None:
             images = _room_for(len(numbers), pixels)
-        if pixels.shape != images.shape[1:]:
+        if (pixels.shape, pixels.dtype) != (images.shape[1:], images.dtype):
             raise ShardError(
-                f"sample {number} has shape {pixels.shape}, the first has {images.shape[1:]}"
+                f"sample {number} is {pixels.dtype} of shape {pixels.shape}, the first is "
+                f"{images.dtype} of shape {images.shape[1:]}"
             )
         images[row] = pixels
         if "cls" in members:
@@ -132,10 +133,10 @@ def _decode_columns(data: bytes, numbers: range) -> DecodedShard:
     )
 
 
-def _room_for(count: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _room_for(count: int, pixels: NDArray) -> NDArray:
     if count * pixels.nbytes > MAX_DECODED_BYTES:
         raise ShardError(f"{count} images of {pixels.shape} are more than a shard may decode to")
-    return np.empty((count, *pixels.shape), np.uint8)
+    return np.empty((count, *pixels.shape), pixels.dtype)
 
 
 def _column(values: list, dtype: type, count: int, name: str) -> NDArray | None:

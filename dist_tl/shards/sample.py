@@ -18,6 +18,7 @@ from dist_tl.shards.pixels import decode_image, decode_npy, encode_npy, encode_p
 
 Format = Literal["png", "npy"]
 KEY_DIGITS = 12
+_IMAGE_DTYPES = (np.uint8, np.float32)
 _MAX_LABEL_DIGITS = 9
 _MAX_JSON_BYTES = 1 << 20
 
@@ -28,14 +29,14 @@ class PseudoSample:
 
     Attributes:
         number: the sample's number in its stage, s; all its draws follow from it.
-        image: uint8 [H, W, C].
+        image: uint8 [H, W, C]; or float32, for inputs that are no pictures and must not be rounded.
         label: source class, or None.
         soft: float32 [K], a probability vector over source classes, or None.
         provenance: plain JSON data about how the sample came to be.
     """
 
     number: int
-    image: NDArray[np.uint8]
+    image: NDArray[np.uint8] | NDArray[np.float32]
     label: int | None = None
     soft: NDArray[np.float32] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -55,6 +56,27 @@ def quantise(images: Tensor, *, numbers: Sequence[int]) -> NDArray[np.uint8]:
         ValueError: another type or shape.
         NumericsError: a pixel is not finite; names the sample.
     """
+    _check_images(images, numbers)
+    levels = ((images + 1.0) * 127.5).round().clamp(0.0, 255.0).to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def as_inputs(images: Tensor, *, numbers: Sequence[int]) -> NDArray[np.float32]:
+    """Float images as they are, for what is no picture: float32 [N, H, W, C], contiguous.
+
+    Args:
+        images: float32 [N, C, H, W], any finite numbers.
+        numbers: the N sample numbers, for the error message.
+
+    Raises:
+        ValueError: another type or shape.
+        NumericsError: a number is not finite; names the sample.
+    """
+    _check_images(images, numbers)
+    return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def _check_images(images: Tensor, numbers: Sequence[int]) -> None:
     if images.dtype != torch.float32 or images.ndim != 4 or len(images) != len(numbers):
         raise ValueError(
             f"expected float32 [{len(numbers)}, C, H, W], got {images.dtype} {tuple(images.shape)}"
@@ -66,8 +88,6 @@ def quantise(images: Tensor, *, numbers: Sequence[int]) -> NDArray[np.uint8]:
             f"pseudo sample {numbers[first]} has pixels that are not finite "
             f"({int((~finite).sum())} of {len(numbers)} in its batch); check the generator"
         )
-    levels = ((images + 1.0) * 127.5).round().clamp(0.0, 255.0).to(torch.uint8)
-    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def dequantise(pixels: NDArray[np.uint8] | Tensor) -> Tensor:
@@ -90,18 +110,21 @@ def key_of(number: int) -> str:
 def encode(sample: PseudoSample, *, format: Format = "png") -> dict[str, str | bytes]:
     """`sample` as webdataset wants it: `__key__`, and bytes by extension.
 
-    The image goes into `png`, or into `npy` where asked for or where it has neither one nor three
-    channels; the label into `cls`; the soft label into `soft.npy`; the rest into `json`.
+    The image goes into `png`, or into `npy` where asked for, where it has neither one nor three
+    channels, and where it is float32; the label into `cls`; the soft label into `soft.npy`; the
+    rest into `json`.
 
     Raises:
         ValueError: a wrong shape, dtype or label, or provenance that is not JSON.
         NumericsError: the soft label is not finite.
     """
     image = sample.image
-    if image.dtype != np.uint8 or image.ndim != 3:
-        raise ValueError(f"expected a uint8 [H, W, C] image, got {image.dtype} {image.shape}")
+    if image.dtype not in _IMAGE_DTYPES or image.ndim != 3:
+        raise ValueError(
+            f"expected a uint8 or float32 [H, W, C] image, got {image.dtype} {image.shape}"
+        )
     members: dict[str, str | bytes] = {"__key__": key_of(sample.number)}
-    if format == "png" and image.shape[2] in (1, 3):
+    if format == "png" and image.dtype == np.uint8 and image.shape[2] in (1, 3):
         members["png"] = encode_png(image)
     else:
         members["npy"] = encode_npy(image)
@@ -152,12 +175,12 @@ def decode_number(key: str) -> int:
     return int(key)
 
 
-def decode_pixels(members: Mapping[str, Any]) -> NDArray[np.uint8]:
-    """The uint8 [H, W, C] image among the members of a sample."""
+def decode_pixels(members: Mapping[str, Any]) -> NDArray[np.uint8] | NDArray[np.float32]:
+    """The uint8 (or, in an npy, float32) [H, W, C] image among the members of a sample."""
     if "npy" in members:
         image = decode_npy(members["npy"])
-        if image.dtype != np.uint8 or image.ndim != 3:
-            raise ShardError(f"expected a uint8 [H, W, C] image, got {image.dtype} {image.shape}")
+        if image.ndim != 3:
+            raise ShardError(f"expected an [H, W, C] image, got {image.dtype} {image.shape}")
         return image
     data = members.get("png") or members.get("jpg")
     if data is None:

@@ -25,7 +25,7 @@ class LaneRows:
     """What one lane holds at one step.
 
     Attributes:
-        images: uint8 (b, height, width, channels).
+        images: uint8 (b, height, width, channels), or float32 where they are no pictures.
         labels: int64 (b,), or None for unlabelled rows.
         numbers: int64 (b,), which samples these are, for messages and audits.
     """
@@ -231,14 +231,21 @@ class Feed:
 
     def _labelled_view(self, step: int, rows: LaneRows) -> Tensor:
         rng = torch_rng(self._seed, "labelled view", step, rows.lane)
-        return self._views.weak(to_float(rows.images).to(self._device), rng)
+        return self._views.weak(_tensor(rows.images).to(self._device), rng)
 
     def _two_views(self, step: int, lanes: list[LaneRows]) -> tuple[Tensor, Tensor]:
         weak, strong = [], []
         for rows in lanes:
-            images = to_float(rows.images).to(self._device)
+            images = _tensor(rows.images).to(self._device)
             weak_rng = torch_rng(self._seed, "weak view", step, rows.lane)
             strong_rng = torch_rng(self._seed, "strong view", step, rows.lane)
             weak.append(self._views.weak(images, weak_rng))
             strong.append(self._views.strong(images, strong_rng))
         return torch.cat(weak), torch.cat(strong)
+
+
+def _tensor(images: np.ndarray) -> Tensor:
+    """Stored rows as networks see them, float32 (b, C, H, W)."""
+    if images.dtype != np.float32:
+        return to_float(images)
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())

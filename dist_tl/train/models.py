@@ -36,6 +36,18 @@ class Handover(StrictModel):
     num_classes: int = Field(ge=2)
 
 
+class Readout(StrictModel):
+    """A frozen trunk under a head without bias that starts at zero: only the head is learnt."""
+
+    kind: Literal["readout"] = "readout"
+    trunk: Annotated[NewNetwork | Handover, Field(discriminator="kind")]
+
+    @property
+    def num_classes(self) -> int:
+        """Width of the head."""
+        return self.trunk.num_classes
+
+
 class NewGenerator(StrictModel):
     """A class-conditional diffusion model with fresh weights."""
 
@@ -44,7 +56,7 @@ class NewGenerator(StrictModel):
     num_classes: int = Field(ge=2)
 
 
-ModelSpec = Annotated[NewNetwork | Handover | NewGenerator, Field(discriminator="kind")]
+ModelSpec = Annotated[NewNetwork | Handover | Readout | NewGenerator, Field(discriminator="kind")]
 
 
 def build_model(
@@ -73,6 +85,16 @@ def build_model(
         case Handover():
             network = load_classifier(store, spec.model, image_shape=image_shape)
             return replace_head(network, spec.num_classes, torch_rng(seed, "fresh head"))
+        case Readout():
+            network = build_model(spec.trunk, store, image_shape=image_shape, seed=seed)
+            return _only_readout(network)
+
+
+def _only_readout(network: Network) -> Network:
+    network.head = nn.Linear(network.num_features, network.num_classes, bias=False)
+    nn.init.zeros_(network.head.weight)
+    network.trunk.requires_grad_(False)
+    return network
 
 
 def load_classifier(

@@ -53,14 +53,41 @@ class DiffusionSpec(StrictModel):
     kind: Literal["diffusion"] = "diffusion"
 
 
+class ReadoutSpec(StrictModel):
+    """Logistic regression of two classes on a frozen trunk, penalised: a convex problem.
+
+    With w = sqrt(K) (h_1 - h_0), h the rows of the head and K its inputs, the optimum is that of
+    sum log(1 + exp(-y w.v / sqrt(K))) + (penalty / 2) |w|^2, y being -1 and +1.
+    """
+
+    kind: Literal["readout"] = "readout"
+    penalty: float = Field(gt=0, description="Beside a loss summed over all rows.")
+    num_rows: int = Field(ge=1, description="All rows, which the sum runs over.")
+
+
 ObjectiveSpec = Annotated[
-    SupervisedSpec | PSSLSpec | DistillationSpec | DiffusionSpec, Field(discriminator="kind")
+    SupervisedSpec | PSSLSpec | DistillationSpec | DiffusionSpec | ReadoutSpec,
+    Field(discriminator="kind"),
 ]
 
 
 def supervised(module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Figures]:
     """Cross-entropy in nats, mean over the batch."""
     return supervised_loss(module, batch.images, batch.labels), {}
+
+
+class ReadoutFit:
+    """The penalty is in the loss, not in the optimizer, whose decay would change the optimum."""
+
+    def __init__(self, config: ReadoutSpec) -> None:
+        self._config = config
+
+    def __call__(self, module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Figures]:
+        fit = supervised_loss(module, batch.images, batch.labels)
+        head_CK = module.head.weight
+        weight_K = head_CK[1] - head_CK[0]
+        penalty = self._config.penalty * len(weight_K) / (2 * self._config.num_rows)
+        return fit + penalty * weight_K.square().sum(), {"fit": fit.detach()}
 
 
 class PSSL:

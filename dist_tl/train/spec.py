@@ -1,8 +1,9 @@
 """What a training stage is asked for, and what it comes to."""
 
 from collections.abc import Iterable
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dist_tl.config import StrictModel, fingerprint
 from dist_tl.datasets.views import ViewsConfig
@@ -12,8 +13,8 @@ from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.checkpoints import CheckpointConfig
 from dist_tl.train.engine import EngineConfig, OptimizerConfig
-from dist_tl.train.models import ImageShape, ModelSpec
-from dist_tl.train.objectives import ObjectiveSpec
+from dist_tl.train.models import ImageShape, ModelSpec, Readout
+from dist_tl.train.objectives import ObjectiveSpec, ReadoutSpec
 from dist_tl.train.rows import RowsSpec
 
 
@@ -40,6 +41,16 @@ class StageSpec(StrictModel):
     evaluate: RowsSpec | None = Field(None, description="What accuracy is measured on, at the end.")
     checkpoints: CheckpointConfig
     shard_timeout_s: float = Field(600.0, gt=0, description="How long to wait for a shard.")
+
+    @model_validator(mode="after")
+    def _readout_is_whole(self) -> Self:
+        if isinstance(self.objective, ReadoutSpec):
+            if not isinstance(self.model, Readout) or self.model.num_classes != 2:
+                raise ValueError("objective readout: expected a model of kind readout, two classes")
+            if self.engine.zero_stage == 3:
+                # Its penalty reads the head outside a forward pass, where stage 3 has it in pieces.
+                raise ValueError("objective readout: works with engine.zero_stage 0 to 2, got 3")
+        return self
 
     @property
     def fingerprint(self) -> str:

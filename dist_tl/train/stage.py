@@ -208,6 +208,8 @@ def _objective(spec: StageSpec, store: ObjectStore, device: torch.device) -> obj
         case objectives.DistillationSpec(distillation=config, teacher=place):
             teacher = load_classifier(store, place, image_shape=spec.image_shape)
             return objectives.Distillation(config, teacher.to(device))
+        case objectives.ReadoutSpec():
+            return objectives.ReadoutFit(spec.objective)
         case objectives.DiffusionSpec():
             return objectives.Diffusion(spec.seed)
 

@@ -1,0 +1,124 @@
+"""Independent pieces of work as Ray tasks, each with a result marker in the store.
+
+A task is a module-level function of one configuration and the store. Its result is written last
+and carries the fingerprint of what was asked: a task that was done is read, not run again, and one
+whose worker died is run again with the same outcome.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import ray
+import torch
+
+from dist_tl.cluster.config import Task, TrialsConfig
+from dist_tl.config import StrictModel, fingerprint
+from dist_tl.errors import CheckpointMismatchError, DistTLError, WorkerError
+from dist_tl.storage import layout
+from dist_tl.storage.objects import ObjectStore
+
+Asked = TypeVar("Asked", bound=StrictModel)
+Answer = TypeVar("Answer", bound=StrictModel)
+OnDone = Callable[[int, int, str], None]
+
+
+def run_tasks(
+    work: Callable[[Asked, ObjectStore], Answer],
+    tasks: Sequence[Task[Asked]],
+    answer: type[Answer],
+    store: ObjectStore,
+    *,
+    config: TrialsConfig,
+    on_poll: Callable[[], None] = lambda: None,
+    on_done: OnDone = lambda done, total, name: None,
+) -> list[Answer]:
+    """Run every task that has no result yet; the answers in the order of `tasks`.
+
+    At most four tasks per CPU are with Ray at a time, so that a sweep of any length starts at once.
+
+    Args:
+        work: a module-level function; a task's own named errors reach the caller.
+        on_done: told tasks done, tasks in all, and the name of the last.
+
+    Raises:
+        DistTLError: the named error that a task met.
+        CheckpointMismatchError: a stored result answers another question.
+        WorkerError: a worker died more often than a task may start again.
+    """
+    found = {task.name: read_answer(store, task, answer) for task in tasks}
+    missing = iter([task for task in tasks if found[task.name] is None])
+    done = sum(value is not None for value in found.values())
+    remote = ray.remote(_run_one).options(
+        num_cpus=config.cpus, num_gpus=config.gpus, max_retries=config.max_retries
+    )
+    room = max(1, int(4 * ray.cluster_resources().get("CPU", 1) / config.cpus))
+    running = {
+        remote.remote(work, task, store.url, config.gpus > 0): task for task in _take(missing, room)
+    }
+    while running:
+        ready, _ = ray.wait(list(running), timeout=0.2)
+        on_poll()
+        for ticket in ready:
+            task = running.pop(ticket)
+            found[task.name] = answer.model_validate_json(_answer_of(ticket, task.name))
+            done += 1
+            on_done(done, len(tasks), task.name)
+            for following in _take(missing, 1):
+                running[remote.remote(work, following, store.url, config.gpus > 0)] = following
+    return [found[task.name] for task in tasks]
+
+
+def read_answer(store: ObjectStore, task: Task[Asked], answer: type[Answer]) -> Answer | None:
+    """A task's stored answer; None where it is not done.
+
+    Raises:
+        CheckpointMismatchError: it was made for other settings.
+    """
+    data = store.read_or_none(layout.result_key(task.name))
+    if data is None:
+        return None
+    stored = StoredAnswer.model_validate_json(data)
+    if stored.asked != _fingerprint(task):
+        raise CheckpointMismatchError(
+            f"{task.name} was done with other settings; use another run name, or delete that run"
+        )
+    return answer.model_validate_json(stored.answer)
+
+
+class StoredAnswer(StrictModel):
+    """result.json of a task."""
+
+    asked: str
+    answer: str
+
+
+def _fingerprint(task: Task[Asked]) -> str:
+    return fingerprint(task.asked.model_dump(mode="json"))
+
+
+def _take(tasks: Iterator[Task[Asked]], count: int) -> list[Task[Asked]]:
+    return [task for _, task in zip(range(count), tasks, strict=False)]
+
+
+def _run_one(
+    work: Callable[[Asked, ObjectStore], Answer], task: Task[Asked], store_url: str, gpu: bool
+) -> str:
+    if not gpu:
+        # One thread a task: more would change the rounding, and only wait for each other.
+        torch.set_num_threads(1)
+    store = ObjectStore(store_url)
+    answer = work(task.asked, store).model_dump_json()
+    stored = StoredAnswer(asked=_fingerprint(task), answer=answer)
+    store.write(layout.result_key(task.name), stored.model_dump_json().encode())
+    return answer
+
+
+def _answer_of(ticket: ray.ObjectRef, name: str) -> str:
+    try:
+        return ray.get(ticket)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, DistTLError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise WorkerError(f"{name} was lost: {error}; start the same job again") from None

@@ -1,0 +1,244 @@
+"""Two tasks on correlated hidden manifolds, and samples of them.
+
+A latent Gaussian c makes both the input, x = sigma_x(F^T c / sqrt(d)), and the label,
+y = sign(theta . c). Three knobs say how much of F and theta the target shares with the source; all
+of them leave the law of either task alone. Draws are nested: a knob decides only how much of one
+fixed fresh draw is mixed in, so curves over a knob are smooth on one seed.
+
+After Gerace et al., arXiv:2106.05418.
+
+Shape suffixes: N = samples, D = inputs, d = latent dimensions of the task.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dist_tl.config import StrictModel
+from dist_tl.errors import ConfigError
+from dist_tl.methods.hidden_manifold.activations import Activation, apply
+from dist_tl.seeds import numpy_rng
+
+
+class Knobs(StrictModel):
+    """How the target differs from the source; the defaults make them identical."""
+
+    feature_corr: float = Field(
+        1.0, ge=0, le=1, description="c_F: the target's F is c_F F_s + sqrt(1 - c_F^2) G."
+    )
+    substituted: float = Field(
+        0.0, ge=0, le=1, description="s: fraction of the shared rows of F that are drawn anew."
+    )
+    teacher_corr: float = Field(
+        1.0, ge=0, le=1, description="c_T: the target's theta is c_T theta_s + sqrt(1 - c_T^2) g."
+    )
+
+
+class ManifoldConfig(StrictModel):
+    """The sizes of a source and a target task, and how the two are related."""
+
+    source_latent: int = Field(100, ge=1, description="d_s: latent dimensions of the source.")
+    target_latent: int = Field(
+        100,
+        ge=1,
+        description="d_t: latent dimensions of the target; the first min(d_s, d_t) are shared.",
+    )
+    inputs: int = Field(500, ge=1, description="D: inputs of both tasks.")
+    input_activation: Activation = Field("tanh", description="sigma_x, applied to every input.")
+    knobs: Knobs = Field(Knobs(), description="The relation between the two tasks.")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One task: how latents become inputs and labels.
+
+    Raises:
+        ValueError: not (d, D) and (d,) float64 tensors.
+    """
+
+    features_dD: Tensor
+    teacher_d: Tensor
+    input_activation: Activation
+
+    def __post_init__(self) -> None:
+        shapes = tuple(self.features_dD.shape), tuple(self.teacher_d.shape)
+        if len(shapes[0]) != 2 or shapes[1] != shapes[0][:1]:
+            raise ValueError(f"expected features (d, D) and a teacher (d,), got {shapes}")
+        if {self.features_dD.dtype, self.teacher_d.dtype} != {torch.float64}:
+            raise ValueError(
+                f"expected float64, got {self.features_dD.dtype} and {self.teacher_d.dtype}"
+            )
+
+    @property
+    def latent(self) -> int:
+        """d, the latent dimensions."""
+        return self.features_dD.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """D, the inputs."""
+        return self.features_dD.shape[1]
+
+
+class Tasks(NamedTuple):
+    """What knowledge is carried from, and what it is carried to."""
+
+    source: Task
+    target: Task
+
+
+class Chunk(NamedTuple):
+    """N samples of a task with their latents."""
+
+    x_ND: Tensor  # float32
+    y_N: Tensor  # float64, -1 or +1
+    c_Nd: Tensor  # float64
+
+
+def draw_tasks(config: ManifoldConfig, *, seed: int) -> Tasks:
+    """The source and the target that follow from a seed.
+
+    The source depends on nothing but `seed` and its own sizes. The fresh parts G and g of the
+    target and the order in which rows are substituted do not depend on the knobs either, and
+    those of d_t latents are the first of any more. A substituted row, like a row beyond d_s,
+    is the row of G: it shares nothing with the source.
+
+    Returns:
+        Two tasks whose features and teachers are each iid N(0, 1), whatever the knobs.
+    """
+    source = Task(
+        features_dD=_normal(seed, "features", config.source_latent, config.inputs),
+        teacher_d=_normal(seed, "teacher", config.source_latent),
+        input_activation=config.input_activation,
+    )
+    d_t, knobs = config.target_latent, config.knobs
+    shared = min(config.source_latent, d_t)
+    feature_corr_d = torch.full((shared, 1), knobs.feature_corr, dtype=torch.float64)
+    feature_corr_d[_substituted_rows(seed, shared, knobs.substituted)] = 0.0
+    fresh_dD = _normal(seed, "fresh features", d_t, config.inputs)
+    target = Task(
+        features_dD=_mix(source.features_dD, fresh_dD, feature_corr_d),
+        teacher_d=_mix(
+            source.teacher_d,
+            _normal(seed, "fresh teacher", d_t),
+            torch.full((shared,), knobs.teacher_corr, dtype=torch.float64),
+        ),
+        input_activation=config.input_activation,
+    )
+    return Tasks(source, target)
+
+
+def sample_chunk(task: Task, num: int, *, rng: torch.Generator) -> Chunk:
+    """`num` independent samples of a task.
+
+    Returns:
+        x (N, D) float32, labels (N,) float64 of -1 and +1, latents (N, d) float64.
+
+    Raises:
+        ValueError: a negative number of samples.
+    """
+    if num < 0:
+        raise ValueError(f"expected num >= 0, got {num}")
+    c_Nd = torch.randn(num, task.latent, generator=rng, dtype=torch.float64)
+    return Chunk(_inputs_of(task, c_Nd), _labels_of(task, c_Nd), c_Nd)
+
+
+class ManifoldGenerator:
+    """A conditional generator of one task's inputs, exact in each class.
+
+    -c is as likely as c and has the other label, so flipping the latents whose class is not the
+    one asked for samples x given y, without rejections. Class 1 is y = +1, class 0 is y = -1.
+    """
+
+    num_classes: int = 2
+
+    def __init__(self, task: Task) -> None:
+        """Take a task whose inputs are pictures: values in [-1, 1].
+
+        Raises:
+            ConfigError: the input activation is not bounded by 1.
+        """
+        if task.input_activation not in ("tanh", "erf"):
+            raise ConfigError(
+                "input_activation: a generator's images lie in [-1, 1]; expected tanh or erf, got "
+                f"{task.input_activation}"
+            )
+        self.task = task
+        self.image_shape: tuple[int, int, int] = (1, 1, task.inputs)
+
+    def sample(self, condition: Tensor, *, rng: Sequence[torch.Generator]) -> Tensor:
+        """One input for each row of `condition`.
+
+        Args:
+            condition: (N, 2) float32, rows one-hot: a sample of the model has exactly one label.
+            rng: N generators; row i draws its latents from rng[i] and from nothing else.
+
+        Returns:
+            (N, 1, 1, D) float32 in [-1, 1], on the device of `condition`.
+
+        Raises:
+            ConfigError: `condition` is not (N, 2) float32 with one-hot rows.
+            ValueError: there is not one generator for each row.
+        """
+        _require_one_hot(condition)
+        if isinstance(rng, torch.Generator) or len(rng) != len(condition):
+            count = "a single generator" if isinstance(rng, torch.Generator) else f"{len(rng)}"
+            raise ValueError(
+                f"rng: expected one generator for each of {len(condition)} rows, got {count}"
+            )
+        c_Nd = torch.empty(len(condition), self.task.latent, dtype=torch.float64)
+        for row_d, row_rng in zip(c_Nd, rng, strict=True):
+            row_d.normal_(generator=row_rng)
+        wanted_N = 2.0 * condition[:, 1].cpu().double() - 1.0
+        c_Nd *= (wanted_N * _labels_of(self.task, c_Nd))[:, None]
+        return _inputs_of(self.task, c_Nd)[:, None, None, :].to(condition.device)
+
+
+def _normal(seed: int, what: str, *shape: int) -> Tensor:
+    # Numpy draws normals one after the other, so the rows of a smaller task are the first rows of
+    # a larger one; torch draws them in blocks.
+    return torch.from_numpy(numpy_rng(seed, f"manifold {what}").standard_normal(shape))
+
+
+def _substituted_rows(seed: int, shared: int, fraction: float) -> Tensor:
+    """Which shared rows are drawn anew, int64; those of a smaller fraction are among them."""
+    key = numpy_rng(seed, "manifold substitution").random(shared)
+    order = torch.from_numpy(key).argsort(stable=True)
+    return order[: round(fraction * shared)]
+
+
+def _mix(old: Tensor, fresh: Tensor, corr: Tensor) -> Tensor:
+    """`fresh`, with its first rows mixed with those of `old` at correlation `corr`."""
+    shared = len(corr)
+    mixed = corr * old[:shared] + (1 - corr.square()).sqrt() * fresh[:shared]
+    return torch.cat([mixed, fresh[shared:]])
+
+
+def _inputs_of(task: Task, c_Nd: Tensor) -> Tensor:
+    return apply(task.input_activation, c_Nd @ task.features_dD / math.sqrt(task.latent)).float()
+
+
+def _labels_of(task: Task, c_Nd: Tensor) -> Tensor:
+    # torch.sign would give a third label, 0, to a latent on the border.
+    return torch.where(c_Nd @ task.teacher_d >= 0, 1.0, -1.0).double()
+
+
+def _require_one_hot(condition: Tensor) -> None:
+    shape = tuple(condition.shape)
+    if len(shape) != 2 or shape[1] != 2 or condition.dtype != torch.float32:
+        raise ConfigError(
+            f"condition: expected shape (N, 2) float32, got {shape} {condition.dtype}"
+        )
+    one_hot_N = ((condition == 0) | (condition == 1)).all(dim=1) & (condition.sum(dim=1) == 1)
+    if not bool(one_hot_N.all()):
+        row = int((~one_hot_N).nonzero()[0])
+        raise ConfigError(
+            f"condition: row {row} of {len(condition)} is {condition[row].tolist()}; a sample of "
+            "the hidden manifold has exactly one label, so ask for one-hot rows (conditions of "
+            "kind hard, marginal or uniform)"
+        )
