@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from dist_tl.report import svg
 from dist_tl.report.svg import Drawing, new_figure
@@ -27,7 +27,7 @@ KINDS = {
 MAX_PANELS = 24
 _MAX_CURVE_POINTS = 120
 _MARKS = ("first_step_at", "last_commit_at")  # tell how far generating and training overlapped
-_SEED = re.compile(r"[-_./ ]?seed[-_=]?\d+")
+_REPEAT = re.compile(r"[-_./ ]?(?:seed|fold)[-_=]?\d+")
 
 
 def shorten(name: str, length: int) -> str:
@@ -94,7 +94,7 @@ def _limits(summaries: Sequence[ArmSummary], scores: Sequence[Score]) -> tuple[f
 def group_curves(
     metrics: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> dict[str, list[dict[int, float]]]:
-    """Loss by step, stages that differ only in their seed under one name.
+    """Loss by step, stages that differ only in seed or fold under one name.
 
     Rows without a step or a finite loss are left out, and so are stages without any row.
     """
@@ -106,7 +106,7 @@ def group_curves(
             if "step" in row and row.get("loss") is not None and math.isfinite(row["loss"])
         }
         if curve:
-            name = _SEED.sub("", stage).strip("-_./ ") or stage
+            name = _REPEAT.sub("", stage).strip("-_./ ") or stage
             groups.setdefault(name, []).append(dict(sorted(curve.items())))
     return groups
 
@@ -155,6 +155,9 @@ def _loss_panel(axes: Axes, curves: Sequence[Mapping[int, float]]) -> None:
     losses = [loss for curve in curves for loss in curve.values()]
     if min(losses) > 0 and max(losses) > 100 * min(losses):
         axes.set_yscale("log")
+        # The usual formatter writes mathematics, which the style switches off.
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))

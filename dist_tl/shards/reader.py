@@ -115,8 +115,8 @@ def _decode_columns(data: bytes, numbers: range) -> DecodedShard:
             images = _room_for(len(numbers), pixels)
         if (pixels.shape, pixels.dtype) != (images.shape[1:], images.dtype):
             raise ShardError(
-                f"sample {number} is {pixels.dtype} of shape {pixels.shape}, the first is "
-                f"{images.dtype} of shape {images.shape[1:]}"
+                f"sample {number} has shape {pixels.shape} ({pixels.dtype}), the first has "
+                f"{images.shape[1:]} ({images.dtype})"
             )
         images[row] = pixels
         if "cls" in members:

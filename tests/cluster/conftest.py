@@ -15,6 +15,8 @@ from dist_tl.storage.objects import ObjectStore
 
 HERE = Path(__file__).parent
 _open = []
+# Inherited by Ray's workers, which find the work of test_tasks.py by its module.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
 
 
 @pytest.fixture(scope="module")

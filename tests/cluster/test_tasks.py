@@ -1,0 +1,81 @@
+"""Independent tasks: their answers come once, in order, and are not computed again."""
+
+import os
+
+import pytest
+from pydantic import Field
+
+from dist_tl.cluster.config import Task, TrialsConfig
+from dist_tl.cluster.tasks import read_answer, run_tasks
+from dist_tl.config import StrictModel
+from dist_tl.errors import CheckpointMismatchError, ConfigError
+from dist_tl.storage.objects import ObjectStore
+
+pytestmark = pytest.mark.ray
+
+
+class Asked(StrictModel):
+    number: int
+    trouble: str = Field("", description="What happens on the first attempt.")
+
+
+class Answer(StrictModel):
+    square: int
+
+
+def square(asked, store):
+    attempts = len(store.list(f"attempts/{asked.number}"))
+    store.write(f"attempts/{asked.number}/{attempts}", b"")
+    if asked.trouble == "killed" and attempts == 0:
+        os._exit(1)
+    if asked.trouble == "named error":
+        raise ConfigError("expected better")
+    return Answer(square=asked.number**2)
+
+
+def tasks(count, **trouble):
+    return [Task(f"square-{i}", Asked(number=i, **trouble)) for i in range(count)]
+
+
+@pytest.fixture
+def store(ray_local, tmp_path):
+    return ObjectStore(tmp_path)
+
+
+def run(store, asked, **options):
+    return run_tasks(square, asked, Answer, store, config=TrialsConfig(), **options)
+
+
+def test_answers_come_in_the_order_of_the_tasks(store):
+    told = []
+    answers = run(store, tasks(12), on_done=lambda done, total, name: told.append((done, total)))
+    assert [answer.square for answer in answers] == [i**2 for i in range(12)]
+    assert told == [(i + 1, 12) for i in range(12)]
+
+
+def test_no_tasks_need_no_cluster(store):
+    assert run(store, []) == []
+
+
+def test_what_is_done_is_read_and_not_run_again(store):
+    run(store, tasks(2))
+    assert [answer.square for answer in run(store, tasks(4))] == [0, 1, 4, 9]
+    assert [len(store.list(f"attempts/{i}")) for i in range(4)] == [1, 1, 1, 1]
+
+
+def test_a_task_whose_worker_is_killed_is_run_again(store):
+    assert [answer.square for answer in run(store, tasks(3, trouble="killed"))] == [0, 1, 4]
+    assert [len(store.list(f"attempts/{i}")) for i in range(3)] == [2, 2, 2]
+
+
+def test_a_named_error_reaches_the_caller_and_leaves_no_answer(store):
+    asked = tasks(1, trouble="named error")
+    with pytest.raises(ConfigError, match="expected better"):
+        run(store, asked)
+    assert read_answer(store, asked[0], Answer) is None
+
+
+def test_an_answer_to_another_question_is_refused(store):
+    run(store, tasks(1))
+    with pytest.raises(CheckpointMismatchError, match="square-0"):
+        run(store, [Task("square-0", Asked(number=7))])
