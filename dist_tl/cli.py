@@ -32,6 +32,7 @@ app = typer.Typer(
 
     dist-tl plan JOB.yaml     check a job and see what it will do; starts nothing\n
     dist-tl run JOB.yaml      run it; the same command goes on after an interruption\n
+    dist-tl forecast JOB.yaml how much labelled data each feature map would need\n
     dist-tl report RUN        make the page of a finished run again\n
     dist-tl doctor            what this machine has, and what would not work on it
 
@@ -130,6 +131,24 @@ def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> N
         highlight=False,
         markup=False,
     )
+
+
+@app.command()
+def forecast(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say how much labelled target data each feature map would need, and how sure that is.
+
+    For jobs of kind forecast: the same as `run`. Candidates are pixels, random features, and any
+    block of trained networks; the forecast is checked on held-out labels.
+    """
+    from dist_tl.jobs.specs import read_job
+
+    spec = read_job(job, overrides or [])
+    if spec.kind != "forecast":
+        raise ConfigError(
+            f"{job}: kind: expected forecast, got {spec.kind}; start it with `dist-tl run`, or see "
+            "launch/presets/forecast.yaml"
+        )
+    run(job, overrides, as_json)
 
 
 @app.command()

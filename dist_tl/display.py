@@ -26,11 +26,11 @@ errors = Console(stderr=True)
 
 
 def show_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Print a table; columns in which every cell begins with a digit or a sign stand right."""
+    """Print a table; columns of numbers stand right."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for i, name in enumerate(header):
         cells = [row[i] for row in rows if row[i]]
-        numbers = bool(cells) and all(cell[0] in "0123456789+-." for cell in cells)
+        numbers = bool(cells) and not any(letter.isalpha() for cell in cells for letter in cell)
         table.add_column(escape(name), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))

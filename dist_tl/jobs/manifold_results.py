@@ -98,26 +98,19 @@ def _errors_table(curves: Curves) -> Table:
 
 
 def _sweep_tables(curves: Curves) -> Iterator[Table]:
-    job = curves.job
+    job, rivals = curves.job, _rivals(curves)
     for sweep in job.sweeps:
-        rows = []
-        for value, cell in zip(sweep.values, job.swept(sweep), strict=True):
-            cells = [
-                _signed(_gap(curves, cell, num, rival))
-                for num in job.samples
-                for rival in _rivals(curves)
-            ]
-            rows.append((f"{value:g}", *cells))
-        header = (
-            sweep.knob,
-            *(f"n={num}, to {NAMES[rival]}" for num in job.samples for rival in _rivals(curves)),
-        )
+        rows = [
+            (f"{value:g}", str(num), *(_signed(_gap(curves, cell, num, r)) for r in rivals))
+            for value, cell in zip(sweep.values, job.swept(sweep), strict=True)
+            for num in job.samples
+        ]
         yield Table(
             title=f"Transferred features against the others over {sweep.knob}",
-            header=header,
+            header=(sweep.knob, "n", *(f"to {NAMES[rival]}" for rival in rivals)),
             rows=tuple(rows),
-            note=f"Differences of simulated test error at lambda {job.reported_lambda:g}; negative:"
-            " transferred features are better.",
+            note=f"Differences of simulated test error, in points, at lambda "
+            f"{job.reported_lambda:g}; negative: transferred features are better.",
         )
 
 

@@ -1,11 +1,16 @@
 """What a job will do, from its file and its data alone: nothing is started, nothing is written."""
 
+from collections.abc import Sequence
+
 from dist_tl.config import StrictModel
+from dist_tl.jobs.forecast import forecast_tasks
+from dist_tl.jobs.forecast_spec import ForecastJob
 from dist_tl.jobs.manifold_plan import ManifoldPlan
 from dist_tl.jobs.manifold_spec import ManifoldJob
 from dist_tl.jobs.run_spec import JobConfig, RunConfig
 from dist_tl.jobs.source_plan import open_assets, planned_facts, source_stages
 from dist_tl.jobs.specs import Job
+from dist_tl.jobs.teacher_spec import TeacherConfig, teacher_stage
 from dist_tl.jobs.transfer_plan import TransferPlan, check_target
 from dist_tl.jobs.transfer_spec import SourceConfig, SourceJob
 from dist_tl.methods.pseudo.guard import GuardConfig, num_guard_folds
@@ -69,6 +74,8 @@ def plan_job(job: Job) -> PlanTable:
     """
     if isinstance(job, ManifoldJob):
         return _manifold_table(job)
+    if isinstance(job, ForecastJob):
+        return _forecast_table(job)
     if isinstance(job, SourceJob):
         facts = planned_facts(job.source, job.seed)
         stages = source_stages(job, job.source, facts)
@@ -100,14 +107,28 @@ def _manifold_table(job: ManifoldJob) -> PlanTable:
         ("baselines", plan.baselines(), f"{points} points, {job.draws} draws each"),
         ("cells", plan.cells(), f"{points} points, {job.draws} draws each"),
     )
+    found = (TaskRow(phase=name, tasks=len(tasks), what=what) for name, tasks, what in rows)
+    return _tasks_table(job, tuple(found))
+
+
+def _forecast_table(job: ForecastJob) -> PlanTable:
+    what = f"{len(job.sizes)} sizes, {len(job.lambdas)} penalties, {job.labelled} labels"
+    rows = (TaskRow(phase="feature maps", tasks=len(forecast_tasks(job)), what=what),)
+    trained = isinstance(job.teacher, TeacherConfig)
+    stages = [teacher_stage(job.teacher, seed=job.seed)] if trained else []
+    return _tasks_table(job, rows, stages)
+
+
+def _tasks_table(job: Job, rows: tuple[TaskRow, ...], train: Sequence[StageSpec] = ()) -> PlanTable:
+    sizes = _parameters(list(train))
     return PlanTable(
         run=job.run,
         store=job.store,
         actors=_actors(job),
         generate=(),
-        train=(),
+        train=tuple(_train_row(spec, sizes.get(_model_key(spec))) for spec in train),
         trials=0,
-        tasks=tuple(TaskRow(phase=name, tasks=len(t), what=what) for name, t, what in rows),
+        tasks=rows,
     )
 
 

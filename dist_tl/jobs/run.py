@@ -10,6 +10,9 @@ from typing import Any
 from dist_tl.config import differing_fields, fingerprint
 from dist_tl.errors import ConfigError, StorageError
 from dist_tl.jobs.exports import export_models, write_gallery
+from dist_tl.jobs.forecast import run_forecast
+from dist_tl.jobs.forecast_results import forecast_results
+from dist_tl.jobs.forecast_spec import ForecastJob
 from dist_tl.jobs.manifold import run_manifold
 from dist_tl.jobs.manifold_results import manifold_results
 from dist_tl.jobs.manifold_spec import ManifoldJob
@@ -54,9 +57,15 @@ def run_job(job: Job, progress: Progress) -> AnyResults | None:
 
 
 def _found(
-    job: TransferJob | ManifoldJob, store: ObjectStore, progress: Progress, began: float
+    job: TransferJob | ManifoldJob | ForecastJob,
+    store: ObjectStore,
+    progress: Progress,
+    began: float,
 ) -> AnyResults:
     told = {"run": job.run, "fingerprint": identity(job)}
+    if isinstance(job, ForecastJob):
+        forecast = run_forecast(job, store, progress)
+        return forecast_results(forecast, **told, wall_seconds=time.monotonic() - began)
     if isinstance(job, ManifoldJob):
         found = run_manifold(job, store, progress)
         return manifold_results(found, **told, wall_seconds=time.monotonic() - began)

@@ -1,0 +1,106 @@
+"""The forecast job: a teacher if one is to be trained, then one Ray task a feature map."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dist_tl.cluster.config import Task
+from dist_tl.cluster.session import RaySession
+from dist_tl.cluster.tasks import run_tasks
+from dist_tl.cluster.trials import Trials
+from dist_tl.jobs.forecast_points import MapAnswer, MapAsked, forecast_map
+from dist_tl.jobs.forecast_spec import ForecastJob, MapConfig, NetworkMap
+from dist_tl.jobs.teacher_spec import TeacherConfig, teacher_place, teacher_stage
+from dist_tl.results import StageRecord
+from dist_tl.storage.objects import ObjectStore
+from dist_tl.telemetry import Progress
+from dist_tl.train.rows import RowsSpec, load_rows
+
+
+@dataclass(frozen=True)
+class ForecastOutcome:
+    """What every map came to."""
+
+    job: ForecastJob
+    maps: dict[str, MapAnswer]
+    stages: tuple[StageRecord, ...]
+    peak_memory_bytes: int
+
+
+def forecast_tasks(job: ForecastJob) -> list[Task[MapAsked]]:
+    """One task a map.
+
+    Raises:
+        ConfigError: the data cannot give as many items as the job asks for.
+        DataError: it is damaged.
+    """
+    load_rows(RowsSpec(data=job.data))
+    return [Task(f"forecast-{chosen.name}", _asked(job, chosen)) for chosen in job.maps]
+
+
+def _asked(job: ForecastJob, chosen: MapConfig) -> MapAsked:
+    model = None
+    if isinstance(chosen, NetworkMap):
+        model = chosen.model or (teacher_place(job.teacher) if job.teacher else None)
+    return MapAsked(
+        seed=job.seed,
+        data=job.data,
+        map=chosen,
+        model=model,
+        components=job.components,
+        labelled=job.labelled,
+        sizes=job.sizes,
+        lambdas=job.lambdas,
+        checked=job.checked,
+        draws=job.draws,
+        bootstrap=job.bootstrap,
+        verify=job.verify,
+    )
+
+
+def run_forecast(job: ForecastJob, store: ObjectStore, progress: Progress) -> ForecastOutcome:
+    """Train the teacher where the job has one to train, then forecast every map.
+
+    Raises:
+        DistTLError: the named error that a task met; what is done stays done.
+    """
+    tasks = forecast_tasks(job)
+    progress.say("starting Ray")
+    with RaySession(job.session) as session:
+        stages = list(_teacher(job, store, progress, session))
+        began = time.time()
+        progress.update("feature maps", 0, len(tasks))
+        answers = run_tasks(
+            forecast_map,
+            tasks,
+            MapAnswer,
+            store,
+            config=job.trials,
+            on_poll=session.check,
+            on_done=lambda done, total, name: progress.update("feature maps", done, total, name),
+        )
+        figures = {"tasks": float(len(tasks)), "task_seconds": sum(a.seconds for a in answers)}
+        stages.append(
+            StageRecord(
+                name="forecast", kind="trial", started=began, ended=time.time(), figures=figures
+            )
+        )
+        memory = session.peak_memory_bytes
+    names = [chosen.name for chosen in job.maps]
+    return ForecastOutcome(job, dict(zip(names, answers, strict=True)), tuple(stages), memory)
+
+
+def _teacher(
+    job: ForecastJob, store: ObjectStore, progress: Progress, session: RaySession
+) -> Iterator[StageRecord]:
+    if not isinstance(job.teacher, TeacherConfig):
+        return
+    spec = teacher_stage(job.teacher, seed=job.seed)
+    progress.update("teacher", 0, 1, f"{spec.steps} steps")
+    trials = Trials(job.trials, store.url)
+    [result] = trials.results(trials.start([spec]), on_poll=session.check)
+    progress.update("teacher", 1, 1, f"loss {result.final_loss:.3f}")
+    figures = {"steps": float(result.steps), "samples": float(result.samples)}
+    yield StageRecord(
+        name=spec.name, kind="train", started=result.started, ended=result.ended, figures=figures
+    )
