@@ -52,7 +52,7 @@ def stored_samples(store, spec):
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
-def test_features(weights, num=60_000, chunk=8192):
+def fresh_features(weights, num=60_000, chunk=8192):
     for index, first in enumerate(range(0, num, chunk)):
         rng = torch_rng(TASK_SEED, "oracle test", index)
         x, y, _ = sample_chunk(target_task(), min(chunk, num - first), rng=rng)
@@ -62,7 +62,7 @@ def test_features(weights, num=60_000, chunk=8192):
 def error_of(readouts, weights):
     """Test errors of many readouts (R, K) on one feature map."""
     wrong, total = torch.zeros(len(readouts), dtype=torch.float64), 0
-    for v, y in test_features(weights):
+    for v, y in fresh_features(weights):
         wrong += ((v @ readouts.T) * y[:, None] <= 0).sum(dim=0)
         total += len(y)
     return (wrong / total).tolist()

@@ -51,9 +51,7 @@ TRANSFERRED = Handover(model=layout.stage_model_prefix(SOURCE), num_classes=2)
 
 
 def stage(name, model, objective, shards, *, steps, batch_size, rate, schedule):
-    optimizer = OptimizerConfig(
-        learning_rate=rate, weight_decay=0.0, warmup=0.0, schedule=schedule
-    )
+    optimizer = OptimizerConfig(learning_rate=rate, weight_decay=0.0, warmup=0.0, schedule=schedule)
     return StageSpec(
         name=name,
         seed=3,
@@ -73,7 +71,13 @@ def stage(name, model, objective, shards, *, steps, batch_size, rate, schedule):
 
 def source_stage(shards):
     return stage(
-        SOURCE, FRESH, SupervisedSpec(), shards, steps=930, batch_size=256, rate=2e-3,
+        SOURCE,
+        FRESH,
+        SupervisedSpec(),
+        shards,
+        steps=930,
+        batch_size=256,
+        rate=2e-3,
         schedule="constant",
     )
 
@@ -82,7 +86,13 @@ def readout_stage(name, trunk, shards):
     objective = ReadoutSpec(penalty=oracle.PENALTY, num_rows=shards.num_samples)
     model = Readout(trunk=trunk)
     return stage(
-        name, model, objective, shards, steps=300, batch_size=shards.num_samples, rate=4e-3,
+        name,
+        model,
+        objective,
+        shards,
+        steps=300,
+        batch_size=shards.num_samples,
+        rate=4e-3,
         schedule="cosine",
     )
 
@@ -212,7 +222,8 @@ def test_moments_summed_from_shards_are_those_of_the_samples(path):
     whole.add(hidden_features(weights, x, "tanh"), None, y)
     merged = MomentSums.merge(parts)
     torch.testing.assert_close(merged.sum_vv_KK, whole.sum_vv_KK, rtol=1e-12, atol=1e-9)
-    assert merged.count == 800 and 0.4 < float((y > 0).double().mean()) < 0.6
+    assert merged.count == 800
+    assert 0.4 < float((y > 0).double().mean()) < 0.6
 
 
 # Planted faults: the readout of 200 samples on two ranks, without Ray.
@@ -224,9 +235,7 @@ def rolled_labels(rank, monkeypatch):
 
     def shifted(self, cursor):
         for lanes in read(self, cursor):
-            yield [
-                feeds.LaneRows(r.lane, r.images, np.roll(r.labels, 1), r.numbers) for r in lanes
-            ]
+            yield [feeds.LaneRows(r.lane, r.images, np.roll(r.labels, 1), r.numbers) for r in lanes]
 
     monkeypatch.setattr(feeds.ShardRows, "read_from", shifted)
 
@@ -330,10 +339,13 @@ def lands(planted, fault):
 
 def test_without_a_fault_the_oracle_is_content(planted):
     content, gap, slope = lands(planted, "none")
-    assert content and slope < 1e-2, (gap, slope)
+    assert content, gap
+    assert slope < 1e-2
 
 
 @pytest.mark.parametrize("fault", [name for name in FAULTS if name != "none"])
 def test_the_oracle_sees_a_planted_fault(planted, fault):
     content, gap, slope = lands(planted, fault)
-    assert not content and gap > 0.02 and slope > 0.1, (gap, slope)
+    assert not content, gap
+    assert gap > 0.02
+    assert slope > 0.1

@@ -36,7 +36,8 @@ def test_weights_are_standard_normal_and_follow_from_the_seed():
         ).trunk.weight.detach()
         for seed in (1, 1, 2)
     ]
-    assert torch.equal(make[0], make[1]) and not torch.equal(make[0], make[2])
+    assert torch.equal(make[0], make[1])
+    assert not torch.equal(make[0], make[2])
     assert abs(make[0].mean()) < 5 / math.sqrt(make[0].numel())
     assert abs(make[0].std() - 1) < 0.02
 
