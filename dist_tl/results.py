@@ -219,7 +219,6 @@ class HeatMap(StrictModel):
         (), description="Cells whose interval includes zero; shown hatched."
     )
     signed: bool = True
-    unit: str = ""
     note: str = ""
 
 

@@ -8,9 +8,11 @@ from dist_tl.cluster.config import Task
 from dist_tl.cluster.session import RaySession
 from dist_tl.cluster.tasks import run_tasks
 from dist_tl.cluster.trials import Trials
+from dist_tl.errors import ConfigError
 from dist_tl.jobs.forecast_points import MapAnswer, MapAsked, forecast_map
 from dist_tl.jobs.forecast_spec import ForecastJob, MapConfig, NetworkMap
 from dist_tl.jobs.teacher_spec import TeacherConfig, teacher_place, teacher_stage
+from dist_tl.methods.hidden_manifold.forecast import POOL_PER_FEATURE
 from dist_tl.results import StageRecord
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.telemetry import Progress
@@ -34,7 +36,13 @@ def forecast_tasks(job: ForecastJob) -> list[Task[MapAsked]]:
         ConfigError: the data cannot give as many items as the job asks for.
         DataError: it is damaged.
     """
-    load_rows(RowsSpec(data=job.data))
+    pool = len(load_rows(RowsSpec(data=job.data)))
+    if pool < max(job.labelled + 1, POOL_PER_FEATURE * job.components):
+        raise ConfigError(
+            f"data: {job.components} components and {job.labelled} labels need "
+            f"{max(job.labelled + 1, POOL_PER_FEATURE * job.components)} images, there are {pool}; "
+            "keep fewer components"
+        )
     return [Task(f"forecast-{chosen.name}", _asked(job, chosen)) for chosen in job.maps]
 
 

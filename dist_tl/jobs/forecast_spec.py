@@ -10,6 +10,7 @@ from dist_tl.config import StrictModel
 from dist_tl.datasets.spec import DataConfig
 from dist_tl.jobs.run_spec import NAME, JobConfig
 from dist_tl.jobs.teacher_spec import StoredTeacher, TeacherConfig
+from dist_tl.methods.hidden_manifold.forecast import LABELS_PER_FEATURE
 
 
 class PixelMap(StrictModel):
@@ -96,6 +97,12 @@ class ForecastJob(JobConfig):
             raise ValueError(f"teacher: missing, and the map {bare[0]} names no model of its own")
         if min(self.samples) < 1 or min(self.checked) < 1:
             raise ValueError("samples, checked: expected sizes of 1 or more")
+        if self.labelled < LABELS_PER_FEATURE * self.components:
+            raise ValueError(
+                f"{self.components} components need {LABELS_PER_FEATURE * self.components} labelled "
+                f"items, got {self.labelled}; label more, or keep "
+                f"{self.labelled // LABELS_PER_FEATURE} principal components or fewer"
+            )
         if max(self.checked) > self.labelled // 3:
             raise ValueError(
                 f"checked: expected sizes of a third of the {self.labelled} labelled items at most "

@@ -32,7 +32,7 @@ def manifold_results(
         wall_seconds=wall_seconds,
         peak_memory_bytes=outcome.peak_memory_bytes,
         verdict=_verdict(judged, curves),
-        tables=(_claims_table(judged), _errors_table(curves), *_sweep_tables(curves)),
+        tables=(*_claims_table(judged), _errors_table(curves), *_sweep_tables(curves)),
         charts=(_learning_curves(curves), *_sweep_charts(curves)),
         heat_maps=tuple(_phase_diagram(curves)),
         facts=tuple(_facts(outcome)),
@@ -61,9 +61,11 @@ def _bounds(gap: Interval) -> str:
     return f"(± {_points(gap.half_width)}, {gap.count} instances)"
 
 
-def _claims_table(judged: list[Claim]) -> Table:
+def _claims_table(judged: list[Claim]) -> Iterator[Table]:
     rows = [(claim.text, claim.outcome, claim.evidence) for claim in judged]
-    return Table(
+    if all(claim.holds is None for claim in judged):
+        return  # this job asks something else
+    yield Table(
         title="Claims",
         header=("claim", "outcome", "evidence"),
         rows=tuple(rows),
@@ -216,7 +218,7 @@ def _phase_diagram(curves: Curves) -> Iterator[HeatMap]:
     for num in job.samples:
         gains = [[_gain(curves, cell, num, False) for cell in row] for row in job.gridded()]
         yield HeatMap(
-            title=f"Gain of transferred over random features at n = {num}",
+            title=f"Gain of transferred over random features at n = {num}, points of test error",
             x_label=job.grid.x.knob,
             y_label=job.grid.y.knob,
             x=tuple(f"{value:g}" for value in job.grid.x.values),
@@ -227,7 +229,6 @@ def _phase_diagram(curves: Curves) -> Iterator[HeatMap]:
                 for row in gains
                 if all(row)
             ),
-            unit="points of test error",
             note="Simulated, each arm at its own best lambda. Hatched: the 95 % interval over "
             "instances includes zero. The line is where the gain is zero.",
         )

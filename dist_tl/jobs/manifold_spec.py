@@ -7,7 +7,7 @@ trained network; a *draw* is one target training set.
 from collections.abc import Iterator
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from dist_tl.cluster.config import TrialsConfig
 from dist_tl.config import StrictModel
@@ -140,7 +140,11 @@ class ManifoldJob(JobConfig):
                 model[knob] = int(value)
             else:
                 model["knobs"][knob] = float(value)
-        return Cell(model=ManifoldConfig.model_validate(model))
+        try:
+            return Cell(model=ManifoldConfig.model_validate(model))
+        except ValidationError as error:
+            asked = ", ".join(f"{knob} = {value:g}" for knob, value in values.items())
+            raise ValueError(f"{asked}: {error.errors()[0]['msg']}") from None
 
     def swept(self, sweep: SweepConfig) -> list[Cell]:
         """The cells of one sweep, in its order."""

@@ -133,7 +133,8 @@ def _draw_cell(
     if hatched:
         axes.add_patch(Rectangle(place, 1, 1, fc="none", ec="#8c959f", hatch="///", lw=0))
     light = sum(color[:3]) < 1.5
-    text = f"{value:.0f}" if small else f"{value:.1f}"
+    digits = 0 if small else 1
+    text = f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: never "-0"
     axes.text(
         column,
         row,

@@ -137,7 +137,8 @@ def draw_losses(groups: Mapping[str, Sequence[Mapping[int, float]]], *, width: i
     figure = new_figure(width, (195 if wide else 170) * rows + 10)
     figure.get_layout_engine().set(h_pad=0.09)
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for panel, (name, curves) in zip(panels, shown, strict=False):
+    # The panels second: zip would otherwise take one more than it fills.
+    for (name, curves), panel in zip(shown, panels, strict=False):
         _loss_panel(panel, curves)
         size = (width // columns - 40) // 7  # characters that fit above a panel
         panel.set_title("\n".join(textwrap.wrap(shorten(name, 2 * size), size)), loc="left")
