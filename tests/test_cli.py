@@ -135,7 +135,10 @@ def test_each_verb_explains_itself(command, verb, lessons):
             "target.labels_per_class=many",
             "target.labels_per_class: Input should be a valid integer",
         ),
-        ("kind=transmute", "kind: expected one of source, transfer, manifold, forecast, got 'transmute'"),
+        (
+            "kind=transmute",
+            "kind: expected one of source, transfer, manifold, forecast, got 'transmute'",
+        ),
         ("lanes=3", "3 lanes cannot be shared by 2 workers"),
         ("seed", "expected key=value"),
     ],

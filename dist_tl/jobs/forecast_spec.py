@@ -99,8 +99,8 @@ class ForecastJob(JobConfig):
             raise ValueError("samples, checked: expected sizes of 1 or more")
         if self.labelled < LABELS_PER_FEATURE * self.components:
             raise ValueError(
-                f"{self.components} components need {LABELS_PER_FEATURE * self.components} labelled "
-                f"items, got {self.labelled}; label more, or keep "
+                f"{self.components} components need {LABELS_PER_FEATURE * self.components} "
+                f"labelled items, got {self.labelled}; label more, or keep "
                 f"{self.labelled // LABELS_PER_FEATURE} principal components or fewer"
             )
         if max(self.checked) > self.labelled // 3:

@@ -108,9 +108,8 @@ def test_one_cpu_and_an_interruption_change_nothing(manifold, tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
-    done = {
-        path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("stages/*/result.json")
-    }
+    results = (tmp_path / "run").glob("stages/*/result.json")
+    done = {path: path.stat().st_mtime_ns for path in results}
     again = finish(start(tmp_path, MANIFOLD, session={"num_cpus": 1}))
     assert measured(again) == measured(manifold[1])
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from dist_tl.errors import NumericsError, ShardError
-from dist_tl.shards.sample import PseudoSample, decode, dequantise, encode, quantise
+from dist_tl.shards.sample import (
+    PseudoSample,
+    as_inputs,
+    decode,
+    dequantise,
+    encode,
+    quantise,
+)
 
 
 def same(a, b):
@@ -144,3 +151,25 @@ def test_a_sample_without_an_image_is_refused(stage):
     del members["png"]
     with pytest.raises(ShardError, match="no image"):
         decode(members)
+
+
+def test_inputs_that_are_no_pictures_come_back_bit_for_bit():
+    images = torch.randn(2, 1, 1, 7)
+    stored = as_inputs(images, numbers=[0, 1])
+    sample = PseudoSample(number=1, image=stored[1], label=1)
+    members = encode(sample, format="png")
+    assert "npy" in members
+    assert "png" not in members
+    np.testing.assert_array_equal(decode(members).image, images[1].permute(1, 2, 0).numpy())
+
+
+def test_inputs_that_are_not_finite_are_refused_by_number():
+    images = torch.zeros(2, 1, 1, 3)
+    images[1, 0, 0, 2] = float("nan")
+    with pytest.raises(NumericsError, match="sample 8"):
+        as_inputs(images, numbers=[7, 8])
+
+
+def test_images_of_another_dtype_are_refused():
+    with pytest.raises(ValueError, match="uint8 or float32"):
+        encode(PseudoSample(number=0, image=np.zeros((1, 1, 3)), label=0))

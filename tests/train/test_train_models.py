@@ -12,6 +12,7 @@ from dist_tl.train.engine import Engine, EngineConfig, OptimizerConfig
 from dist_tl.train.models import (
     Handover,
     NewNetwork,
+    Readout,
     build_model,
     load_classifier,
     load_weights,
@@ -133,3 +134,17 @@ def test_weights_of_another_module_are_refused(change):
     name = "two.bias" if change == "missing" else "three.bias"
     with pytest.raises(ValueError, match=f"{name} is on one side only"):
         load_weights(module, weights)
+
+
+def test_a_readout_learns_its_head_alone_from_zero_and_without_bias():
+    store = ObjectStore("memory://readout")
+    taught = trained_network()
+    store_network(store, "taught", taught)
+    spec = Readout(trunk=Handover(model="taught", num_classes=2))
+    network = build_model(spec, store, image_shape=SHAPE, seed=0)
+    learnable = [name for name, p in network.named_parameters() if p.requires_grad]
+    assert learnable == ["head.weight"]
+    assert network.head.bias is None
+    assert not network.head.weight.any()
+    for name, parameter in network.trunk.named_parameters():
+        assert torch.equal(parameter, dict(taught.trunk.named_parameters())[name])

@@ -8,7 +8,14 @@ from torch.nn import functional
 from dist_tl.methods.pseudo.distillation import DistillationConfig
 from dist_tl.methods.pseudo.p_ssl import PSSLConfig, pssl_loss
 from dist_tl.train.feeds import Batch
-from dist_tl.train.objectives import PSSL, Diffusion, Distillation, supervised
+from dist_tl.train.objectives import (
+    PSSL,
+    Diffusion,
+    Distillation,
+    ReadoutFit,
+    ReadoutSpec,
+    supervised,
+)
 
 
 def batch_of(lanes=(0, 1), size=8, seed=0):
@@ -122,3 +129,18 @@ def test_diffusion_calls_the_module_itself():
     module.register_forward_pre_hook(lambda *_: called.append(1))
     Diffusion(seed=0)(module, batch_of(lanes=(0, 1)), 0)
     assert len(called) == 2
+
+
+def test_the_penalty_of_a_readout_is_that_of_the_summed_problem():
+    torch.manual_seed(0)
+    num, hidden, penalty = 12, 5, 0.7
+    features = torch.randn(num, hidden)
+    labels = torch.arange(num) % 2
+    module = nn.Sequential()
+    module.head = nn.Linear(hidden, 2, bias=False)
+    batch = Batch(features, labels, None, None, (), (0,))
+    loss, _ = ReadoutFit(ReadoutSpec(penalty=penalty, num_rows=num))(module, batch, 0)
+    w = hidden**0.5 * (module.head.weight[1] - module.head.weight[0])
+    margin = (2.0 * labels - 1) * (features @ w) / hidden**0.5
+    summed = functional.softplus(-margin).sum() + penalty / 2 * w.square().sum()
+    torch.testing.assert_close(loss * num, summed)

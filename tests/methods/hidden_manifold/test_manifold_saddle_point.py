@@ -163,11 +163,11 @@ def test_the_prox_solves_its_equation_at_any_curvature(v):
     assert (w[f <= 1e-300] > 600).all()
 
 
-@pytest.mark.parametrize("cuts", [[], [0.0], [-1e9, 0.3, math.inf, math.nan], [1e-12, 1e-11]])
+@pytest.mark.parametrize("cuts", [[], [-1e9, 0.3, math.inf, math.nan], [1e-12, 1e-11]])
 def test_the_quadrature_integrates_moments_whatever_the_cuts(cuts):
-    node, weight = gaussian_nodes(cuts)
+    node, weight = gaussian_nodes([0.0, *cuts])
     for power, moment in [(0, 1), (1, 0), (2, 1), (4, 3)]:
-        assert weight @ node**power == pytest.approx(moment, abs=1e-7)
+        assert weight @ node**power == pytest.approx(moment, abs=1e-9)
 
 
 # Exactly Gaussian data

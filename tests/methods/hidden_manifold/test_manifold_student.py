@@ -26,7 +26,8 @@ def start():
     return draw_student(60, 40, "tanh", rng=torch_rng(1, "weights"))
 
 
-def train(config=TrainingConfig(epochs=40, batch_size=64), **options):
+def train(**options):
+    config = TrainingConfig(epochs=40, batch_size=64)
     return train_student(start(), *samples(2000), config, rng=torch_rng(2, "order"), **options)
 
 
@@ -73,7 +74,9 @@ def test_a_diverging_training_is_an_error():
         )
 
 
-@pytest.mark.parametrize(("num", "epochs", "batch"), [(10, 150, 10), (1000, 60, 64), (9999, 25, 64)])
+@pytest.mark.parametrize(
+    ("num", "epochs", "batch"), [(10, 150, 10), (1000, 60, 64), (9999, 25, 64)]
+)
 def test_students_from_scratch_see_each_sample_often_enough(num, epochs, batch):
     config = scratch_training(num)
     assert (config.epochs, config.batch_size) == (epochs, batch)
