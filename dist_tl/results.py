@@ -190,6 +190,9 @@ class Series(StrictModel):
     x: tuple[float, ...]
     y: tuple[float, ...]
     half_width: tuple[float, ...] | None = Field(None, description="Of each point's error bar.")
+    band: tuple[tuple[float, float], ...] | None = Field(
+        None, description="Low and high around each point of a line."
+    )
     style: Literal["line", "points"] = "line"
     color: int = Field(0, ge=0, description="Series of one colour belong together.")
 

@@ -143,6 +143,7 @@ def _charts(outcome: ForecastOutcome) -> Iterator[Chart]:
                 label=f"{name}, forecast",
                 x=tuple(float(p.samples) for p in points),
                 y=tuple(p.mse for p in points),
+                band=tuple((p.low, p.high) for p in points),
                 color=color,
             )
         )
@@ -153,7 +154,8 @@ def _charts(outcome: ForecastOutcome) -> Iterator[Chart]:
         y_label="mean squared error",
         log_x=True,
         series=tuple(series),
-        note="Lines: forecast. Points: measured on held-out labels, with two standard errors.",
+        note="Lines: forecast, with its 95 % bootstrap band over labels. Points: measured on "
+        "held-out labels, with two standard errors.",
     )
 
 

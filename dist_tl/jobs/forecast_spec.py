@@ -69,7 +69,7 @@ class ForecastJob(JobConfig):
         (20, 40, 60), min_length=1, description="Sizes also measured, a third of labelled at most."
     )
     draws: int = Field(20, ge=10, description="Labelled sets drawn for each measured size.")
-    bootstrap: int = Field(20, ge=0, description="Resamples of the labelled items for the band.")
+    bootstrap: int = Field(100, ge=0, description="Resamples of the labelled items for the band.")
     target_mse: tuple[float, ...] = Field(
         (0.25, 0.2, 0.15), description="Errors for which the labels needed are reported."
     )

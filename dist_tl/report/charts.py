@@ -43,6 +43,9 @@ def _draw_series(axes: Axes, series: Series) -> None:
     color = COLORS[series.color % len(COLORS)]
     if series.style == "line":
         axes.plot(series.x, series.y, color=color, lw=2, label=series.label)
+        if series.band is not None:
+            low, high = zip(*series.band, strict=True)
+            axes.fill_between(series.x, low, high, color=color, alpha=0.15, lw=0)
         return
     marker = MARKERS[series.color % len(MARKERS)]
     axes.errorbar(

@@ -13,6 +13,7 @@ L = penalties, R = bootstrap samples.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,6 +119,8 @@ def forecast_curve(
     pool_PK, labelled_NK = np.asarray(pool_PK, float), np.asarray(labelled_NK, float)
     labels_N = np.asarray(labels_N, np.int64)
     _check_inputs(pool_PK, labelled_NK, labels_N, num_classes, sizes)
+    if not len(lams):
+        raise ConfigError("expected at least one penalty lam, got none")
     mean_K = pool_PK.mean(axis=0)
     omega_K, basis_KK = np.linalg.eigh(
         np.cov(pool_PK, rowvar=False, bias=True).reshape(len(mean_K), len(mean_K))
@@ -131,7 +134,8 @@ def forecast_curve(
     rows_S = np.arange(len(sizes))
     low_S = high_S = mse_SL[rows_S, best_S]
     if num_bootstrap:
-        assert rng is not None, "a bootstrap draws from the generator that the caller gives"
+        if rng is None:
+            raise ValueError("expected rng, the generator that a bootstrap draws from, got None")
         draws_RS = np.array(
             [law.resampled(rotated_NK, labels_N, rng) for _ in range(num_bootstrap)]
         )
@@ -156,13 +160,19 @@ class _Law:
 
     def errors(self, rotated_NK: Array, labels_N: NDArray[np.int64]) -> Array:
         """Mean squared errors (S, L), averaged over classes."""
-        terms = [
-            teacher_terms(rotated_NK, one_vs_rest(labels_N, c)) for c in range(self.num_classes)
-        ]
+        return self._table(self._terms(rotated_NK, labels_N))
+
+    def _terms(self, rotated_NK: Array, labels_N: NDArray[np.int64]) -> tuple[Array, float]:
+        # The error is linear in both terms, so their mean over classes gives the mean error.
+        classes = range(self.num_classes)
+        terms = [teacher_terms(rotated_NK, one_vs_rest(labels_N, c)) for c in classes]
+        return np.mean([t_K for t_K, _ in terms], axis=0), float(np.mean([r for _, r in terms]))
+
+    def _table(self, terms: tuple[Array, float]) -> Array:
         table_SL = np.zeros((len(self.sizes), len(self.lams)))
         for s, size in enumerate(self.sizes):
             for i, lam in enumerate(self.lams):
-                table_SL[s, i] = np.mean([self._mse(t_K, rho, size, lam) for t_K, rho in terms])
+                table_SL[s, i] = self._mse(*terms, size, lam)
         return table_SL
 
     def resampled(
@@ -170,7 +180,16 @@ class _Law:
     ) -> Array:
         """Best errors (S,) of one bootstrap sample of the labelled items."""
         rows_N = rng.integers(len(labels_N), size=len(labels_N))
-        return self.errors(rotated_NK[rows_N], labels_N[rows_N]).min(axis=1)
+        t_K, rho = self._terms(rotated_NK[rows_N], labels_N[rows_N])
+        # Drawing again adds the labels' noise once more, which the correction does not see: the
+        # drawn terms scatter around the uncorrected ones. That known distance is taken off.
+        classes = range(self.num_classes)
+        excess_CK = [
+            plain_terms(rotated_NK, one_vs_rest(labels_N, c))
+            - teacher_terms(rotated_NK, one_vs_rest(labels_N, c))[0]
+            for c in classes
+        ]
+        return self._table((t_K - np.mean(excess_CK, axis=0), rho)).min(axis=1)
 
     def _mse(self, t_K: Array, rho: float, size: int, lam: float) -> float:
         alpha = size / len(self.omega_K)
@@ -183,6 +202,11 @@ def one_vs_rest(labels_N: NDArray[np.int64], wanted: int) -> Array:
     """Labels -1 and +1 with their mean taken off, float64."""
     y_N = np.where(labels_N == wanted, 1.0, -1.0)
     return y_N - y_N.mean()
+
+
+def plain_terms(rotated_NK: Array, y_N: Array) -> Array:
+    """mean(y z_i)^2: the overlaps with the labels' noise still in them."""
+    return (y_N[:, None] * rotated_NK).mean(axis=0) ** 2
 
 
 def teacher_terms(rotated_NK: Array, y_N: Array) -> tuple[Array, float]:
@@ -216,11 +240,14 @@ def held_out_curve(
         ConfigError: a size that leaves nothing to test on.
     """
     features_NK, labels_N = np.asarray(features_NK, float), np.asarray(labels_N, np.int64)
-    if max(sizes) >= len(labels_N) or min(sizes) < 1:
+    if draws < 1:
+        raise ConfigError(f"expected draws >= 1, got {draws}")
+    if not len(sizes) or max(sizes) >= len(labels_N) or min(sizes) < 1:
         raise ConfigError(
             f"held-out sizes: expected 1 to {len(labels_N) - 1} of {len(labels_N)} labelled items, "
             f"got {list(sizes)}"
         )
+    features_NK = features_NK - features_NK.mean(axis=0)  # no intercept, as in the forecast
     mse, right = np.zeros((len(sizes), draws)), np.zeros((len(sizes), draws))
     for draw in range(draws):
         order_N = rng.permutation(len(labels_N))
@@ -285,13 +312,23 @@ def samples_for_mse(forecast: Forecast, target: float) -> float | None:
 
 
 def crossing(one: Forecast, other: Forecast) -> float | None:
-    """The first n at which two curves over the same sizes cross; None if they do not."""
-    gap_S = one.mse_S - other.mse_S
-    for s in range(1, len(gap_S)):
-        if gap_S[s - 1] * gap_S[s] < 0:
-            share = gap_S[s - 1] / (gap_S[s - 1] - gap_S[s])
-            ends = np.log(one.sizes_S[s - 1 : s + 1])
-            return float(np.exp(ends[0] + share * (ends[1] - ends[0])))
+    """The first n at which two curves cross; None if they do not, or only touch.
+
+    Raises:
+        ValueError: the curves are over different sizes.
+    """
+    if not np.array_equal(one.sizes_S, other.sizes_S):
+        raise ValueError(
+            f"expected curves over the same sizes, got {one.sizes_S} and {other.sizes_S}"
+        )
+    gap_S, log_n_S = one.mse_S - other.mse_S, np.log(one.sizes_S)
+    apart = np.flatnonzero(gap_S)  # where curves meet at a size, the signs around it decide
+    for before, after in pairwise(apart):
+        if gap_S[before] * gap_S[after] < 0:
+            if after > before + 1:
+                return float(one.sizes_S[before + 1])
+            share = gap_S[before] / (gap_S[before] - gap_S[after])
+            return float(np.exp(log_n_S[before] + share * (log_n_S[after] - log_n_S[before])))
     return None
 
 
@@ -315,9 +352,13 @@ def _check_inputs(
             f"{max(1, min(len(pool_PK) // POOL_PER_FEATURE, len(labels_N) // LABELS_PER_FEATURE))}"
             " or fewer, to use that many leading principal components"
         )
-    if num_classes < 2 or min(sizes) < 1:
+    if list(sizes) != sorted({n for n in sizes if n >= 1}) or not len(sizes):
+        raise ConfigError(f"expected ascending sizes of 1 or more, got {list(sizes)}")
+    seen = np.unique(labels_N).tolist()
+    if num_classes < 2 or seen != list(range(num_classes)):
         raise ConfigError(
-            f"expected two classes or more and sizes of 1 or more, got {num_classes} and {sizes}"
+            f"expected two classes or more, and a labelled item of every class 0 to "
+            f"{num_classes - 1} and of no other; got {seen}"
         )
     if not (np.isfinite(pool_PK).all() and np.isfinite(labelled_NK).all()):
         raise NumericsError("a feature is NaN or infinite; check the feature map and its inputs")

@@ -29,7 +29,7 @@ from dist_tl.methods.hidden_manifold.proximal import (
 
 Loss = Literal["ridge", "logistic"]
 MIN_LAM = 1e-6
-MAX_ITERATIONS = 5000
+MAX_ITERATIONS = 20_000
 DAMPING = {"ridge": 0.0, "logistic": 0.3}
 _PSD_TOLERANCE = 1e-10
 
