@@ -1,16 +1,12 @@
 """The forecast job: a teacher if one is to be trained, then one Ray task a feature map."""
 
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dist_tl.cluster.config import Task
-from dist_tl.cluster.session import RaySession
-from dist_tl.cluster.tasks import run_tasks
-from dist_tl.cluster.trials import Trials
 from dist_tl.errors import ConfigError
 from dist_tl.jobs.forecast_points import MapAnswer, MapAsked, forecast_map
 from dist_tl.jobs.forecast_spec import ForecastJob, MapConfig, NetworkMap
+from dist_tl.jobs.phases import open_phases
 from dist_tl.jobs.teacher_spec import TeacherConfig, teacher_place, teacher_stage
 from dist_tl.methods.hidden_manifold.forecast import POOL_PER_FEATURE
 from dist_tl.results import StageRecord
@@ -73,42 +69,13 @@ def run_forecast(job: ForecastJob, store: ObjectStore, progress: Progress) -> Fo
         DistTLError: the named error that a task met; what is done stays done.
     """
     tasks = forecast_tasks(job)
-    progress.say("starting Ray")
-    with RaySession(job.session) as session:
-        stages = list(_teacher(job, store, progress, session))
-        began = time.time()
-        progress.update("feature maps", 0, len(tasks))
-        answers = run_tasks(
-            forecast_map,
-            tasks,
-            MapAnswer,
-            store,
-            config=job.trials,
-            on_poll=session.check,
-            on_done=lambda done, total, name: progress.update("feature maps", done, total, name),
-        )
-        figures = {"tasks": float(len(tasks)), "task_seconds": sum(a.seconds for a in answers)}
-        stages.append(
-            StageRecord(
-                name="forecast", kind="trial", started=began, ended=time.time(), figures=figures
-            )
-        )
-        memory = session.peak_memory_bytes
+    teacher = job.teacher if isinstance(job.teacher, TeacherConfig) else None
+    stages = [] if teacher is None else [teacher_stage(teacher, seed=job.seed)]
+    with open_phases(job, job.trials, store, progress) as phases:
+        phases.train("teacher", stages)
+        answers = phases.run("feature maps", forecast_map, tasks, MapAnswer)
+        memory = phases.peak_memory_bytes
     names = [chosen.name for chosen in job.maps]
-    return ForecastOutcome(job, dict(zip(names, answers, strict=True)), tuple(stages), memory)
-
-
-def _teacher(
-    job: ForecastJob, store: ObjectStore, progress: Progress, session: RaySession
-) -> Iterator[StageRecord]:
-    if not isinstance(job.teacher, TeacherConfig):
-        return
-    spec = teacher_stage(job.teacher, seed=job.seed)
-    progress.update("teacher", 0, 1, f"{spec.steps} steps")
-    trials = Trials(job.trials, store.url)
-    [result] = trials.results(trials.start([spec]), on_poll=session.check)
-    progress.update("teacher", 1, 1, f"loss {result.final_loss:.3f}")
-    figures = {"steps": float(result.steps), "samples": float(result.samples)}
-    yield StageRecord(
-        name=spec.name, kind="train", started=result.started, ended=result.ended, figures=figures
+    return ForecastOutcome(
+        job, dict(zip(names, answers, strict=True)), tuple(phases.records), memory
     )

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dist_tl.config import StrictModel
 from dist_tl.jobs.forecast import forecast_tasks
 from dist_tl.jobs.forecast_spec import ForecastJob
+from dist_tl.jobs.layer_search import LayerSearchPlan
+from dist_tl.jobs.layer_search_spec import LayerSearchJob
 from dist_tl.jobs.manifold_plan import ManifoldPlan
 from dist_tl.jobs.manifold_spec import ManifoldJob
 from dist_tl.jobs.run_spec import JobConfig, RunConfig
@@ -76,6 +78,8 @@ def plan_job(job: Job) -> PlanTable:
         return _manifold_table(job)
     if isinstance(job, ForecastJob):
         return _forecast_table(job)
+    if isinstance(job, LayerSearchJob):
+        return _layer_search_table(job)
     if isinstance(job, SourceJob):
         facts = planned_facts(job.source, job.seed)
         stages = source_stages(job, job.source, facts)
@@ -117,6 +121,18 @@ def _forecast_table(job: ForecastJob) -> PlanTable:
     trained = isinstance(job.teacher, TeacherConfig)
     stages = [teacher_stage(job.teacher, seed=job.seed)] if trained else []
     return _tasks_table(job, rows, stages)
+
+
+def _layer_search_table(job: LayerSearchJob) -> PlanTable:
+    plan = LayerSearchPlan(job)
+    features = [*plan.target_features(), *plan.held_out_features()]
+    rows = (
+        ("features", features, f"{job.rows_per_task} images each"),
+        ("one-shot set", plan.one_shot(), "search on held-out classes"),
+        ("episodes", plan.episodes(None), f"{job.episodes_per_task} episodes each"),
+    )
+    found = (TaskRow(phase=name, tasks=len(tasks), what=what) for name, tasks, what in rows)
+    return _tasks_table(job, tuple(found), plan.teachers())
 
 
 def _tasks_table(job: Job, rows: tuple[TaskRow, ...], train: Sequence[StageSpec] = ()) -> PlanTable:

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,13 +13,16 @@ from dist_tl.jobs.exports import export_models, write_gallery
 from dist_tl.jobs.forecast import run_forecast
 from dist_tl.jobs.forecast_results import forecast_results
 from dist_tl.jobs.forecast_spec import ForecastJob
+from dist_tl.jobs.layer_search import run_layer_search
+from dist_tl.jobs.layer_search_results import layer_search_results
+from dist_tl.jobs.layer_search_spec import LayerSearchJob
 from dist_tl.jobs.manifold import run_manifold
 from dist_tl.jobs.manifold_results import manifold_results
 from dist_tl.jobs.manifold_spec import ManifoldJob
 from dist_tl.jobs.run_spec import JobConfig
 from dist_tl.jobs.source import find_source, train_source
 from dist_tl.jobs.specs import MAY_CHANGE, Job
-from dist_tl.jobs.transfer import run_transfer
+from dist_tl.jobs.transfer import TransferOutcome, run_transfer
 from dist_tl.jobs.transfer_results import transfer_results
 from dist_tl.jobs.transfer_spec import SourceJob, TransferJob
 from dist_tl.jobs.versions import versions
@@ -56,24 +59,24 @@ def run_job(job: Job, progress: Progress) -> AnyResults | None:
         return results
 
 
-def _found(
-    job: TransferJob | ManifoldJob | ForecastJob,
-    store: ObjectStore,
-    progress: Progress,
-    began: float,
-) -> AnyResults:
-    told = {"run": job.run, "fingerprint": identity(job)}
-    if isinstance(job, ForecastJob):
-        forecast = run_forecast(job, store, progress)
-        return forecast_results(forecast, **told, wall_seconds=time.monotonic() - began)
-    if isinstance(job, ManifoldJob):
-        found = run_manifold(job, store, progress)
-        return manifold_results(found, **told, wall_seconds=time.monotonic() - began)
-    outcome = run_transfer(job, store, progress)
-    results = transfer_results(outcome, **told, wall_seconds=time.monotonic() - began)
-    export_models(outcome, store)
-    write_gallery(outcome, store)
-    return results
+def _found(job: Job, store: ObjectStore, progress: Progress, began: float) -> AnyResults:
+    run, results = _KINDS[type(job)]
+    outcome = run(job, store, progress)
+    found = results(
+        outcome, run=job.run, fingerprint=identity(job), wall_seconds=time.monotonic() - began
+    )
+    if isinstance(outcome, TransferOutcome):
+        export_models(outcome, store)
+        write_gallery(outcome, store)
+    return found
+
+
+_KINDS: dict[type[Job], tuple[Callable[..., Any], Callable[..., AnyResults]]] = {
+    TransferJob: (run_transfer, transfer_results),
+    ManifoldJob: (run_manifold, manifold_results),
+    ForecastJob: (run_forecast, forecast_results),
+    LayerSearchJob: (run_layer_search, layer_search_results),
+}
 
 
 def _run_source(job: SourceJob, store: ObjectStore, progress: Progress) -> None:

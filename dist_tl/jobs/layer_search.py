@@ -1,0 +1,185 @@
+"""The layer search job: teacher, features, the one-shot set, episodes. Wiring only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dist_tl.cluster.config import Task
+from dist_tl.datasets.spec import DataConfig
+from dist_tl.jobs.layer_search_points import (
+    EpisodeAnswer,
+    EpisodesAnswer,
+    EpisodesAsked,
+    FeatureFiles,
+    FeaturesAnswer,
+    FeaturesAsked,
+    OneShotAnswer,
+    OneShotAsked,
+    compute_features,
+    find_one_shot_set,
+    run_episodes,
+)
+from dist_tl.jobs.layer_search_spec import LayerSearchJob
+from dist_tl.jobs.phases import open_phases
+from dist_tl.jobs.teacher_spec import TeacherConfig, teacher_place, teacher_stage
+from dist_tl.methods.layer_search.episodes import EpisodesConfig, check_classes
+from dist_tl.results import StageRecord
+from dist_tl.storage import layout
+from dist_tl.storage.objects import ObjectStore
+from dist_tl.telemetry import Progress
+from dist_tl.train.rows import RowsSpec, load_rows
+from dist_tl.train.spec import StageSpec
+
+STAND_IN = "stand-in-teacher"
+
+
+@dataclass(frozen=True)
+class LayerSearchOutcome:
+    """What all episodes came to.
+
+    Attributes:
+        episodes: by number of shots, in order of their index.
+        widths: of every layer, the penultimate last.
+        one_shot: the set for one label a class; None where there are no held-out classes.
+    """
+
+    job: LayerSearchJob
+    episodes: dict[int, list[EpisodeAnswer]]
+    widths: tuple[int, ...]
+    zeros: int
+    one_shot: tuple[int, ...] | None
+    stages: tuple[StageRecord, ...]
+    peak_memory_bytes: int
+
+
+class LayerSearchPlan:
+    """Stages and tasks of a job, from its file and its data.
+
+    Raises:
+        ConfigError: the episodes ask for more than the data has.
+        DataError: the data is damaged.
+    """
+
+    def __init__(self, job: LayerSearchJob) -> None:
+        self.job = job
+        check_classes(load_rows(RowsSpec(data=job.data)).labels, job.episodes)
+        if job.held_out is not None:
+            one_shot = EpisodesConfig(ways=2, shots=(1,), queries=job.episodes.queries)
+            check_classes(load_rows(RowsSpec(data=job.held_out.data)).labels, one_shot)
+
+    def teachers(self) -> list[StageSpec]:
+        """The trainings of the teacher and of its stand-in, where there are any."""
+        job, stages = self.job, []
+        if isinstance(job.teacher, TeacherConfig):
+            stages.append(teacher_stage(job.teacher, seed=job.seed))
+        if job.held_out is not None and job.held_out.teacher is not None:
+            stand_in = teacher_stage(job.held_out.teacher, seed=job.seed)
+            stages.append(stand_in.model_copy(update={"name": STAND_IN}))
+        return stages
+
+    def target_features(self) -> list[Task[FeaturesAsked]]:
+        """Features of the target data."""
+        return self._features("target", self.job.data, teacher_place(self.job.teacher))
+
+    def held_out_features(self) -> list[Task[FeaturesAsked]]:
+        """Features of the held-out classes."""
+        held_out = self.job.held_out
+        if held_out is None:
+            return []
+        own = teacher_place(self.job.teacher)
+        place = own if held_out.teacher is None else layout.stage_model_prefix(STAND_IN)
+        return self._features("held-out", held_out.data, place)
+
+    def _features(self, name: str, data: DataConfig, model: str) -> list[Task[FeaturesAsked]]:
+        count, width = len(load_rows(RowsSpec(data=data))), self.job.rows_per_task
+        return [
+            Task(
+                f"features-{name}-{part}",
+                FeaturesAsked(
+                    model=model,
+                    data=data,
+                    pooling=self.job.pooling,
+                    first=first,
+                    last=min(first + width, count),
+                    key=f"{layout.stage_prefix(f'features-{name}-{part}')}/layers.safetensors",
+                ),
+            )
+            for part, first in enumerate(range(0, count, width))
+        ]
+
+    def one_shot(self) -> list[Task[OneShotAsked]]:
+        """The search on held-out classes, where there are any."""
+        job = self.job
+        if job.held_out is None or job.search.one_shot == "penultimate":
+            return []
+        asked = OneShotAsked(
+            seed=job.seed,
+            features=_files(job.held_out.data, self.held_out_features()),
+            ways=job.episodes.ways,
+            queries=job.episodes.queries,
+            episodes=job.held_out.episodes,
+            search=job.search,
+        )
+        return [Task("one-shot-set", asked)]
+
+    def episodes(self, fixed: tuple[int, ...] | None) -> list[Task[EpisodesAsked]]:
+        """All episodes, in batches; the order of the answers is that of the episodes."""
+        job, files = self.job, _files(self.job.data, self.target_features())
+        return [
+            Task(
+                f"episodes-k{shots}-from{first}",
+                EpisodesAsked(
+                    seed=job.seed,
+                    features=files,
+                    episodes=job.episodes,
+                    shots=shots,
+                    first=first,
+                    count=min(job.episodes_per_task, job.episodes.count - first),
+                    search=job.search,
+                    fixed=fixed if shots == 1 else None,
+                    trained=job.trained,
+                    teacher=teacher_place(job.teacher),
+                ),
+            )
+            for shots in job.episodes.shots
+            for first in range(0, job.episodes.count, job.episodes_per_task)
+        ]
+
+
+def _files(data: DataConfig, tasks: Sequence[Task[FeaturesAsked]]) -> FeatureFiles:
+    return FeatureFiles(data=data, keys=tuple(task.asked.key for task in tasks))
+
+
+def run_layer_search(
+    job: LayerSearchJob, store: ObjectStore, progress: Progress
+) -> LayerSearchOutcome:
+    """Run every stage and task that is not done yet.
+
+    Raises:
+        DistTLError: the named error that a task met; what is done stays done.
+    """
+    plan = LayerSearchPlan(job)
+    with open_phases(job, job.trials, store, progress) as phases:
+        phases.train("teachers", plan.teachers())
+        features = phases.run(
+            "features",
+            compute_features,
+            [*plan.target_features(), *plan.held_out_features()],
+            FeaturesAnswer,
+        )
+        found = phases.run("one-shot set", find_one_shot_set, plan.one_shot(), OneShotAnswer)
+        one_shot = found[0].layers if found else None
+        tasks = plan.episodes(one_shot)
+        answers = phases.run("episodes", run_episodes, tasks, EpisodesAnswer)
+        memory = phases.peak_memory_bytes
+    by_shots: dict[int, list[EpisodeAnswer]] = {shots: [] for shots in job.episodes.shots}
+    for task, answer in zip(tasks, answers, strict=True):
+        by_shots[task.asked.shots] += answer.episodes
+    return LayerSearchOutcome(
+        job=job,
+        episodes=by_shots,
+        widths=features[0].widths,
+        zeros=sum(answer.zeros for answer in features),
+        one_shot=one_shot,
+        stages=tuple(phases.records),
+        peak_memory_bytes=memory,
+    )

@@ -1,0 +1,269 @@
+"""Ray tasks of a layer search: features of some images, and batches of episodes.
+
+Plain functions of what is asked and the store. Features are computed once; an episode then needs
+inner products only.
+"""
+
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from dist_tl.config import StrictModel
+from dist_tl.datasets.spec import DataConfig
+from dist_tl.jobs.layer_search_spec import TrainedArmsConfig
+from dist_tl.methods.layer_search.episodes import Episode, EpisodesConfig, draw_episode
+from dist_tl.methods.layer_search.evaluate import one_shot_set, score_episode
+from dist_tl.methods.layer_search.features import PoolingConfig, layer_vectors
+from dist_tl.methods.layer_search.gram import layer_grams
+from dist_tl.methods.layer_search.search import SearchConfig, select_layers
+from dist_tl.models.networks import Network, build_network, replace_head
+from dist_tl.seeds import numpy_rng, torch_rng
+from dist_tl.storage.objects import ObjectStore
+from dist_tl.train.models import load_classifier
+from dist_tl.train.rows import RowsSpec, load_rows
+
+BATCH = 256
+ReadRows = Callable[[NDArray[np.int64]], Tensor]
+
+
+class FeaturesAsked(StrictModel):
+    """Unit vectors of all layers for some rows of a data set."""
+
+    model: str
+    data: DataConfig
+    pooling: PoolingConfig
+    first: int
+    last: int
+    key: str = Field(description="Where the vectors are stored.")
+
+
+class FeaturesAnswer(StrictModel):
+    """What was stored."""
+
+    widths: tuple[int, ...] = Field(description="Of every layer, the penultimate last.")
+    zeros: int = Field(description="Zero vectors, over all layers.")
+    seconds: float
+
+
+class FeatureFiles(StrictModel):
+    """Stored features of a whole data set."""
+
+    data: DataConfig
+    keys: tuple[str, ...] = Field(description="In the order of the rows.")
+
+
+class OneShotAsked(StrictModel):
+    """Find the set for tasks with one label a class."""
+
+    seed: int
+    features: FeatureFiles
+    ways: int
+    queries: int
+    episodes: int
+    search: SearchConfig
+
+
+class OneShotAnswer(StrictModel):
+    """That set."""
+
+    layers: tuple[int, ...]
+    seconds: float
+
+
+class EpisodesAsked(StrictModel):
+    """A batch of episodes of one number of shots."""
+
+    seed: int
+    features: FeatureFiles
+    episodes: EpisodesConfig
+    shots: int
+    first: int
+    count: int
+    search: SearchConfig
+    fixed: tuple[int, ...] | None = None
+    trained: TrainedArmsConfig | None = None
+    teacher: str = ""
+
+
+class EpisodeAnswer(StrictModel):
+    """One episode."""
+
+    single: tuple[float, ...]
+    all_layers: float
+    random: float
+    selected: float
+    oracle: float
+    layers: tuple[int, ...]
+    branch: Literal["loo", "held_out_classes", "penultimate"]
+    adopted: bool
+    z: tuple[float, ...]
+    scratch: float | None = None
+    fine_tuned: float | None = None
+
+
+class EpisodesAnswer(StrictModel):
+    """A batch of them."""
+
+    episodes: tuple[EpisodeAnswer, ...]
+    seconds: float
+
+
+@torch.no_grad()
+def compute_features(asked: FeaturesAsked, store: ObjectStore) -> FeaturesAnswer:
+    """One forward pass an image gives the vectors of all layers."""
+    began = time.monotonic()
+    rows = load_rows(RowsSpec(data=asked.data))
+    network = load_classifier(store, asked.model, image_shape=rows.image_shape).eval()
+    parts = []
+    for start in range(asked.first, asked.last, BATCH):
+        images = rows.tensor(np.arange(start, min(start + BATCH, asked.last)))
+        parts.append(layer_vectors(network.blocks(images), asked.pooling))
+    layers = [torch.cat(columns) for columns in zip(*parts, strict=True)]
+    store.write(asked.key, save_tensors({f"{i:04d}": v for i, v in enumerate(layers)}))
+    return FeaturesAnswer(
+        widths=tuple(v.shape[1] for v in layers),
+        zeros=sum(int((v == 0).all(dim=1).sum()) for v in layers),
+        seconds=time.monotonic() - began,
+    )
+
+
+# A worker runs many batches of episodes over the same features.
+@lru_cache(maxsize=2)
+def _read_features(url: str, keys: tuple[str, ...]) -> tuple[Tensor, ...]:
+    store = ObjectStore(url)
+    parts = [load_tensors(store.read(key)) for key in keys]
+    return tuple(torch.cat([part[name] for part in parts]) for name in sorted(parts[0]))
+
+
+def find_one_shot_set(asked: OneShotAsked, store: ObjectStore) -> OneShotAnswer:
+    """One-shot episodes of held-out classes decide before any target support is read."""
+    began = time.monotonic()
+    phis = _read_features(store.url, asked.features.keys)
+    labels_N = load_rows(RowsSpec(data=asked.features.data)).labels
+    ways = min(asked.ways, len(np.unique(labels_N)))
+    config = EpisodesConfig(ways=ways, shots=(1,), queries=asked.queries, count=asked.episodes)
+    episodes = []
+    for index in range(asked.episodes):
+        episode = draw_episode(labels_N, config, 1, seed=asked.seed, index=index)
+        gram_LEE, support_S, query_Q = _tensors(phis, episode)
+        episodes.append((gram_LEE, support_S, query_Q))
+    layers = one_shot_set(episodes, asked.search)
+    return OneShotAnswer(layers=layers, seconds=time.monotonic() - began)
+
+
+def run_episodes(asked: EpisodesAsked, store: ObjectStore) -> EpisodesAnswer:
+    """Select and score, episode by episode; the selection sees the support's Gram matrix alone."""
+    began = time.monotonic()
+    phis = _read_features(store.url, asked.features.keys)
+    rows = load_rows(RowsSpec(data=asked.features.data))
+    answers = []
+    for index in range(asked.first, asked.first + asked.count):
+        episode = draw_episode(
+            rows.labels, asked.episodes, asked.shots, seed=asked.seed, index=index
+        )
+        answer = _one_episode(asked, phis, episode, index)
+        if asked.trained is not None and index < asked.trained.episodes:
+            answer = answer.model_copy(
+                update={
+                    arm: _trained_accuracy(asked, arm, rows.tensor, episode, index, store)
+                    for arm in asked.trained.arms
+                }
+            )
+        answers.append(answer)
+    return EpisodesAnswer(episodes=tuple(answers), seconds=time.monotonic() - began)
+
+
+def _tensors(phis: tuple[Tensor, ...], episode: Episode) -> tuple[Tensor, Tensor, Tensor]:
+    items_E = torch.from_numpy(np.concatenate([episode.support_S, episode.query_Q]))
+    support_S = torch.from_numpy(episode.support_labels_S)
+    return layer_grams(phis, items_E), support_S, torch.from_numpy(episode.query_labels_Q)
+
+
+def _one_episode(
+    asked: EpisodesAsked, phis: tuple[Tensor, ...], episode: Episode, index: int
+) -> EpisodeAnswer:
+    gram_LEE, support_S, query_Q = _tensors(phis, episode)
+    size = len(support_S)
+    selection = select_layers(
+        gram_LEE[:, :size, :size],
+        support_S,
+        asked.search,
+        rng=numpy_rng(asked.seed, "label shuffles", asked.shots, index),
+        fixed=asked.fixed,
+    )
+    scores = score_episode(
+        gram_LEE,
+        support_S,
+        query_Q,
+        selection,
+        asked.search,
+        rng=numpy_rng(asked.seed, "random sets", asked.shots, index),
+    )
+    return EpisodeAnswer(
+        single=scores.single,
+        all_layers=scores.all_layers,
+        random=scores.random,
+        selected=scores.selected,
+        oracle=scores.oracle,
+        layers=selection.layers,
+        branch=selection.branch,
+        adopted=selection.adopted,
+        z=selection.single_z,
+    )
+
+
+def _trained_accuracy(
+    asked: EpisodesAsked,
+    arm: str,
+    tensor: ReadRows,
+    episode: Episode,
+    index: int,
+    store: ObjectStore,
+) -> float:
+    """A whole network trained on the support: from scratch, or from the teacher's weights."""
+    assert asked.trained is not None, "asked for trained arms"
+    images, queries = tensor(episode.support_S), tensor(episode.query_Q)
+    labels_S = torch.from_numpy(episode.support_labels_S)
+    rng = torch_rng(asked.seed, f"{arm} episode", asked.shots, index)
+    ways = asked.episodes.ways
+    if arm == "scratch":
+        network = build_network(
+            asked.trained.network,
+            num_classes=ways,
+            image_shape=tuple(images.shape[1:]),
+            rng=rng,
+        )
+    else:
+        network = replace_head(load_classifier(store, asked.teacher), ways, rng).train()
+    _train(network, images, labels_S, asked.trained, rng)
+    with torch.no_grad():
+        right_Q = network.eval()(queries).argmax(dim=1).numpy() == episode.query_labels_Q
+    return float(right_Q.mean())
+
+
+def _train(
+    network: Network,
+    images: Tensor,
+    labels_S: Tensor,
+    config: TrainedArmsConfig,
+    rng: torch.Generator,
+) -> None:
+    rates = config.training.optimizer
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=rates.learning_rate, weight_decay=rates.weight_decay
+    )
+    size = min(config.training.batch_size, len(images))
+    for _ in range(config.training.steps):
+        rows = torch.randperm(len(images), generator=rng)[:size]
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(images[rows]), labels_S[rows]).backward()
+        optimizer.step()

@@ -1,0 +1,5 @@
+"""Layer search (after ATL): which hidden feature maps of a frozen teacher serve a small task best.
+
+After Jung H. Lee et al., "Adaptive Transfer Learning: a simple but effective transfer learning",
+arXiv:2111.10937. The paper does not state its selection rule; the rule here is ours.
+"""

@@ -1,0 +1,143 @@
+"""One episode, all arms: what the search chose, what it is compared with, and the oracle.
+
+Section "Controls and baselines" of the notes on Lee et al., arXiv:2111.10937.
+
+Shape suffixes: L = layers, E = items of an episode (support first), S = support, Q = queries,
+I = candidate sets.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_tl.methods.layer_search.classifiers import (
+    ClassifierConfig,
+    query_item_scores,
+    query_scores,
+)
+from dist_tl.methods.layer_search.gram import LayerSet, one_hot, set_grams
+from dist_tl.methods.layer_search.search import SearchConfig, Selection, search_layers
+
+RANDOM_SETS = 5
+MAX_ORACLE_SETS = 1024
+
+
+@dataclass(frozen=True)
+class EpisodeScores:
+    """Query accuracies of one episode.
+
+    Attributes:
+        single: of every layer alone, the penultimate last.
+        all_layers, random, selected: of all layers together, of random sets of the selected size
+            (mean of 5), of what the search chose.
+        oracle: of the best set by queries: a diagnostic, never a result.
+    """
+
+    single: tuple[float, ...]
+    all_layers: float
+    random: float
+    selected: float
+    oracle: float
+
+
+def accuracies(
+    gram_LEE: Tensor,
+    support_labels_S: Tensor,
+    query_labels_Q: Tensor,
+    sets: Sequence[LayerSet],
+    classifier: ClassifierConfig,
+) -> Tensor:
+    """Share of queries predicted right by each set, (I,) float64."""
+    size = len(support_labels_S)
+    y_SC = one_hot(support_labels_S, int(support_labels_S.max()) + 1)
+    gram_IEE = set_grams(gram_LEE, sets)
+    scores_IQC = query_scores(
+        gram_IEE[:, :size, :size], gram_IEE[:, size:, :size], y_SC, classifier
+    )
+    return (scores_IQC.argmax(dim=2) == query_labels_Q).double().mean(dim=1)
+
+
+def score_episode(
+    gram_LEE: Tensor,
+    support_labels_S: Tensor,
+    query_labels_Q: Tensor,
+    selection: Selection,
+    config: SearchConfig,
+    *,
+    rng: np.random.Generator,
+) -> EpisodeScores:
+    """All arms of one episode, on the same items and classifier."""
+    num_layers = len(gram_LEE)
+    singles = [(layer,) for layer in range(num_layers)]
+    size = len(selection.layers)
+    randoms = [
+        tuple(sorted(rng.choice(num_layers, size=size, replace=False).tolist()))
+        for _ in range(RANDOM_SETS)
+    ]
+    tried = _oracle_sets(num_layers, config)
+    asked = [*singles, tuple(range(num_layers)), selection.layers, *randoms, *tried]
+    found = accuracies(
+        gram_LEE, support_labels_S, query_labels_Q, asked, config.classifier
+    ).tolist()
+    rest = num_layers + 2
+    return EpisodeScores(
+        single=tuple(found[:num_layers]),
+        all_layers=found[num_layers],
+        selected=found[num_layers + 1],
+        random=sum(found[rest : rest + RANDOM_SETS]) / RANDOM_SETS,
+        oracle=max(found),
+    )
+
+
+def _oracle_sets(num_layers: int, config: SearchConfig) -> list[LayerSet]:
+    """Sets up to the cap, where there are few enough; else pairs at most."""
+    for cap in range(min(config.cap, num_layers), 1, -1):
+        if sum(math.comb(num_layers, size) for size in range(1, cap + 1)) <= MAX_ORACLE_SETS:
+            sizes = range(2, cap + 1)
+            return [c for size in sizes for c in combinations(range(num_layers), size)]
+    return []
+
+
+class HeldOutScores:
+    """Mean query score of every episode, for the search: an episode is its item."""
+
+    def __init__(
+        self, episodes: Sequence[tuple[Tensor, Tensor, Tensor]], classifier: ClassifierConfig
+    ) -> None:
+        self._episodes, self._classifier = episodes, classifier
+
+    def __call__(self, sets: Sequence[LayerSet]) -> Tensor:
+        return torch.stack([self._one(sets, *episode) for episode in self._episodes], dim=1)
+
+    def _one(
+        self, sets: Sequence[LayerSet], gram_LEE: Tensor, support_S: Tensor, query_Q: Tensor
+    ) -> Tensor:
+        size, ways = len(support_S), int(support_S.max()) + 1
+        gram_IEE = set_grams(gram_LEE, sets)
+        scores_IQ = query_item_scores(
+            gram_IEE[:, :size, :size],
+            gram_IEE[:, size:, :size],
+            one_hot(support_S, ways),
+            one_hot(query_Q, ways),
+            self._classifier,
+        )
+        return scores_IQ.mean(dim=1)
+
+
+def one_shot_set(
+    episodes: Sequence[tuple[Tensor, Tensor, Tensor]], config: SearchConfig
+) -> LayerSet:
+    """The set for tasks with one label a class, from one-shot episodes of held-out classes.
+
+    Raises:
+        ValueError: no episodes.
+    """
+    if not episodes:
+        raise ValueError("expected one episode of held-out classes at least, got none")
+    num_layers = len(episodes[0][0])
+    return search_layers(HeldOutScores(episodes, config.classifier), num_layers, config).layers

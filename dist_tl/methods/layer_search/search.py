@@ -1,0 +1,321 @@
+"""The search: the set of layers that the support set alone supports.
+
+Scores are leave-one-out means over support items; every strategy sees Gram matrices of the support
+and nothing else of a task. A guard keeps the penultimate layer unless the chosen set beats it by
+more than noise.
+
+"Layer search (after ATL)", Lee et al., arXiv:2111.10937; the rule is ours.
+
+Shape suffixes: L = layers, S = support items, I = candidate sets, C = classes, P = permutations.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dist_tl.config import StrictModel
+from dist_tl.errors import ConfigError
+from dist_tl.methods.layer_search.classifiers import (
+    ClassifierConfig,
+    loo_scores,
+    shuffled_loo_means,
+)
+from dist_tl.methods.layer_search.gram import LayerSet, one_hot, set_grams
+
+MAX_SETS = 2**16
+TIE = 1e-9
+BEAM_WIDTH = 4
+BATCH_SETS = 512  # Gram matrices held at once
+ItemScores = Callable[[Sequence[LayerSet]], Tensor]  # a row of item scores for each set
+Branch = Literal["loo", "held_out_classes", "penultimate"]
+
+
+class SearchConfig(StrictModel):
+    """Which sets are tried, how they are ranked, and what they must beat."""
+
+    strategy: Literal["single", "greedy", "beam", "exhaustive"] = "greedy"
+    cap: int = Field(4, ge=1, description="Layers in a set at most.")
+    epsilon: float = Field(1e-3, ge=0, description="A greedy step must raise the score by more.")
+    margin: Literal["one_se"] | float = Field(
+        "one_se",
+        description="What the mean gain over the penultimate layer must exceed: one standard error "
+        "of the paired item differences, or a number.",
+    )
+    rank_by: Literal["score", "null_z"] = Field(
+        "score", description="Of the first layer: its score, or its score against shuffled labels."
+    )
+    permutations: int = Field(50, ge=0, description="Label shuffles of the width-bias calibration.")
+    one_shot: Literal["held_out_classes", "penultimate"] = Field(
+        "held_out_classes",
+        description="With one label a class nothing can be left out. held_out_classes: use the set "
+        "that one-shot episodes of other new classes support; penultimate: the head's input.",
+    )
+    classifier: ClassifierConfig = Field(default_factory=ClassifierConfig)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a search chose, and why.
+
+    Attributes:
+        layers: the set to use, ascending.
+        branch: how it was found.
+        found: the best set before the guard.
+        score: its leave-one-out score; NaN where there was none.
+        single_scores: of every layer alone.
+        single_z: the same against shuffled labels; empty without permutations.
+        gain, standard_error: of `found` over the penultimate layer, paired by item.
+        adopted: whether the guard let it through.
+        skipped: support items that could not be scored.
+        path: scores of the sets that a greedy run went through.
+    """
+
+    layers: LayerSet
+    branch: Branch
+    found: LayerSet
+    score: float
+    single_scores: tuple[float, ...] = ()
+    single_z: tuple[float, ...] = ()
+    gain: float = 0.0
+    standard_error: float = 0.0
+    adopted: bool = False
+    skipped: int = 0
+    path: tuple[float, ...] = ()
+
+
+def count_sets(num_layers: int, config: SearchConfig) -> int:
+    """Sets that an exhaustive search would try."""
+    cap = min(config.cap, num_layers)
+    return sum(math.comb(num_layers, size) for size in range(1, cap + 1))
+
+
+def check_search(num_layers: int, config: SearchConfig) -> None:
+    """Refuse a search that would not end.
+
+    Raises:
+        ConfigError: an exhaustive search over more than 65,536 sets.
+    """
+    if config.strategy == "exhaustive" and count_sets(num_layers, config) > MAX_SETS:
+        raise ConfigError(
+            f"search: exhaustive over {num_layers} layers with cap {config.cap} means "
+            f"{count_sets(num_layers, config):,} sets, more than {MAX_SETS:,}; use strategy greedy "
+            "or a smaller cap"
+        )
+
+
+class _Scorer:
+    """Item scores of candidate sets on one support, kept once computed."""
+
+    def __init__(self, scores: ItemScores, num_layers: int) -> None:
+        self.num_layers = num_layers
+        self._scores = scores
+        self._items: dict[LayerSet, Tensor] = {}
+
+    def items(self, layers: LayerSet) -> Tensor:
+        """Scores of the items that have one, float64."""
+        self.prepare([layers])
+        return self._items[layers]
+
+    def mean(self, layers: LayerSet) -> float:
+        return float(self.items(layers).mean())
+
+    def prepare(self, sets: Sequence[LayerSet]) -> None:
+        missing = [layers for layers in sets if layers not in self._items]
+        for first in range(0, len(missing), BATCH_SETS):
+            batch = missing[first : first + BATCH_SETS]
+            for layers, row in zip(batch, self._scores(batch), strict=True):
+                self._items[layers] = row
+
+    def best(self, sets: Sequence[LayerSet]) -> LayerSet:
+        """The highest mean; within 1e-9 the smaller set, then the deeper one."""
+        self.prepare(sets)
+        top = max(self.mean(layers) for layers in sets)
+        tied = [layers for layers in sets if self.mean(layers) >= top - TIE]
+        return min(tied, key=lambda layers: (len(layers), tuple(-layer for layer in layers[::-1])))
+
+
+def search_layers(
+    scores: ItemScores, num_layers: int, config: SearchConfig, *, first: int | None = None
+) -> Selection:
+    """The best set by some item scores, with the guard applied.
+
+    Args:
+        scores: item scores of candidate sets, (I, items) float64; higher is better.
+        first: start greedily from this layer; growth is judged by the score all the same.
+
+    Raises:
+        ConfigError: too many sets.
+    """
+    check_search(num_layers, config)
+    scorer = _Scorer(scores, num_layers)
+    if first is None:
+        found, path = _STRATEGIES[config.strategy](scorer, config)
+    else:
+        cap = 1 if config.strategy == "single" else config.cap
+        found, path = _grow(scorer, (first,), cap, config.epsilon)
+    return _guarded(scorer, found, path, config)
+
+
+def _guarded(
+    scorer: _Scorer, found: LayerSet, path: Sequence[float], config: SearchConfig
+) -> Selection:
+    """`found` if it beats the penultimate layer by more than the margin, else that layer."""
+    last = (scorer.num_layers - 1,)
+    difference = scorer.items(found) - scorer.items(last)
+    count = len(difference)
+    error = float(difference.std(correction=1)) / math.sqrt(count) if count > 1 else math.inf
+    margin = error if config.margin == "one_se" else float(config.margin)
+    gain = float(difference.mean())
+    adopted = found != last and gain > margin
+    return Selection(
+        layers=found if adopted else last,
+        branch="loo",
+        found=found,
+        score=scorer.mean(found),
+        single_scores=tuple(scorer.mean((layer,)) for layer in range(scorer.num_layers)),
+        gain=gain,
+        standard_error=error,
+        adopted=adopted,
+        path=tuple(path),
+    )
+
+
+def _single(scorer: _Scorer, config: SearchConfig) -> tuple[LayerSet, list[float]]:
+    found = scorer.best([(layer,) for layer in range(scorer.num_layers)])
+    return found, [scorer.mean(found)]
+
+
+def _greedy(scorer: _Scorer, config: SearchConfig) -> tuple[LayerSet, list[float]]:
+    return _grow(scorer, _single(scorer, config)[0], config.cap, config.epsilon)
+
+
+def _grow(
+    scorer: _Scorer, found: LayerSet, cap: int, epsilon: float
+) -> tuple[LayerSet, list[float]]:
+    path = [scorer.mean(found)]
+    while len(found) < min(cap, scorer.num_layers):
+        larger = scorer.best(_grown(found, scorer.num_layers))
+        if scorer.mean(larger) <= path[-1] + epsilon:
+            break
+        found = larger
+        path.append(scorer.mean(found))
+    return found, path
+
+
+def _grown(layers: LayerSet, num_layers: int) -> list[LayerSet]:
+    rest = (layer for layer in range(num_layers) if layer not in layers)
+    return [tuple(sorted((*layers, layer))) for layer in rest]
+
+
+def _beam(scorer: _Scorer, config: SearchConfig) -> tuple[LayerSet, list[float]]:
+    # The greedy path has a slot of its own, so that a beam is never worse than greedy.
+    kept_greedy = scorer.best([(layer,) for layer in range(scorer.num_layers)])
+    beam = [(layer,) for layer in range(scorer.num_layers)]
+    seen = set(beam)
+    for _ in range(1, min(config.cap, scorer.num_layers)):
+        beam = [*_leading(scorer, beam, BEAM_WIDTH - 1), kept_greedy]
+        beam = sorted({s for layers in beam for s in _grown(layers, scorer.num_layers)})
+        kept_greedy = scorer.best(_grown(kept_greedy, scorer.num_layers))
+        seen.update(beam)
+    found = scorer.best(sorted(seen))
+    return found, [scorer.mean(found)]
+
+
+def _leading(scorer: _Scorer, sets: Sequence[LayerSet], count: int) -> list[LayerSet]:
+    left, leading = list(sets), []
+    while left and len(leading) < count:
+        leading.append(scorer.best(left))
+        left.remove(leading[-1])
+    return leading
+
+
+def _exhaustive(scorer: _Scorer, config: SearchConfig) -> tuple[LayerSet, list[float]]:
+    sizes = range(1, min(config.cap, scorer.num_layers) + 1)
+    layers = range(scorer.num_layers)
+    found = scorer.best([chosen for size in sizes for chosen in combinations(layers, size)])
+    return found, [scorer.mean(found)]
+
+
+_STRATEGIES = {
+    "single": _single,
+    "greedy": _greedy,
+    "beam": _beam,
+    "exhaustive": _exhaustive,
+}
+
+
+def select_layers(
+    gram_LSS: Tensor,
+    labels_S: Tensor,
+    config: SearchConfig,
+    *,
+    rng: np.random.Generator,
+    fixed: LayerSet | None = None,
+) -> Selection:
+    """The layers to use for one task, from its support alone.
+
+    Args:
+        gram_LSS: Gram matrices of the support, float64.
+        labels_S: int64 labels 0 to C - 1, every class at least once.
+        rng: shuffles labels for the calibration.
+        fixed: the set found on held-out classes, for tasks with one label a class.
+
+    Raises:
+        ValueError: fewer than two classes, or one without an item.
+        ConfigError: too many sets.
+    """
+    num_layers, num_classes = len(gram_LSS), int(labels_S.max()) + 1
+    y_SC = one_hot(labels_S, num_classes)
+    last = (num_layers - 1,)
+    if num_layers == 1:
+        return Selection(last, "penultimate", last, math.nan)
+    if float(y_SC.sum(dim=0).max()) < 2:
+        return _one_shot(config, fixed, last)
+    scored_S = ~(y_SC @ y_SC.sum(dim=0) == 1)
+
+    def scores(sets: Sequence[LayerSet]) -> Tensor:
+        return loo_scores(set_grams(gram_LSS, sets), y_SC, config.classifier)[:, scored_S]
+
+    z = null_z(gram_LSS, y_SC, config, rng) if config.permutations else ()
+    first = int(np.argmax(z)) if config.rank_by == "null_z" and z else None
+    selection = search_layers(scores, num_layers, config, first=first)
+    return dataclasses.replace(selection, single_z=z, skipped=int((~scored_S).sum()))
+
+
+def _one_shot(config: SearchConfig, fixed: LayerSet | None, last: LayerSet) -> Selection:
+    """One label a class leaves nothing to leave out; the set was fixed before, or is the last."""
+    if config.one_shot != "penultimate" and fixed is not None:
+        return Selection(fixed, config.one_shot, fixed, math.nan, adopted=fixed != last)
+    return Selection(last, "penultimate", last, math.nan)
+
+
+def null_z(
+    gram_LSS: Tensor, y_SC: Tensor, config: SearchConfig, rng: np.random.Generator
+) -> tuple[float, ...]:
+    """Each layer's score against those under shuffled labels, in standard deviations.
+
+    Wide layers score higher by chance alone; this is what may be read as "which layer wins".
+    """
+    y_PSC = torch.stack([y_SC[_shuffled(y_SC, rng)] for _ in range(config.permutations)])
+    null_PL = shuffled_loo_means(gram_LSS, y_PSC, config.classifier)
+    true_L = shuffled_loo_means(gram_LSS, y_SC[None], config.classifier)[0]
+    spread_L = null_PL.std(dim=0, correction=0).clamp_min(1e-6)
+    return tuple(((true_L - null_PL.mean(dim=0)) / spread_L).tolist())
+
+
+def _shuffled(y_SC: Tensor, rng: np.random.Generator) -> Tensor:
+    """An order of the labels that is not the true one under other class names."""
+    same_SS = y_SC @ y_SC.T
+    for _ in range(100):
+        order = torch.from_numpy(rng.permutation(len(y_SC)))
+        if not torch.equal(same_SS[order][:, order], same_SS):
+            return order
+    return torch.from_numpy(rng.permutation(len(y_SC)))  # too few items for another partition
