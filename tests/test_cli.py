@@ -137,7 +137,7 @@ def test_each_verb_explains_itself(command, verb, lessons):
         ),
         (
             "kind=transmute",
-            "kind: expected one of source, transfer, manifold, forecast, got 'transmute'",
+            "kind: expected one of source, transfer, manifold, forecast, layer_search",
         ),
         ("lanes=3", "3 lanes cannot be shared by 2 workers"),
         ("seed", "expected key=value"),

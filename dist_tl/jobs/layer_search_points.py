@@ -141,7 +141,9 @@ def compute_features(asked: FeaturesAsked, store: ObjectStore) -> FeaturesAnswer
 def _read_features(url: str, keys: tuple[str, ...]) -> tuple[Tensor, ...]:
     store = ObjectStore(url)
     parts = [load_tensors(store.read(key)) for key in keys]
-    return tuple(torch.cat([part[name] for part in parts]) for name in sorted(parts[0]))
+    names = sorted(parts[0])
+    # In float64 once, not once an episode.
+    return tuple(torch.cat([part[name] for part in parts]).double() for name in names)
 
 
 def find_one_shot_set(asked: OneShotAsked, store: ObjectStore) -> OneShotAnswer:
@@ -154,8 +156,8 @@ def find_one_shot_set(asked: OneShotAsked, store: ObjectStore) -> OneShotAnswer:
     episodes = []
     for index in range(asked.episodes):
         episode = draw_episode(labels_N, config, 1, seed=asked.seed, index=index)
-        gram_LEE, support_S, query_Q = _tensors(phis, episode)
-        episodes.append((gram_LEE, support_S, query_Q))
+        gram_LES, support_S, query_Q = _tensors(phis, episode)
+        episodes.append((gram_LES, support_S, query_Q))
     layers = one_shot_set(episodes, asked.search)
     return OneShotAnswer(layers=layers, seconds=time.monotonic() - began)
 
@@ -185,23 +187,27 @@ def run_episodes(asked: EpisodesAsked, store: ObjectStore) -> EpisodesAnswer:
 def _tensors(phis: tuple[Tensor, ...], episode: Episode) -> tuple[Tensor, Tensor, Tensor]:
     items_E = torch.from_numpy(np.concatenate([episode.support_S, episode.query_Q]))
     support_S = torch.from_numpy(episode.support_labels_S)
-    return layer_grams(phis, items_E), support_S, torch.from_numpy(episode.query_labels_Q)
+    return (
+        layer_grams(phis, items_E, len(support_S)),
+        support_S,
+        torch.from_numpy(episode.query_labels_Q),
+    )
 
 
 def _one_episode(
     asked: EpisodesAsked, phis: tuple[Tensor, ...], episode: Episode, index: int
 ) -> EpisodeAnswer:
-    gram_LEE, support_S, query_Q = _tensors(phis, episode)
+    gram_LES, support_S, query_Q = _tensors(phis, episode)
     size = len(support_S)
     selection = select_layers(
-        gram_LEE[:, :size, :size],
+        gram_LES[:, :size],
         support_S,
         asked.search,
         rng=numpy_rng(asked.seed, "label shuffles", asked.shots, index),
         fixed=asked.fixed,
     )
     scores = score_episode(
-        gram_LEE,
+        gram_LES,
         support_S,
         query_Q,
         selection,

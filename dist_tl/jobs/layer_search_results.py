@@ -124,10 +124,11 @@ def _findings(outcome: LayerSearchOutcome) -> Iterator[str]:
         )
         branches = {episode.branch for episode in episodes}
         adopted = sum(episode.adopted for episode in episodes) / len(episodes)
+        way = " and ".join(sorted(branches))
         yield (
             f"K = {shots}: the selected set is {_points(behind.mean)} points behind the oracle; "
-            f"the best single layer is {best}; found by {' and '.join(sorted(branches))}; other than "
-            f"the penultimate layer in {100 * adopted:.0f} % of episodes."
+            f"the best single layer is {best}; found by {way}; other than the penultimate layer in "
+            f"{100 * adopted:.0f} % of episodes."
         )
         if "trained from scratch" in arms:
             gain = _paired(episodes, arms["selected"], arms["trained from scratch"])

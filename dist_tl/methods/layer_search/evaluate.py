@@ -46,7 +46,7 @@ class EpisodeScores:
 
 
 def accuracies(
-    gram_LEE: Tensor,
+    gram_LES: Tensor,
     support_labels_S: Tensor,
     query_labels_Q: Tensor,
     sets: Sequence[LayerSet],
@@ -55,15 +55,15 @@ def accuracies(
     """Share of queries predicted right by each set, (I,) float64."""
     size = len(support_labels_S)
     y_SC = one_hot(support_labels_S, int(support_labels_S.max()) + 1)
-    gram_IEE = set_grams(gram_LEE, sets)
+    gram_IES = set_grams(gram_LES, sets)
     scores_IQC = query_scores(
-        gram_IEE[:, :size, :size], gram_IEE[:, size:, :size], y_SC, classifier
+        gram_IES[:, :size, :size], gram_IES[:, size:, :size], y_SC, classifier
     )
     return (scores_IQC.argmax(dim=2) == query_labels_Q).double().mean(dim=1)
 
 
 def score_episode(
-    gram_LEE: Tensor,
+    gram_LES: Tensor,
     support_labels_S: Tensor,
     query_labels_Q: Tensor,
     selection: Selection,
@@ -72,7 +72,7 @@ def score_episode(
     rng: np.random.Generator,
 ) -> EpisodeScores:
     """All arms of one episode, on the same items and classifier."""
-    num_layers = len(gram_LEE)
+    num_layers = len(gram_LES)
     singles = [(layer,) for layer in range(num_layers)]
     size = len(selection.layers)
     randoms = [
@@ -82,7 +82,7 @@ def score_episode(
     tried = _oracle_sets(num_layers, config)
     asked = [*singles, tuple(range(num_layers)), selection.layers, *randoms, *tried]
     found = accuracies(
-        gram_LEE, support_labels_S, query_labels_Q, asked, config.classifier
+        gram_LES, support_labels_S, query_labels_Q, asked, config.classifier
     ).tolist()
     rest = num_layers + 2
     return EpisodeScores(
@@ -115,13 +115,13 @@ class HeldOutScores:
         return torch.stack([self._one(sets, *episode) for episode in self._episodes], dim=1)
 
     def _one(
-        self, sets: Sequence[LayerSet], gram_LEE: Tensor, support_S: Tensor, query_Q: Tensor
+        self, sets: Sequence[LayerSet], gram_LES: Tensor, support_S: Tensor, query_Q: Tensor
     ) -> Tensor:
         size, ways = len(support_S), int(support_S.max()) + 1
-        gram_IEE = set_grams(gram_LEE, sets)
+        gram_IES = set_grams(gram_LES, sets)
         scores_IQ = query_item_scores(
-            gram_IEE[:, :size, :size],
-            gram_IEE[:, size:, :size],
+            gram_IES[:, :size, :size],
+            gram_IES[:, size:, :size],
             one_hot(support_S, ways),
             one_hot(query_Q, ways),
             self._classifier,

@@ -15,20 +15,24 @@ from torch import Tensor
 LayerSet = tuple[int, ...]
 
 
-def layer_grams(phis: Sequence[Tensor], items_E: Tensor) -> Tensor:
-    """(L, E, E) float64 inner products of the chosen items' unit vectors.
+def layer_grams(phis: Sequence[Tensor], items_E: Tensor, num_support: int | None = None) -> Tensor:
+    """(L, E, S) float64 inner products of all items of an episode with its support.
 
     Args:
         phis: a (N, D) tensor a layer.
         items_E: int64 rows of the episode, support first.
+        num_support: S; absent: all items are.
     """
     rows = [phi_ND[items_E].double() for phi_ND in phis]
-    return torch.stack([row_ED @ row_ED.T for row_ED in rows])
+    return torch.stack([row_ED @ row_ED[:num_support].T for row_ED in rows])
 
 
-def set_grams(grams_LEE: Tensor, sets: Sequence[LayerSet]) -> Tensor:
-    """(I, E, E): for every set the mean over its layers."""
-    return torch.stack([grams_LEE[list(layers)].mean(dim=0) for layers in sets])
+def set_grams(grams_LES: Tensor, sets: Sequence[LayerSet]) -> Tensor:
+    """(I, E, S): for every set the mean over its layers."""
+    weight_IL = grams_LES.new_zeros(len(sets), len(grams_LES))
+    for row, layers in enumerate(sets):
+        weight_IL[row, list(layers)] = 1 / len(layers)
+    return (weight_IL @ grams_LES.flatten(1)).view(-1, *grams_LES.shape[1:])
 
 
 def one_hot(labels_S: Tensor, num_classes: int) -> Tensor:

@@ -118,6 +118,7 @@ class _Scorer:
         self.num_layers = num_layers
         self._scores = scores
         self._items: dict[LayerSet, Tensor] = {}
+        self._means: dict[LayerSet, float] = {}
 
     def items(self, layers: LayerSet) -> Tensor:
         """Scores of the items that have one, float64."""
@@ -125,14 +126,16 @@ class _Scorer:
         return self._items[layers]
 
     def mean(self, layers: LayerSet) -> float:
-        return float(self.items(layers).mean())
+        self.prepare([layers])
+        return self._means[layers]
 
     def prepare(self, sets: Sequence[LayerSet]) -> None:
         missing = [layers for layers in sets if layers not in self._items]
         for first in range(0, len(missing), BATCH_SETS):
             batch = missing[first : first + BATCH_SETS]
-            for layers, row in zip(batch, self._scores(batch), strict=True):
-                self._items[layers] = row
+            rows = self._scores(batch)
+            self._items.update(zip(batch, rows, strict=True))
+            self._means.update(zip(batch, rows.mean(dim=1).tolist(), strict=True))
 
     def best(self, sets: Sequence[LayerSet]) -> LayerSet:
         """The highest mean; within 1e-9 the smaller set, then the deeper one."""

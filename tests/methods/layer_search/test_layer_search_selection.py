@@ -1,0 +1,280 @@
+"""What the search must and must not do; the spec's properties as claims."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from dist_tl.errors import ConfigError
+from dist_tl.methods.layer_search.classifiers import (
+    ClassifierConfig,
+    loo_scores,
+    query_item_scores,
+    query_scores,
+)
+from dist_tl.methods.layer_search.evaluate import accuracies, one_shot_set, score_episode
+from dist_tl.methods.layer_search.gram import layer_grams, one_hot, set_grams
+from dist_tl.methods.layer_search.search import (
+    SearchConfig,
+    check_search,
+    count_sets,
+    null_z,
+    search_layers,
+    select_layers,
+)
+
+CONFIG = SearchConfig(permutations=0)
+WAYS, QUERIES = 5, 15
+
+
+def unit(x):
+    return x / x.norm(dim=1, keepdim=True)
+
+
+def planted_episode(seed, shots, informative, num_layers=6, width=24, strength=2.0):
+    """Noise layers, and some whose class means stand apart; support first, queries after."""
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.arange(WAYS).repeat_interleave(shots)
+    queries = torch.arange(WAYS).repeat_interleave(QUERIES)
+    everyone = torch.cat([labels, queries])
+    phis = []
+    for layer in range(num_layers):
+        noise = torch.randn(len(everyone), width, generator=rng)
+        if layer in informative:
+            means = torch.randn(WAYS, width, generator=rng)
+            noise = noise + strength * means[everyone]
+        phis.append(unit(noise))
+    grams = layer_grams(phis, torch.arange(len(everyone)))
+    return grams, labels, queries
+
+
+def select(grams, labels, config=CONFIG, **options):
+    size = len(labels)
+    return select_layers(
+        grams[:, :size, :size], labels, config, rng=np.random.default_rng(0), **options
+    )
+
+
+@pytest.mark.parametrize("shots", [2, 5])
+def test_the_planted_layer_is_chosen(shots):
+    chosen = [select(*planted_episode(seed, shots, {2})[:2]).layers for seed in range(60)]
+    assert sum(2 in layers for layers in chosen) >= 57
+
+
+def test_the_penultimate_layer_is_chosen_where_it_is_the_only_one_that_tells():
+    for seed in range(20):
+        grams, labels, queries = planted_episode(seed, 5, {5})
+        selection = select(grams, labels, SearchConfig(permutations=0, strategy="single"))
+        assert selection.layers == (5,)
+        found = accuracies(grams, labels, queries, [(5,), selection.layers], CONFIG.classifier)
+        assert found[0] == found[1]
+
+
+def test_without_information_accuracy_is_chance():
+    scores = []
+    for seed in range(60):
+        grams, labels, queries = planted_episode(seed, 2, set())
+        selection = select(grams, labels)
+        scores.append(accuracies(grams, labels, queries, [selection.layers], CONFIG.classifier)[0])
+    error = np.std(scores, ddof=1) / math.sqrt(len(scores))
+    assert abs(np.mean(scores) - 1 / WAYS) < 3 * error
+
+
+def test_identical_layers_leave_the_penultimate_one():
+    grams, labels, _ = planted_episode(0, 3, {0})
+    same = grams[:1].expand(4, -1, -1)
+    assert select(same, labels).layers == (3,)
+
+
+def test_the_search_never_looks_at_queries():
+    grams, labels, _ = planted_episode(1, 3, {1, 4})
+    poisoned = grams.clone()
+    poisoned[:, len(labels) :, :] = math.nan
+    poisoned[:, :, len(labels) :] = math.nan
+    assert select(poisoned, labels) == select(grams, labels)
+
+
+@pytest.mark.parametrize("kind", ["ridge", "ncm"])
+def test_order_and_class_names_of_the_support_do_not_matter(kind):
+    config = SearchConfig(permutations=0, classifier=ClassifierConfig(kind=kind))
+    grams, labels, _ = planted_episode(2, 3, {1, 3})
+    size = len(labels)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    renamed = (labels[order] + 2) % WAYS
+    support = grams[:, :size, :size]
+    one = select_layers(support, labels, config, rng=np.random.default_rng(0))
+    two = select_layers(
+        support[:, order][:, :, order], renamed, config, rng=np.random.default_rng(0)
+    )
+    assert one.layers == two.layers
+    assert two.single_scores == pytest.approx(one.single_scores, rel=1e-10)
+
+
+def test_greedy_scores_rise_and_sets_stay_within_the_cap():
+    for seed in range(10):
+        grams, labels, _ = planted_episode(seed, 4, {0, 2, 3, 5}, strength=0.7)
+        for cap in (1, 2, 4):
+            selection = select(grams, labels, SearchConfig(permutations=0, cap=cap))
+            assert list(selection.path) == sorted(selection.path)
+            assert 1 <= len(selection.found) <= cap
+
+
+def test_wider_searches_never_score_lower():
+    for seed in range(6):
+        grams, labels, _ = planted_episode(seed, 3, {0, 2, 4}, strength=0.7)
+        scores = [
+            select(grams, labels, SearchConfig(permutations=0, epsilon=0, strategy=name)).score
+            for name in ("single", "greedy", "beam", "exhaustive")
+        ]
+        assert all(after >= before - 1e-9 for before, after in pairwise(scores))
+
+
+def test_the_guard_keeps_the_penultimate_layer_unless_the_gain_is_clear():
+    grams, labels, _ = planted_episode(3, 3, {1})
+    assert select(grams, labels).adopted
+    kept = select(grams, labels, SearchConfig(permutations=0, margin=10.0))
+    assert kept.layers == (5,)
+    assert not kept.adopted
+    assert kept.found != (5,)
+
+
+def test_one_label_a_class_takes_a_named_way():
+    grams, labels, _ = planted_episode(4, 1, {1})
+    assert select(grams, labels).branch == "penultimate"
+    assert select(grams, labels).layers == (5,)
+    fixed = select(grams, labels, fixed=(1, 2))
+    assert (fixed.branch, fixed.layers) == ("held_out_classes", (1, 2))
+    forced = SearchConfig(permutations=0, one_shot="penultimate")
+    assert select(grams, labels, forced, fixed=(1,)).branch == "penultimate"
+
+
+def test_held_out_classes_find_the_planted_layer_for_one_label_a_class():
+    episodes = [planted_episode(seed, 1, {3}) for seed in range(30)]
+    assert one_shot_set(episodes, CONFIG) == (3,)
+
+
+def test_items_alone_in_their_class_are_left_out_and_counted():
+    grams, labels, _ = planted_episode(5, 3, {2})
+    kept = torch.tensor([i for i in range(len(labels)) if i not in (1, 2)])
+    selection = select_layers(
+        grams[:, kept][:, :, kept], labels[kept], CONFIG, rng=np.random.default_rng(0)
+    )
+    assert selection.skipped == 1
+    assert math.isfinite(selection.score)
+
+
+def test_a_single_layer_needs_no_search():
+    grams, labels, _ = planted_episode(6, 2, {0}, num_layers=1)
+    assert select(grams, labels).layers == (0,)
+
+
+def test_a_class_without_support_is_refused():
+    grams, labels, _ = planted_episode(7, 2, {0})
+    size = len(labels)
+    with pytest.raises(ValueError, match="one support item each"):
+        select_layers(
+            grams[:, :size, :size], labels.clamp_min(1), CONFIG, rng=np.random.default_rng(0)
+        )
+
+
+@pytest.mark.parametrize(
+    ("layers", "cap", "sets"), [(17, 17, 131_071), (16, 16, 65_535), (17, 4, 3_213)]
+)
+def test_an_exhaustive_search_is_counted_before_it_starts(layers, cap, sets):
+    config = SearchConfig(strategy="exhaustive", cap=cap)
+    assert count_sets(layers, config) == sets
+    if sets > 2**16:
+        with pytest.raises(ConfigError, match=r"131,071 sets.*greedy"):
+            check_search(layers, config)
+    else:
+        check_search(layers, config)
+
+
+@pytest.mark.parametrize("kind", ["ridge", "ncm", "logistic"])
+def test_leaving_one_out_equals_fitting_again(kind):
+    config = ClassifierConfig(kind=kind)
+    grams, labels, _ = planted_episode(8, 3, {0, 1}, num_layers=3, width=6)
+    size = len(labels)
+    gram = grams[:, :size, :size]
+    y = one_hot(labels, WAYS)
+    scores = loo_scores(gram, y, config)
+    for item in range(size):
+        rest = [i for i in range(size) if i != item]
+        again = query_item_scores(
+            gram[:, rest][:, :, rest], gram[:, [item]][:, :, rest], y[rest], y[[item]], config
+        )
+        if kind == "ncm":  # on distances, which query scores are up to the query's own norm
+            assert again.shape == (3, 1)
+        tolerance = 1e-4 if kind == "logistic" else 1e-9
+        torch.testing.assert_close(scores[:, item], again[:, 0], rtol=tolerance, atol=tolerance)
+
+
+def test_ridge_in_kernel_form_is_ridge_on_the_vectors():
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(30, 7, generator=rng, dtype=torch.float64)
+    y = one_hot(torch.arange(20) % WAYS, WAYS)
+    train, test = x[:20], x[20:]
+    centred = train - train.mean(dim=0)
+    weights = torch.linalg.solve(
+        centred.T @ centred + 0.1 * torch.eye(7, dtype=torch.float64), centred.T @ y
+    )
+    expected = y.mean(dim=0) + (test - train.mean(dim=0)) @ weights
+    found = query_scores((train @ train.T)[None], (test @ train.T)[None], y, ClassifierConfig())
+    torch.testing.assert_close(found[0], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_the_gram_matrix_of_a_set_is_that_of_its_joined_vectors():
+    phis = [
+        unit(torch.randn(8, width, generator=torch.Generator().manual_seed(width)))
+        for width in (3, 9, 5)
+    ]
+    grams = layer_grams(phis, torch.arange(8))
+    joined = torch.cat([phis[0], phis[2]], dim=1).double() / math.sqrt(2)
+    torch.testing.assert_close(set_grams(grams, [(0, 2)])[0], joined @ joined.T)
+
+
+def test_noise_layers_of_different_widths_win_by_z_equally_often():
+    firsts = []
+    for seed in range(200):
+        rng = torch.Generator().manual_seed(seed)
+        labels = torch.arange(WAYS).repeat_interleave(3)
+        phis = [unit(torch.randn(15, width, generator=rng)) for width in (16, 32)]
+        grams = layer_grams(phis, torch.arange(15))
+        config = SearchConfig(permutations=40)
+        z = null_z(grams, one_hot(labels, WAYS), config, np.random.default_rng(seed))
+        firsts.append(int(np.argmax(z)))
+    count = sum(firsts)
+    assert (count - 100) ** 2 / 100 * 2 < 6.63  # chi-square, one degree of freedom, 1 %
+
+
+def test_a_planted_layer_has_a_high_z():
+    grams, labels, _ = planted_episode(10, 4, {2})
+    z = select(grams, labels, SearchConfig(permutations=50)).single_z
+    assert z[2] == max(z)
+    assert z[2] > 5
+
+
+def test_the_first_layer_may_be_picked_by_z():
+    grams, labels, _ = planted_episode(11, 4, {2})
+    config = SearchConfig(permutations=50, rank_by="null_z", strategy="single")
+    assert select(grams, labels, config).found == (2,)
+
+
+def test_the_oracle_is_no_worse_than_any_arm_and_random_sets_are_no_oracle():
+    grams, labels, queries = planted_episode(12, 3, {1, 2})
+    selection = select(grams, labels)
+    found = score_episode(grams, labels, queries, selection, CONFIG, rng=np.random.default_rng(0))
+    assert found.oracle >= max(*found.single, found.selected, found.all_layers, found.random)
+    again = score_episode(grams, labels, queries, selection, CONFIG, rng=np.random.default_rng(0))
+    assert again == found
+
+
+def test_scores_of_any_kind_can_be_searched():
+    table = {(0,): [0.0, 0.1], (1,): [1.0, 1.1], (2,): [0.5, 0.2]}
+    found = search_layers(
+        lambda sets: torch.tensor([table.get(s, [-9.0, -9.0]) for s in sets]).double(), 3, CONFIG
+    )
+    assert found.found == (1,)
+    assert found.path == (pytest.approx(1.05),)
