@@ -56,3 +56,7 @@ class NonFiniteLossError(NumericsError):
 
 class NotConvergedError(NumericsError):
     """An iteration ran out of steps. Its last iterate is never returned."""
+
+
+class NotEuclideanError(NumericsError):
+    """Distances that no points in a Euclidean space have."""

@@ -26,6 +26,7 @@ BUILT_IN = {
     "NumericsError": ArithmeticError,
     "NonFiniteLossError": ArithmeticError,
     "NotConvergedError": ArithmeticError,
+    "NotEuclideanError": ArithmeticError,
 }
 
 

@@ -1,0 +1,227 @@
+"""Mode A: each item is vertex 0, and grows a simplex through the anchors, greedily.
+
+At a step all candidates share the content so far, so the one of extremal content is the one of
+extremal height over the flat of those chosen: a pivot of a partial Cholesky factorisation. No
+determinant is formed. The order of the chosen anchors is the item's label.
+
+After Kender et al., arXiv:2207.03554; the notes' Mode A.
+
+Shape suffixes: N = items, M = anchors, D = feature width, m = length of a label.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dist_tl.config import StrictModel
+from dist_tl.errors import ConfigError, NumericsError
+
+TOLERANCE = 1e-7  # of the item's scale: heights at or under it count as zero
+
+
+class LabelConfig(StrictModel):
+    """How an item's tuple of anchors is grown."""
+
+    m: int = Field(3, ge=1, description="Anchors in a label.")
+    start: Literal["nearest", "farthest"] = Field("nearest", description="The first anchor.")
+    grow: Literal["max", "min"] = Field("max", description="The content of each larger simplex.")
+    factor: Literal["cholesky", "qr"] = Field(
+        "cholesky", description="qr is slower and exact where heights are small (grow: min)."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Anchors:
+    """Anchor points, centred once.
+
+    Attributes:
+        origin_D: their mean; distances are taken after subtracting it, or large offsets would
+            drown them.
+        points_MD: float64, centred.
+        sq_dist_MM: squared distances between them.
+    """
+
+    origin_D: Tensor
+    points_MD: Tensor
+    sq_dist_MM: Tensor
+
+    @classmethod
+    def of(cls, points_MD: Tensor) -> "Anchors":
+        """Anchors at these points.
+
+        Raises:
+            ConfigError: none, or two at the same place.
+            NumericsError: a coordinate is not finite.
+        """
+        points_MD = points_MD.double()
+        if points_MD.ndim != 2 or len(points_MD) < 1:
+            raise ConfigError(f"expected anchors (M, D), M >= 1, got {tuple(points_MD.shape)}")
+        if not bool(points_MD.isfinite().all()):
+            raise NumericsError(
+                "an anchor is NaN or infinite; check the features it is the mean of"
+            )
+        origin_D = points_MD.mean(dim=0)
+        centred_MD = points_MD - origin_D
+        sq_dist_MM = torch.cdist(
+            centred_MD, centred_MD, compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        sq_dist_MM = sq_dist_MM.square()
+        _refuse_duplicates(sq_dist_MM)
+        return cls(origin_D, centred_MD, sq_dist_MM)
+
+
+@dataclass(frozen=True, eq=False)
+class ItemLabels:
+    """Labels of N items.
+
+    Attributes:
+        tuples_Nm: int64 anchor indices, distinct within a row.
+        heights_Nm: the height at which each was chosen, float64, the distance of the first.
+        degenerate_N: whether a height counted as zero, so that the choice says nothing.
+        margin_N: smallest lead of the chosen height over the next candidate's, over the scale.
+    """
+
+    tuples_Nm: Tensor
+    heights_Nm: Tensor
+    degenerate_N: Tensor
+    margin_N: Tensor
+
+
+def label_items(features_ND: Tensor, anchors: Anchors, config: LabelConfig) -> ItemLabels:
+    """The label of every item; items do not depend on each other.
+
+    Raises:
+        ConfigError: m larger than the number of anchors.
+        NumericsError: a feature is not finite; names the item.
+    """
+    count = len(anchors.points_MD)
+    if config.m > count:
+        raise ConfigError(f"labels: m = {config.m} anchors a label, and there are {count}")
+    x_ND = features_ND.double() - anchors.origin_D
+    finite_N = x_ND.isfinite().all(dim=1)
+    if not bool(finite_N.all()):
+        item = int((~finite_N).nonzero()[0])
+        raise NumericsError(f"the feature of item {item} is NaN or infinite")
+    sq_dist_NM = _sq_distances(x_ND, anchors.points_MD)
+    if config.factor == "qr":
+        return _grow(_QRHeights(x_ND, anchors.points_MD), sq_dist_NM, config)
+    return _grow(_CholeskyHeights(sq_dist_NM, anchors.sq_dist_MM), sq_dist_NM, config)
+
+
+def _sq_distances(x_ND: Tensor, a_MD: Tensor) -> Tensor:
+    own_N, other_M = x_ND.square().sum(dim=1), a_MD.square().sum(dim=1)
+    return (own_N[:, None] + other_M - 2 * x_ND @ a_MD.T).clamp_min(0.0)
+
+
+def _grow(heights: "_Heights", sq_dist_NM: Tensor, config: LabelConfig) -> ItemLabels:
+    count, width = sq_dist_NM.shape
+    scale_N = sq_dist_NM.amax(dim=1).sqrt()
+    used_NM = torch.zeros(count, width, dtype=torch.bool)
+    degenerate_N = torch.zeros(count, dtype=torch.bool)
+    margin_N = torch.full((count,), math.inf, dtype=torch.float64)
+    chosen, emitted = [], []
+    for step in range(config.m):
+        wants_max = (config.start == "farthest") if step == 0 else (config.grow == "max")
+        height_NM = heights.squared().clamp_min(0.0).sqrt()
+        flat_NM = height_NM <= TOLERANCE * scale_N[:, None] if step else torch.zeros_like(used_NM)
+        pick_N, lead_N = _choose(height_NM, used_NM, flat_NM, wants_max)
+        picked_N1 = pick_N[:, None]
+        degenerate_N |= flat_NM.gather(1, picked_N1)[:, 0]
+        chosen.append(pick_N)
+        emitted.append(height_NM.gather(1, picked_N1)[:, 0])
+        margin_N = torch.minimum(margin_N, lead_N / scale_N.clamp_min(1e-300))
+        used_NM.scatter_(1, picked_N1, True)
+        heights.fix(pick_N, TOLERANCE * scale_N)
+    return ItemLabels(
+        torch.stack(chosen, dim=1), torch.stack(emitted, dim=1), degenerate_N, margin_N
+    )
+
+
+def _choose(
+    height_NM: Tensor, used_NM: Tensor, flat_NM: Tensor, wants_max: bool
+) -> tuple[Tensor, Tensor]:
+    """Index of the extremal unused anchor, lowest of ties, and its lead over the next.
+
+    Flat candidates come last either way: for max they are the smallest, and where only they are
+    left the lowest unused index is taken; for min they are passed over while others remain.
+    """
+    key_NM = height_NM if wants_max else -height_NM
+    key_NM = key_NM.masked_fill(flat_NM, -1e300)
+    key_NM = key_NM.masked_fill(used_NM, -math.inf)
+    best_N1 = key_NM.amax(dim=1, keepdim=True)
+    pick_N = (key_NM == best_N1).int().argmax(dim=1)  # the first of equals, as argmax promises not
+    rest_NM = key_NM.scatter(1, pick_N[:, None], -math.inf)
+    lead_N = best_N1[:, 0] - rest_NM.amax(dim=1)
+    return pick_N, torch.where(lead_N.isfinite(), lead_N, math.inf)
+
+
+class _Heights:
+    """Squared heights of all anchors over the flat of each item and its chosen anchors."""
+
+    def squared(self) -> Tensor:
+        """(N, M) float64."""
+        raise NotImplementedError
+
+    def fix(self, pick_N: Tensor, tolerance_N: Tensor) -> None:
+        """Add the chosen anchors to the flats."""
+        raise NotImplementedError
+
+
+class _CholeskyHeights(_Heights):
+    """By distances alone: one row of a Cholesky factor a step."""
+
+    def __init__(self, sq_dist_NM: Tensor, anchors_MM: Tensor) -> None:
+        self._sq_dist_NM, self._anchors_MM = sq_dist_NM, anchors_MM
+        self._left_NM = sq_dist_NM.clone()
+        self._rows: list[Tensor] = []
+
+    def squared(self) -> Tensor:
+        return self._left_NM
+
+    def fix(self, pick_N: Tensor, tolerance_N: Tensor) -> None:
+        picked_N1 = pick_N[:, None]
+        own_N1 = self._sq_dist_NM.gather(1, picked_N1)
+        row_NM = 0.5 * (own_N1 + self._sq_dist_NM - self._anchors_MM[pick_N])
+        for earlier_NM in self._rows:
+            row_NM = row_NM - earlier_NM.gather(1, picked_N1) * earlier_NM
+        height_N1 = self._left_NM.gather(1, picked_N1).clamp_min(0.0).sqrt()
+        steep_N1 = height_N1 > tolerance_N[:, None]
+        row_NM = torch.where(steep_N1, row_NM / height_N1.clamp_min(1e-300), 0.0)
+        self._rows.append(row_NM)
+        self._left_NM = (self._left_NM - row_NM.square()).clamp_min(0.0)
+
+
+class _QRHeights(_Heights):
+    """By differences and twice-repeated Gram-Schmidt: exact for small heights, D times the work."""
+
+    def __init__(self, x_ND: Tensor, anchors_MD: Tensor) -> None:
+        self._left_NMD = anchors_MD[None] - x_ND[:, None]
+
+    def squared(self) -> Tensor:
+        return self._left_NMD.square().sum(dim=2)
+
+    def fix(self, pick_N: Tensor, tolerance_N: Tensor) -> None:
+        index = pick_N[:, None, None].expand(-1, 1, self._left_NMD.shape[2])
+        v_ND = self._left_NMD.gather(1, index)[:, 0]
+        length_N1 = v_ND.norm(dim=1, keepdim=True)
+        unit_ND = torch.where(
+            length_N1 > tolerance_N[:, None], v_ND / length_N1.clamp_min(1e-300), 0.0
+        )
+        for _ in range(2):
+            along_NM = (self._left_NMD @ unit_ND[:, :, None])[:, :, 0]
+            self._left_NMD = self._left_NMD - along_NM[:, :, None] * unit_ND[:, None]
+
+
+def _refuse_duplicates(sq_dist_MM: Tensor) -> None:
+    scale = float(sq_dist_MM.max())
+    same = (sq_dist_MM <= (TOLERANCE**2) * scale).fill_diagonal_(False)
+    if bool(same.any()):
+        one, other = (int(i) for i in same.nonzero()[0])
+        raise ConfigError(
+            f"anchors {one} and {other} are at the same place; every anchor needs one of its own: "
+            "remove one, or name other source sets"
+        )
