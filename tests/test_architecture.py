@@ -34,7 +34,7 @@ OWNERS = {
     "rich": ("cli", "display"),
     "matplotlib": ("report/",),
     "jinja2": ("report/",),
-    "sklearn": ("datasets/",),
+    "sklearn": ("datasets/", "methods/geometry/controls"),
 }
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dist_tl.config import StrictModel
 from dist_tl.jobs.forecast import forecast_tasks
 from dist_tl.jobs.forecast_spec import ForecastJob
+from dist_tl.jobs.geometry_plan import GeometryPlan, Labelling
+from dist_tl.jobs.geometry_spec import GeometricLabelsJob
 from dist_tl.jobs.layer_search import LayerSearchPlan
 from dist_tl.jobs.layer_search_spec import LayerSearchJob
 from dist_tl.jobs.manifold_plan import ManifoldPlan
@@ -14,7 +16,7 @@ from dist_tl.jobs.source_plan import open_assets, planned_facts, source_stages
 from dist_tl.jobs.specs import Job
 from dist_tl.jobs.teacher_spec import TeacherConfig, teacher_stage
 from dist_tl.jobs.transfer_plan import TransferPlan, check_target
-from dist_tl.jobs.transfer_spec import SourceConfig, SourceJob
+from dist_tl.jobs.transfer_spec import BASELINE, SourceConfig, SourceJob
 from dist_tl.methods.pseudo.guard import GuardConfig, num_guard_folds
 from dist_tl.models.networks import parameter_count
 from dist_tl.shards.drawing import GenerateSpec
@@ -80,6 +82,8 @@ def plan_job(job: Job) -> PlanTable:
         return _forecast_table(job)
     if isinstance(job, LayerSearchJob):
         return _layer_search_table(job)
+    if isinstance(job, GeometricLabelsJob):
+        return _geometry_table(job)
     if isinstance(job, SourceJob):
         facts = planned_facts(job.source, job.seed)
         stages = source_stages(job, job.source, facts)
@@ -133,6 +137,28 @@ def _layer_search_table(job: LayerSearchJob) -> PlanTable:
     )
     found = (TaskRow(phase=name, tasks=len(tasks), what=what) for name, tasks, what in rows)
     return _tasks_table(job, tuple(found), plan.teachers())
+
+
+def _geometry_table(job: GeometricLabelsJob) -> PlanTable:
+    plan = GeometryPlan(job)
+    features = plan.features("pool", job.pool)
+    rows = (
+        TaskRow(phase="features", tasks=len(features), what=f"{plan.pool_size} pool images"),
+        TaskRow(phase="labels", tasks=len(features), what=f"m = {job.m}, {len(job.arms) - 1} ways"),
+    )
+    arms = [arm for arm in job.arms if arm != BASELINE]
+    trained = isinstance(job.extractor, TeacherConfig)
+    stages = [teacher_stage(job.extractor, seed=job.seed)] if trained else []
+    # How many classes an arm has is known when the pool is labelled; two stand for them here.
+    guesses = [Labelling(arm, plan.pool_size, 2, "", "") for arm in arms]
+    stages += [plan.base(guess) for guess in guesses]
+    stages += [
+        plan.fine_tuning(arm, repeat, rate, base=None if arm == BASELINE else arm)
+        for repeat in range(job.seeds)
+        for arm in job.arms
+        for rate in job.rates
+    ]
+    return _tasks_table(job, rows, stages)
 
 
 def _tasks_table(job: Job, rows: tuple[TaskRow, ...], train: Sequence[StageSpec] = ()) -> PlanTable:

@@ -13,6 +13,9 @@ from dist_tl.jobs.exports import export_models, write_gallery
 from dist_tl.jobs.forecast import run_forecast
 from dist_tl.jobs.forecast_results import forecast_results
 from dist_tl.jobs.forecast_spec import ForecastJob
+from dist_tl.jobs.geometry import run_geometric_labels
+from dist_tl.jobs.geometry_results import geometry_results
+from dist_tl.jobs.geometry_spec import GeometricLabelsJob
 from dist_tl.jobs.layer_search import run_layer_search
 from dist_tl.jobs.layer_search_results import layer_search_results
 from dist_tl.jobs.layer_search_spec import LayerSearchJob
@@ -76,6 +79,7 @@ _KINDS: dict[type[Job], tuple[Callable[..., Any], Callable[..., AnyResults]]] = 
     ManifoldJob: (run_manifold, manifold_results),
     ForecastJob: (run_forecast, forecast_results),
     LayerSearchJob: (run_layer_search, layer_search_results),
+    GeometricLabelsJob: (run_geometric_labels, geometry_results),
 }
 
 

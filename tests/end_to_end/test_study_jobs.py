@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import webdataset
 import yaml
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(400)]
@@ -48,6 +50,51 @@ FORECAST = {
     "checked": [20, 50],
     "bootstrap": 3,
     "draws": 10,
+}
+
+TEACHER = {
+    "data": {"source": "digits", "classes": ["0", "1", "2"]},
+    "network": {"kind": "resnet", "width": 8, "blocks": [1, 1]},
+    "training": {"steps": 30, "batch_size": 32},
+}
+LAYER_SEARCH = {
+    "kind": "layer_search",
+    "store": "embedded",
+    "teacher": TEACHER,
+    "data": {"source": "digits", "classes": ["5", "6", "7", "8", "9"]},
+    "held_out": {"data": {"source": "digits", "classes": ["3", "4"]}, "episodes": 20},
+    "episodes": {"ways": 3, "shots": [1, 3], "queries": 5, "count": 30},
+    "search": {"permutations": 5},
+    "rows_per_task": 300,
+    "episodes_per_task": 7,
+    "trained": {
+        "episodes": 2,
+        "network": {"kind": "resnet", "width": 4, "blocks": [1]},
+        "training": {"steps": 3, "batch_size": 8},
+    },
+}
+GEOMETRY = {
+    "kind": "geometric_labels",
+    "store": "embedded",
+    "seeds": 2,
+    "lanes": 2,
+    "extractor": TEACHER,
+    "anchors": {"count": 6},
+    "pool": {"source": "digits", "part": {"index": 1, "of": 3}, "views": {"kind": "digits"}},
+    "m": 2,
+    "rare": {"min_count": 5},
+    "arms": ["scratch", "g2l_near_max", "g2l_far_min", "nearest_m", "kmeans", "random_labels"],
+    "network": {"kind": "resnet", "width": 4, "blocks": [1], "norm": "group"},
+    "pretraining": {"steps": 8, "batch_size": 16},
+    "target": {
+        "data": {"source": "digits", "part": {"index": 2, "of": 3}},
+        "labels_per_class": 3,
+    },
+    "fine_tuning": {"steps": 6, "batch_size": 16},
+    "rates": [1e-3, 3e-3],
+    "pairs": {"sources": [["0", "1", "2"], ["3", "4", "5"]], "targets": [["6", "7"], ["8", "9"]]},
+    "samples_per_shard": 50,
+    "rows_per_task": 250,
 }
 
 
@@ -142,3 +189,86 @@ def test_too_few_labels_for_so_many_components_stop_the_forecast(tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "principal components" in " ".join(err.split())
+
+
+@pytest.fixture(scope="module")
+def layer_search(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layer_search")
+    return finish(start(folder, LAYER_SEARCH, session={"num_cpus": 3}))
+
+
+def test_a_layer_search_tells_accuracies_gains_and_what_was_chosen(layer_search):
+    accuracy, gain = layer_search["tables"]
+    arms = [row[0] for row in accuracy["rows"]]
+    assert arms[0] == "penultimate"
+    assert {"selected", "all layers together", "trained from scratch", "oracle (diagnostic)"} < {
+        *arms
+    }
+    assert [row[0] for row in gain["rows"]] == arms[1:]
+    [chosen] = layer_search["heat_maps"]
+    assert chosen["y"] == ["1", "3"]
+    assert any("held_out_classes" in finding for finding in layer_search["findings"])
+
+
+def test_one_cpu_and_other_batches_find_the_same_layers(layer_search, tmp_path):
+    again = finish(start(tmp_path, LAYER_SEARCH, session={"num_cpus": 1}, episodes_per_task=30))
+    assert measured(again) == measured(layer_search)
+
+
+@pytest.fixture(scope="module")
+def geometry(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("geometry")
+    return folder / "run", finish(start(folder, GEOMETRY, session={"num_cpus": 4}))
+
+
+def test_geometric_labels_are_compared_and_the_forecast_told(geometry):
+    _, results = geometry
+    arms, labels, pairs = results["tables"]
+    assert [row[0] for row in arms["rows"]] == GEOMETRY["arms"]
+    assert {row[0] for row in labels["rows"]} == {"g2l_near_max", "g2l_far_min", "nearest_m"}
+    assert len(pairs["rows"]) == 4
+    assert "cannot be told" in results["verdict"] or "than" in results["verdict"]
+
+
+def test_the_random_arm_has_the_histogram_of_the_geometric_one(geometry):
+    run, _ = geometry
+    counts = {}
+    for arm in ("g2l_near_max", "random_labels"):
+        files = sorted((run / "stages" / f"shards-{arm}" / "shards").glob("*.tar"))
+        labels = [
+            int(s["cls"]) for f in files for s in webdataset.WebDataset(str(f), shardshuffle=False)
+        ]
+        counts[arm] = np.bincount(labels).tolist()
+    assert counts["random_labels"] == counts["g2l_near_max"]
+    assert min(counts["g2l_near_max"]) >= 5
+
+
+def test_chunks_and_cpus_change_no_label_and_no_result(geometry, tmp_path):
+    run, results = geometry
+    job = {**GEOMETRY, "rows_per_task": 1000}
+    again = finish(start(tmp_path, job, session={"num_cpus": 2}))
+    assert measured(again) == measured(results)
+    for shard in sorted((run / "stages").glob("shards-*/shards/*.tar")):
+        other = tmp_path / "run" / shard.relative_to(run)
+        assert other.read_bytes() == shard.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("job", "changes", "told"),
+    [
+        (GEOMETRY, {"m": 7}, "m: 7 is more than anchors.count"),
+        (GEOMETRY, {"anchors": {}}, "either data or count"),
+        (GEOMETRY, {"rare": {"min_count": 400}}, "lower it, shorten m"),
+        (LAYER_SEARCH, {"episodes": {"ways": 9}}, "9 ways need as many classes"),
+        (
+            LAYER_SEARCH,
+            {"held_out": {"data": {"source": "digits", "classes": ["2", "3"]}}},
+            "trained on class 2",
+        ),
+    ],
+)
+def test_jobs_that_cannot_work_say_why(tmp_path, job, changes, told):
+    process = start(tmp_path, job, **changes)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert told in " ".join(err.split())

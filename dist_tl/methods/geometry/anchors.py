@@ -11,7 +11,7 @@ Shape suffixes: N = points of a chunk, D = feature width, j = anchors chosen so 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,10 @@ class AnchorChunk:
         self._points_ND, self._first = points_ND.double(), first
         self._taken: list[int] = []
 
-    @property
+    def answer(self, name: str, *arguments: object) -> object:
+        """One of the methods below by its name, for chunks that are asked from afar."""
+        return getattr(self, name)(*arguments)
+
     def sums(self) -> tuple[int, Tensor]:
         """Number of points and their sum, for the mean of all chunks."""
         return len(self._points_ND), self._points_ND.sum(dim=0)
@@ -91,26 +94,44 @@ def choose(proposals: Sequence[Proposal]) -> Proposal:
 
 
 def choose_anchors(chunks: Sequence[AnchorChunk], m: int) -> list[int]:
-    """Global indices of m anchors in order of choice, driven in this process.
+    """Global indices of m anchors in order of choice, with all chunks in this process.
 
     Raises:
         ConfigError: fewer points than m, or m above the affine rank of the points.
     """
-    counts, sums = zip(*(chunk.sums for chunk in chunks), strict=True)
+
+    def everywhere(name: str, *arguments: object) -> list:
+        return [chunk.answer(name, *arguments) for chunk in chunks]
+
+    return [proposal.index for proposal in drive_choice(everywhere, m)]
+
+
+def drive_choice(
+    everywhere: Callable[..., list], m: int, *, on_step: Callable[[int], None] = lambda step: None
+) -> list[Proposal]:
+    """The choice of m anchors over chunks that may lie anywhere.
+
+    Args:
+        everywhere: calls `AnchorChunk.answer` of every chunk with its arguments; the answers, in
+            any fixed order.
+        on_step: told how many anchors are chosen, before each further one.
+
+    Raises:
+        ConfigError: as :func:`choose_anchors`.
+    """
+    counts, sums = zip(*everywhere("sums"), strict=True)
     if not 1 <= m <= sum(counts):
         raise ConfigError(f"anchors: expected 1 to {sum(counts)} (the points), got {m}")
-    mean_D = torch.stack(sums).sum(dim=0) / sum(counts)
-    vertex = choose([chunk.farthest(mean_D) for chunk in chunks])
-    for chunk in chunks:
-        chunk.begin(vertex)
-    chosen, scale = [vertex.index], 0.0
+    vertex = choose(everywhere("farthest", torch.stack(sums).sum(dim=0) / sum(counts)))
+    everywhere("begin", vertex)
+    chosen, scale = [vertex], 0.0
     while len(chosen) < m:
-        found = choose([chunk.propose() for chunk in chunks])
+        on_step(len(chosen))
+        found = choose(everywhere("propose"))
         scale = scale or math.sqrt(max(found.sq_height, 0.0))
         check_height(found, scale, chosen=len(chosen), wanted=m)
-        for chunk in chunks:
-            chunk.accept(found)
-        chosen.append(found.index)
+        everywhere("accept", found)
+        chosen.append(found)
     return chosen
 
 
