@@ -162,7 +162,16 @@ class _Run:
             way: ClassTable.of(dict(zip(total.labels, total.counts, strict=True)), self.job.rare)
             for way, total in totals.items()
         }
+        for way, table in tables.items():
+            if not table.names:
+                raise ConfigError(self._too_rare(way))
         return tables, totals
+
+    def _too_rare(self, name: str) -> str:
+        return (
+            f"{name}: every class of the pool is rarer than rare.min_count = "
+            f"{self.job.rare.min_count}; lower it, shorten m, or use a larger pool"
+        )
 
     def labellings(self, tables: dict[str, ClassTable]) -> dict[str, Labelling]:
         """Every arm's labels of the pool, stored and written as shards."""
@@ -191,10 +200,7 @@ class _Run:
         order = numpy_rng(self.job.seed, "pool order").permutation(len(classes_N))
         rows = torch.from_numpy(order[classes_N.numpy()[order] != DROPPED])
         if len(rows) == 0:
-            raise ConfigError(
-                f"{name}: every class of the pool is rarer than rare.min_count = "
-                f"{self.job.rare.min_count}; lower it, shorten m, or use a larger pool"
-            )
+            raise ConfigError(self._too_rare(name))
         tensors = {"rows": rows.contiguous(), "classes": classes_N[rows].long().contiguous()}
         key = f"{layout.stage_prefix(f'labelling-{name}')}/labelling.safetensors"
         data = save_tensors(tensors)

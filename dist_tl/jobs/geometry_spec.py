@@ -117,9 +117,8 @@ class GeometricLabelsJob(RunConfig):
         if {"kmeans", "random_labels"} & set(self.arms) and "g2l_near_max" not in self.arms:
             raise ValueError("arms: kmeans and random_labels take their classes from g2l_near_max")
         if self.anchors.count is not None and self.m > self.anchors.count:
-            raise ValueError(
-                f"m: {self.m} anchors a label, and anchors.count is {self.anchors.count}"
-            )
+            raise ValueError(f"m: {self.m} is more than anchors.count, {self.anchors.count}")
+        self.check_cpus(self.trials.cpus, "a task")
         self.check_batch("pretraining.batch_size", self.pretraining.batch_size)
         self.check_batch("fine_tuning.batch_size", self.fine_tuning.batch_size)
         return self

@@ -71,6 +71,20 @@ class RunConfig(JobConfig):
             )
         return self
 
+    def check_cpus(self, beside: float, what: str) -> None:
+        """Refuse a private cluster that trainers fill: what works beside them would never start.
+
+        Raises:
+            ValueError: naming the smallest `session.num_cpus` that works.
+        """
+        needed = self.trainers.workers * self.trainers.cpus + beside
+        if self.session.num_cpus < needed:
+            raise ValueError(
+                f"session.num_cpus: {self.trainers.workers} trainers and {what} beside them need "
+                f"{needed:g}, got {self.session.num_cpus}. These are shares, not cores: more of "
+                "them than the machine has are fine"
+            )
+
     def check_batch(self, what: str, batch_size: int) -> None:
         """Refuse a batch that the lanes cannot share evenly.
 

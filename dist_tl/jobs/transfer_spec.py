@@ -212,6 +212,7 @@ class TransferJob(RunConfig):
     def _batches_fit(self) -> Self:
         if isinstance(self.source, SourceConfig):
             check_source_batches(self, self.source)
+        self.check_cpus(max(self.generators.cpus, self.trials.cpus), "a generator or trial")
         self.check_batch("target.training.batch_size", self.target.training.batch_size)
         if self.target.fine_tuning is not None:
             batch_size = self.target.fine_tuning.batch_size

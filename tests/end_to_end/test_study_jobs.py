@@ -246,7 +246,7 @@ def test_the_random_arm_has_the_histogram_of_the_geometric_one(geometry):
 def test_chunks_and_cpus_change_no_label_and_no_result(geometry, tmp_path):
     run, results = geometry
     job = {**GEOMETRY, "rows_per_task": 1000}
-    again = finish(start(tmp_path, job, session={"num_cpus": 2}))
+    again = finish(start(tmp_path, job, session={"num_cpus": 6}))
     assert measured(again) == measured(results)
     for shard in sorted((run / "stages").glob("shards-*/shards/*.tar")):
         other = tmp_path / "run" / shard.relative_to(run)
@@ -258,6 +258,7 @@ def test_chunks_and_cpus_change_no_label_and_no_result(geometry, tmp_path):
     [
         (GEOMETRY, {"m": 7}, "m: 7 is more than anchors.count"),
         (GEOMETRY, {"anchors": {}}, "either data or count"),
+        (GEOMETRY, {"session": {"num_cpus": 2}}, "need 3, got 2"),
         (GEOMETRY, {"rare": {"min_count": 400}}, "lower it, shorten m"),
         (LAYER_SEARCH, {"episodes": {"ways": 9}}, "9 ways need as many classes"),
         (
