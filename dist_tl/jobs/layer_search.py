@@ -9,12 +9,15 @@ from dist_tl.jobs.layer_search_points import (
     EpisodeAnswer,
     EpisodesAnswer,
     EpisodesAsked,
+    ExportAnswer,
+    ExportAsked,
     FeatureFiles,
     FeaturesAnswer,
     FeaturesAsked,
     OneShotAnswer,
     OneShotAsked,
     compute_features,
+    export_selected,
     find_one_shot_set,
     run_episodes,
 )
@@ -47,6 +50,7 @@ class LayerSearchOutcome:
     widths: tuple[int, ...]
     zeros: int
     one_shot: tuple[int, ...] | None
+    exported: ExportAnswer | None
     stages: tuple[StageRecord, ...]
     peak_memory_bytes: int
 
@@ -62,6 +66,8 @@ class LayerSearchPlan:
     def __init__(self, job: LayerSearchJob) -> None:
         self.job = job
         check_classes(load_rows(RowsSpec(data=job.data)).labels, job.episodes)
+        if job.export_shots is not None:
+            check_classes(load_rows(RowsSpec(data=job.data)).labels, _export_config(job))
         if job.held_out is not None:
             one_shot = EpisodesConfig(ways=2, shots=(1,), queries=job.episodes.queries)
             check_classes(load_rows(RowsSpec(data=job.held_out.data)).labels, one_shot)
@@ -121,6 +127,23 @@ class LayerSearchPlan:
         )
         return [Task("one-shot-set", asked)]
 
+    def export(self) -> list[Task[ExportAsked]]:
+        """The chosen layers as a model, where the job wants one."""
+        job = self.job
+        if job.export_shots is None:
+            return []
+        asked = ExportAsked(
+            seed=job.seed,
+            teacher=teacher_place(job.teacher),
+            features=_files(job.data, self.target_features()),
+            pooling=job.pooling,
+            shots=job.export_shots,
+            queries=job.episodes.queries,
+            search=job.search,
+            trained=job.trained,
+        )
+        return [Task("export", asked)]
+
     def episodes(self, fixed: tuple[int, ...] | None) -> list[Task[EpisodesAsked]]:
         """All episodes, in batches; the order of the answers is that of the episodes."""
         job, files = self.job, _files(self.job.data, self.target_features())
@@ -143,6 +166,12 @@ class LayerSearchPlan:
             for shots in job.episodes.shots
             for first in range(0, job.episodes.count, job.episodes_per_task)
         ]
+
+
+def _export_config(job: LayerSearchJob) -> EpisodesConfig:
+    assert job.export_shots is not None, "asked for by the job"
+    ways = load_rows(RowsSpec(data=job.data)).num_classes
+    return EpisodesConfig(ways=ways, shots=(job.export_shots,), queries=job.episodes.queries)
 
 
 def _files(data: DataConfig, tasks: Sequence[Task[FeaturesAsked]]) -> FeatureFiles:
@@ -170,6 +199,7 @@ def run_layer_search(
         one_shot = found[0].layers if found else None
         tasks = plan.episodes(one_shot)
         answers = phases.run("episodes", run_episodes, tasks, EpisodesAnswer)
+        exported = phases.run("export", export_selected, plan.export(), ExportAnswer)
         memory = phases.peak_memory_bytes
     by_shots: dict[int, list[EpisodeAnswer]] = {shots: [] for shots in job.episodes.shots}
     for task, answer in zip(tasks, answers, strict=True):
@@ -180,6 +210,7 @@ def run_layer_search(
         widths=features[0].widths,
         zeros=sum(answer.zeros for answer in features),
         one_shot=one_shot,
+        exported=exported[0] if exported else None,
         stages=tuple(phases.records),
         peak_memory_bytes=memory,
     )

@@ -20,15 +20,18 @@ from torch import Tensor
 from dist_tl.config import StrictModel
 from dist_tl.datasets.spec import DataConfig
 from dist_tl.jobs.layer_search_spec import TrainedArmsConfig
+from dist_tl.methods.layer_search.classifiers import ridge_head
 from dist_tl.methods.layer_search.episodes import Episode, EpisodesConfig, draw_episode
 from dist_tl.methods.layer_search.evaluate import one_shot_set, score_episode
 from dist_tl.methods.layer_search.features import PoolingConfig, layer_vectors
-from dist_tl.methods.layer_search.gram import layer_grams
+from dist_tl.methods.layer_search.gram import layer_grams, one_hot
 from dist_tl.methods.layer_search.search import SearchConfig, select_layers
-from dist_tl.models.networks import Network, build_network, replace_head
+from dist_tl.models.layer_set import count_blocks
+from dist_tl.models.networks import Network, build_network, replace_head, with_layers
 from dist_tl.seeds import numpy_rng, torch_rng
+from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
-from dist_tl.train.models import load_classifier
+from dist_tl.train.models import load_classifier, model_files
 from dist_tl.train.rows import RowsSpec, load_rows
 
 BATCH = 256
@@ -110,6 +113,30 @@ class EpisodeAnswer(StrictModel):
     fine_tuned: float | None = None
 
 
+class ExportAsked(StrictModel):
+    """Choose layers for the whole target task, and export models with a head on them."""
+
+    seed: int
+    teacher: str
+    features: FeatureFiles
+    pooling: PoolingConfig
+    shots: int
+    queries: int
+    search: SearchConfig
+    trained: TrainedArmsConfig | None
+
+
+class ExportAnswer(StrictModel):
+    """What was exported; accuracies on images that were not used."""
+
+    layers: tuple[int, ...]
+    accuracy: float
+    fine_tuned: float | None
+    teacher_accuracy: float = Field(description="Of the penultimate layer alone.")
+    models: tuple[str, ...]
+    seconds: float
+
+
 class EpisodesAnswer(StrictModel):
     """A batch of them."""
 
@@ -182,6 +209,78 @@ def run_episodes(asked: EpisodesAsked, store: ObjectStore) -> EpisodesAnswer:
             )
         answers.append(answer)
     return EpisodesAnswer(episodes=tuple(answers), seconds=time.monotonic() - began)
+
+
+def export_selected(asked: ExportAsked, store: ObjectStore) -> ExportAnswer:
+    """One episode of all classes: its layers, as a network that can be loaded and fine-tuned."""
+    began = time.monotonic()
+    rows = load_rows(RowsSpec(data=asked.features.data))
+    ways = rows.num_classes
+    config = EpisodesConfig(ways=ways, shots=(asked.shots,), queries=asked.queries, count=1)
+    episode = draw_episode(rows.labels, config, asked.shots, seed=asked.seed, index=0)
+    # An episode names its classes in the order drawn; a model's are those of the data.
+    support_S = torch.from_numpy(rows.labels[episode.support_S])
+    queries = rows.tensor(episode.query_Q)
+    query_Q = torch.from_numpy(rows.labels[episode.query_Q])
+    phis = _read_features(store.url, asked.features.keys)
+    rng = numpy_rng(asked.seed, "export shuffles")
+    gram_LSS = layer_grams(phis, torch.from_numpy(episode.support_S))
+    selection = select_layers(gram_LSS, support_S, asked.search, rng=rng)
+    last = (len(phis) - 1,)
+    networks = {
+        layers: _headed(asked, layers, phis, episode.support_S, support_S, ways, store)
+        for layers in dict.fromkeys((selection.layers, last))
+    }
+    network, models = networks[selection.layers], ["selected"]
+    _save(network, f"selected-k{asked.shots}", store)
+    fine_tuned = None
+    accuracy = _accuracy(network, queries, query_Q)
+    if asked.trained is not None:
+        torch_seed = torch_rng(asked.seed, "export fine-tuning")
+        images = rows.tensor(episode.support_S)
+        _train(network.train(), images, support_S, asked.trained, torch_seed)
+        _save(network, f"selected-k{asked.shots}-fine_tuned", store)
+        models.append("selected, fine-tuned")
+        fine_tuned = _accuracy(network, queries, query_Q)
+    return ExportAnswer(
+        layers=selection.layers,
+        accuracy=accuracy,
+        fine_tuned=fine_tuned,
+        teacher_accuracy=_accuracy(networks[last], queries, query_Q),
+        models=tuple(models),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _headed(
+    asked: ExportAsked,
+    layers: tuple[int, ...],
+    phis: tuple[Tensor, ...],
+    rows_S: NDArray[np.int64],
+    labels_S: Tensor,
+    ways: int,
+    store: ObjectStore,
+) -> Network:
+    """The teacher with a ridge head on some layers."""
+    teacher = load_classifier(store, asked.teacher).eval()
+    joined_SD = torch.cat([phis[layer][rows_S] for layer in layers], dim=1) / len(layers) ** 0.5
+    penalty = asked.search.classifier.penalty
+    weight_CD, bias_C = ridge_head(joined_SD.double(), one_hot(labels_S, ways), penalty)
+    # The last layer is the head's input, whatever was left out before it as its double.
+    depth = count_blocks(teacher.trunk, teacher.image_shape)
+    blocks = tuple(depth - 1 if layer == len(phis) - 1 else layer for layer in layers)
+    cells = asked.pooling.cells
+    return with_layers(teacher, blocks, cells=cells, weight_CD=weight_CD, bias_C=bias_C).eval()
+
+
+@torch.no_grad()
+def _accuracy(network: Network, images: Tensor, labels_Q: Tensor) -> float:
+    return float((network.eval()(images).argmax(dim=1) == labels_Q).double().mean())
+
+
+def _save(network: Network, name: str, store: ObjectStore) -> None:
+    for file, data in model_files(network).items():
+        store.write(f"{layout.model_prefix(name, 0)}/{file}", data)
 
 
 def _tensors(phis: tuple[Tensor, ...], episode: Episode) -> tuple[Tensor, Tensor, Tensor]:

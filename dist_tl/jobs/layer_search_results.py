@@ -133,11 +133,27 @@ def _findings(outcome: LayerSearchOutcome) -> Iterator[str]:
         if "trained from scratch" in arms:
             gain = _paired(episodes, arms["selected"], arms["trained from scratch"])
             yield f"K = {shots}: selected against training from scratch: {_signed(gain)} points."
+    yield from _exported(outcome)
     if outcome.one_shot is not None:
         names = ", ".join(str(layer) for layer in outcome.one_shot)
         yield f"The set for one label a class, found on held-out classes: layers {names}."
     if outcome.zeros:
         yield f"{outcome.zeros} feature vectors are zero; nothing can be told from those."
+
+
+def _exported(outcome: LayerSearchOutcome) -> Iterator[str]:
+    found = outcome.exported
+    if found is None:
+        return
+    names = ", ".join(str(layer) for layer in found.layers)
+    text = (
+        f"Exported for all classes at K = {outcome.job.export_shots}: the teacher with a head on "
+        f"layers {names}, {_points(found.accuracy)} % on images not used, against "
+        f"{_points(found.teacher_accuracy)} % with the penultimate layer"
+    )
+    if found.fine_tuned is not None:
+        text += f"; fine-tuned from there {_points(found.fine_tuned)} %"
+    yield text + f" (models/selected-k{outcome.job.export_shots}*)."
 
 
 def _by_layer(outcome: LayerSearchOutcome) -> Chart:

@@ -50,6 +50,12 @@ class LayerSearchJob(JobConfig):
     pooling: PoolingConfig = Field(default_factory=PoolingConfig)
     search: SearchConfig = Field(default_factory=SearchConfig)
     trained: TrainedArmsConfig | None = None
+    export_shots: int | None = Field(
+        None,
+        ge=2,
+        description="Also choose layers for all classes of the data from so many labels each, and "
+        "export the teacher with a head on them, as it is and fine-tuned as `trained` says.",
+    )
     rows_per_task: int = Field(512, ge=1, description="Images of one feature task.")
     episodes_per_task: int = Field(
         50, ge=1, description="Episodes of one task: enough to pay for its dispatch."

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from dist_tl.errors import ConfigError
 from dist_tl.models.hugging_face import TransformersConfig, build_transformers
 from dist_tl.models.inputs import ImageShape
+from dist_tl.models.layer_set import LayerSetConfig, LayerSetTrunk, count_blocks
 from dist_tl.models.perceptron import HiddenLayer, PerceptronConfig
 from dist_tl.models.resnet import ResNetConfig, ResNetTrunk
 from dist_tl.models.taps import record_blocks
 from dist_tl.models.timm_networks import TimmConfig, build_timm
 
-AnyNetworkConfig = ResNetConfig | TransformersConfig | TimmConfig | PerceptronConfig
+AnyNetworkConfig = (
+    ResNetConfig | TransformersConfig | TimmConfig | PerceptronConfig | LayerSetConfig
+)
 NetworkConfig = Annotated[AnyNetworkConfig, Field(discriminator="kind")]
 
 
@@ -134,6 +137,10 @@ def _build_parts(
         return build_timm(config, num_classes=num_classes, image_shape=image_shape)
     if isinstance(config, PerceptronConfig):
         return HiddenLayer(config, image_shape), None, config
+    if isinstance(config, LayerSetConfig):
+        base, _, portable = _build_parts(config.base, num_classes, image_shape)
+        trunk = LayerSetTrunk(config, base, count_blocks(base, image_shape))
+        return trunk, None, config.model_copy(update={"base": portable})
     return ResNetTrunk(config, image_shape), None, config
 
 
@@ -190,6 +197,35 @@ def replace_head(network: Network, num_classes: int, rng: torch.Generator) -> Ne
         image_shape=network.image_shape,
     )
     return handed_over.train(network.training)
+
+
+def with_layers(
+    network: Network, blocks: tuple[int, ...], *, cells: int, weight_CD: Tensor, bias_C: Tensor
+) -> Network:
+    """A linear head on chosen blocks of `network`, whose trunk is copied bit for bit.
+
+    Args:
+        blocks: of all block outputs in depth order.
+        cells: maps are averaged to cells x cells at most.
+        weight_CD, bias_C: the head, on the blocks' unit vectors side by side over sqrt(count).
+
+    Raises:
+        ConfigError: there is no such block.
+        ValueError: the head does not fit those vectors.
+    """
+    base = copy.deepcopy(network.trunk)
+    config = LayerSetConfig(base=network.portable_config, blocks=blocks, cells=cells)
+    trunk = LayerSetTrunk(config, base, count_blocks(base, network.image_shape))
+    width = _num_features(trunk, network.image_shape)
+    if weight_CD.shape != (len(bias_C), width):
+        raise ValueError(f"expected a head ({len(bias_C)}, {width}), got {tuple(weight_CD.shape)}")
+    head = nn.Linear(width, len(bias_C))
+    with torch.no_grad():
+        head.weight.copy_(weight_CD)
+        head.bias.copy_(bias_C)
+    return Network(
+        trunk, head, config=config, portable_config=config, image_shape=network.image_shape
+    )
 
 
 def parameter_count(network: nn.Module) -> int:

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import webdataset
 import yaml
+
+from dist_tl.models.files import load_network
+from dist_tl.storage import layout
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(400)]
 
@@ -65,6 +69,7 @@ LAYER_SEARCH = {
     "held_out": {"data": {"source": "digits", "classes": ["3", "4"]}, "episodes": 20},
     "episodes": {"ways": 3, "shots": [1, 3], "queries": 5, "count": 30},
     "search": {"permutations": 5},
+    "export_shots": 4,
     "rows_per_task": 300,
     "episodes_per_task": 7,
     "trained": {
@@ -194,7 +199,8 @@ def test_too_few_labels_for_so_many_components_stop_the_forecast(tmp_path):
 @pytest.fixture(scope="module")
 def layer_search(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layer_search")
-    return finish(start(folder, LAYER_SEARCH, session={"num_cpus": 3}))
+    results = finish(start(folder, LAYER_SEARCH, session={"num_cpus": 3}))
+    return {**results, "folder": folder / "run"}
 
 
 def test_a_layer_search_tells_accuracies_gains_and_what_was_chosen(layer_search):
@@ -208,6 +214,15 @@ def test_a_layer_search_tells_accuracies_gains_and_what_was_chosen(layer_search)
     [chosen] = layer_search["heat_maps"]
     assert chosen["y"] == ["1", "3"]
     assert any("held_out_classes" in finding for finding in layer_search["findings"])
+
+
+def test_what_was_selected_is_a_model_that_loads(layer_search):
+    for name in ("selected-k4", "selected-k4-fine_tuned"):
+        folder = layer_search["folder"] / layout.model_prefix(name, 0)
+        network = load_network({file.name: file.read_bytes() for file in folder.iterdir()})
+        assert network.num_classes == 5
+        assert network(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
+    assert any("Exported for all classes at K = 4" in line for line in layer_search["findings"])
 
 
 def test_one_cpu_and_other_batches_find_the_same_layers(layer_search, tmp_path):

@@ -52,6 +52,19 @@ def loo_scores(gram_ISS: Tensor, y_SC: Tensor, config: ClassifierConfig) -> Tens
     return scores_IS.masked_fill(alone_S, math.nan)
 
 
+def ridge_head(phi_SD: Tensor, y_SC: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """The same ridge classifier as a linear layer, (C, D) and (C,), float64, D = features.
+
+    Args:
+        phi_SD: the support's features of one set of layers.
+    """
+    mean_D, mean_C = phi_SD.mean(dim=0), y_SC.mean(dim=0)
+    centred_SD = phi_SD - mean_D
+    gram_SS = centred_SD @ centred_SD.T + penalty * torch.eye(len(phi_SD), dtype=phi_SD.dtype)
+    weight_CD = (centred_SD.T @ torch.linalg.solve(gram_SS, y_SC - mean_C)).T
+    return weight_CD, mean_C - weight_CD @ mean_D
+
+
 def shuffled_loo_means(gram_ISS: Tensor, y_PSC: Tensor, config: ClassifierConfig) -> Tensor:
     """Mean leave-one-out scores under many labellings of the same items, (P, I).
 
