@@ -5,18 +5,20 @@ from dataclasses import dataclass
 
 from dist_tl.cluster.config import Task
 from dist_tl.datasets.spec import DataConfig
+from dist_tl.jobs.layer_search_features import (
+    FeatureFiles,
+    FeaturesAnswer,
+    FeaturesAsked,
+    compute_features,
+)
 from dist_tl.jobs.layer_search_points import (
     EpisodeAnswer,
     EpisodesAnswer,
     EpisodesAsked,
     ExportAnswer,
     ExportAsked,
-    FeatureFiles,
-    FeaturesAnswer,
-    FeaturesAsked,
     OneShotAnswer,
     OneShotAsked,
-    compute_features,
     export_selected,
     find_one_shot_set,
     run_episodes,
@@ -33,6 +35,7 @@ from dist_tl.train.rows import RowsSpec, load_rows
 from dist_tl.train.spec import StageSpec
 
 STAND_IN = "stand-in-teacher"
+NUM_VIEWS = 4
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,16 @@ class LayerSearchPlan:
         """Features of the target data."""
         return self._features("target", self.job.data, teacher_place(self.job.teacher))
 
+    def view_features(self) -> list[list[Task[FeaturesAsked]]]:
+        """Features of augmented views of the target data, where the one-shot rule asks for them."""
+        if self.job.search.one_shot != "augmented_views" or 1 not in self.job.episodes.shots:
+            return []
+        place = teacher_place(self.job.teacher)
+        return [
+            self._features(f"view{view}", self.job.data, place, view=view)
+            for view in range(NUM_VIEWS)
+        ]
+
     def held_out_features(self) -> list[Task[FeaturesAsked]]:
         """Features of the held-out classes."""
         held_out = self.job.held_out
@@ -95,7 +108,9 @@ class LayerSearchPlan:
         place = own if held_out.teacher is None else layout.stage_model_prefix(STAND_IN)
         return self._features("held-out", held_out.data, place)
 
-    def _features(self, name: str, data: DataConfig, model: str) -> list[Task[FeaturesAsked]]:
+    def _features(
+        self, name: str, data: DataConfig, model: str, *, view: int | None = None
+    ) -> list[Task[FeaturesAsked]]:
         count, width = len(load_rows(RowsSpec(data=data))), self.job.rows_per_task
         return [
             Task(
@@ -107,15 +122,22 @@ class LayerSearchPlan:
                     first=first,
                     last=min(first + width, count),
                     key=f"{layout.stage_prefix(f'features-{name}-{part}')}/layers.safetensors",
+                    view=view,
+                    seed=self.job.seed,
                 ),
             )
             for part, first in enumerate(range(0, count, width))
         ]
 
+    def all_features(self) -> list[Task[FeaturesAsked]]:
+        """Every feature task, those of the target data first."""
+        views = [task for tasks in self.view_features() for task in tasks]
+        return [*self.target_features(), *self.held_out_features(), *views]
+
     def one_shot(self) -> list[Task[OneShotAsked]]:
         """The search on held-out classes, where there are any."""
         job = self.job
-        if job.held_out is None or job.search.one_shot == "penultimate":
+        if job.held_out is None or job.search.one_shot != "held_out_classes":
             return []
         asked = OneShotAsked(
             seed=job.seed,
@@ -147,6 +169,7 @@ class LayerSearchPlan:
     def episodes(self, fixed: tuple[int, ...] | None) -> list[Task[EpisodesAsked]]:
         """All episodes, in batches; the order of the answers is that of the episodes."""
         job, files = self.job, _files(self.job.data, self.target_features())
+        views = tuple(_files(job.data, tasks) for tasks in self.view_features())
         return [
             Task(
                 f"episodes-k{shots}-from{first}",
@@ -159,6 +182,7 @@ class LayerSearchPlan:
                     count=min(job.episodes_per_task, job.episodes.count - first),
                     search=job.search,
                     fixed=fixed if shots == 1 else None,
+                    views=views if shots == 1 else (),
                     trained=job.trained,
                     teacher=teacher_place(job.teacher),
                 ),
@@ -192,7 +216,7 @@ def run_layer_search(
         features = phases.run(
             "features",
             compute_features,
-            [*plan.target_features(), *plan.held_out_features()],
+            plan.all_features(),
             FeaturesAnswer,
         )
         found = phases.run("one-shot set", find_one_shot_set, plan.one_shot(), OneShotAnswer)

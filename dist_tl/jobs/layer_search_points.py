@@ -1,31 +1,35 @@
-"""Ray tasks of a layer search: features of some images, and batches of episodes.
+"""Ray tasks of a layer search: batches of episodes, the one-shot set, the exported model.
 
-Plain functions of what is asked and the store. Features are computed once; an episode then needs
-inner products only.
+Plain functions of what is asked and the store.
 """
 
 import time
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from dist_tl.config import StrictModel
-from dist_tl.datasets.spec import DataConfig
+from dist_tl.jobs.layer_search_features import FeatureFiles, read_features
 from dist_tl.jobs.layer_search_spec import TrainedArmsConfig
 from dist_tl.methods.layer_search.classifiers import ridge_head
 from dist_tl.methods.layer_search.episodes import Episode, EpisodesConfig, draw_episode
-from dist_tl.methods.layer_search.evaluate import one_shot_set, score_episode
-from dist_tl.methods.layer_search.features import PoolingConfig, layer_vectors
+from dist_tl.methods.layer_search.evaluate import (
+    one_shot_set,
+    score_episode,
+    select_by_views,
+)
+from dist_tl.methods.layer_search.features import PoolingConfig
 from dist_tl.methods.layer_search.gram import layer_grams, one_hot
-from dist_tl.methods.layer_search.search import SearchConfig, select_layers
+from dist_tl.methods.layer_search.search import (
+    Branch,
+    SearchConfig,
+    Selection,
+    select_layers,
+)
 from dist_tl.models.layer_set import count_blocks
 from dist_tl.models.networks import Network, build_network, replace_head, with_layers
 from dist_tl.seeds import numpy_rng, torch_rng
@@ -34,34 +38,7 @@ from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.models import load_classifier, model_files
 from dist_tl.train.rows import RowsSpec, load_rows
 
-BATCH = 256
 ReadRows = Callable[[NDArray[np.int64]], Tensor]
-
-
-class FeaturesAsked(StrictModel):
-    """Unit vectors of all layers for some rows of a data set."""
-
-    model: str
-    data: DataConfig
-    pooling: PoolingConfig
-    first: int
-    last: int
-    key: str = Field(description="Where the vectors are stored.")
-
-
-class FeaturesAnswer(StrictModel):
-    """What was stored."""
-
-    widths: tuple[int, ...] = Field(description="Of every layer, the penultimate last.")
-    zeros: int = Field(description="Zero vectors, over all layers.")
-    seconds: float
-
-
-class FeatureFiles(StrictModel):
-    """Stored features of a whole data set."""
-
-    data: DataConfig
-    keys: tuple[str, ...] = Field(description="In the order of the rows.")
 
 
 class OneShotAsked(StrictModel):
@@ -93,6 +70,7 @@ class EpisodesAsked(StrictModel):
     count: int
     search: SearchConfig
     fixed: tuple[int, ...] | None = None
+    views: tuple[FeatureFiles, ...] = Field((), description="Features of augmented views.")
     trained: TrainedArmsConfig | None = None
     teacher: str = ""
 
@@ -106,7 +84,7 @@ class EpisodeAnswer(StrictModel):
     selected: float
     oracle: float
     layers: tuple[int, ...]
-    branch: Literal["loo", "held_out_classes", "penultimate"]
+    branch: Branch
     adopted: bool
     z: tuple[float, ...]
     scratch: float | None = None
@@ -144,39 +122,10 @@ class EpisodesAnswer(StrictModel):
     seconds: float
 
 
-@torch.no_grad()
-def compute_features(asked: FeaturesAsked, store: ObjectStore) -> FeaturesAnswer:
-    """One forward pass an image gives the vectors of all layers."""
-    began = time.monotonic()
-    rows = load_rows(RowsSpec(data=asked.data))
-    network = load_classifier(store, asked.model, image_shape=rows.image_shape).eval()
-    parts = []
-    for start in range(asked.first, asked.last, BATCH):
-        images = rows.tensor(np.arange(start, min(start + BATCH, asked.last)))
-        parts.append(layer_vectors(network.blocks(images), asked.pooling))
-    layers = [torch.cat(columns) for columns in zip(*parts, strict=True)]
-    store.write(asked.key, save_tensors({f"{i:04d}": v for i, v in enumerate(layers)}))
-    return FeaturesAnswer(
-        widths=tuple(v.shape[1] for v in layers),
-        zeros=sum(int((v == 0).all(dim=1).sum()) for v in layers),
-        seconds=time.monotonic() - began,
-    )
-
-
-# A worker runs many batches of episodes over the same features.
-@lru_cache(maxsize=2)
-def _read_features(url: str, keys: tuple[str, ...]) -> tuple[Tensor, ...]:
-    store = ObjectStore(url)
-    parts = [load_tensors(store.read(key)) for key in keys]
-    names = sorted(parts[0])
-    # In float64 once, not once an episode.
-    return tuple(torch.cat([part[name] for part in parts]).double() for name in names)
-
-
 def find_one_shot_set(asked: OneShotAsked, store: ObjectStore) -> OneShotAnswer:
     """One-shot episodes of held-out classes decide before any target support is read."""
     began = time.monotonic()
-    phis = _read_features(store.url, asked.features.keys)
+    phis = read_features(store.url, asked.features.keys)
     labels_N = load_rows(RowsSpec(data=asked.features.data)).labels
     ways = min(asked.ways, len(np.unique(labels_N)))
     config = EpisodesConfig(ways=ways, shots=(1,), queries=asked.queries, count=asked.episodes)
@@ -192,14 +141,14 @@ def find_one_shot_set(asked: OneShotAsked, store: ObjectStore) -> OneShotAnswer:
 def run_episodes(asked: EpisodesAsked, store: ObjectStore) -> EpisodesAnswer:
     """Select and score, episode by episode; the selection sees the support's Gram matrix alone."""
     began = time.monotonic()
-    phis = _read_features(store.url, asked.features.keys)
+    phis = read_features(store.url, asked.features.keys)
     rows = load_rows(RowsSpec(data=asked.features.data))
     answers = []
     for index in range(asked.first, asked.first + asked.count):
         episode = draw_episode(
             rows.labels, asked.episodes, asked.shots, seed=asked.seed, index=index
         )
-        answer = _one_episode(asked, phis, episode, index)
+        answer = _one_episode(asked, phis, episode, index, store)
         if asked.trained is not None and index < asked.trained.episodes:
             answer = answer.model_copy(
                 update={
@@ -222,7 +171,7 @@ def export_selected(asked: ExportAsked, store: ObjectStore) -> ExportAnswer:
     support_S = torch.from_numpy(rows.labels[episode.support_S])
     queries = rows.tensor(episode.query_Q)
     query_Q = torch.from_numpy(rows.labels[episode.query_Q])
-    phis = _read_features(store.url, asked.features.keys)
+    phis = read_features(store.url, asked.features.keys)
     rng = numpy_rng(asked.seed, "export shuffles")
     gram_LSS = layer_grams(phis, torch.from_numpy(episode.support_S))
     selection = select_layers(gram_LSS, support_S, asked.search, rng=rng)
@@ -294,17 +243,24 @@ def _tensors(phis: tuple[Tensor, ...], episode: Episode) -> tuple[Tensor, Tensor
 
 
 def _one_episode(
-    asked: EpisodesAsked, phis: tuple[Tensor, ...], episode: Episode, index: int
+    asked: EpisodesAsked,
+    phis: tuple[Tensor, ...],
+    episode: Episode,
+    index: int,
+    store: ObjectStore,
 ) -> EpisodeAnswer:
     gram_LES, support_S, query_Q = _tensors(phis, episode)
     size = len(support_S)
-    selection = select_layers(
-        gram_LES[:, :size],
-        support_S,
-        asked.search,
-        rng=numpy_rng(asked.seed, "label shuffles", asked.shots, index),
-        fixed=asked.fixed,
-    )
+    if asked.views:
+        selection = _select_by_views(asked, episode, support_S, store)
+    else:
+        selection = select_layers(
+            gram_LES[:, :size],
+            support_S,
+            asked.search,
+            rng=numpy_rng(asked.seed, "label shuffles", asked.shots, index),
+            fixed=asked.fixed,
+        )
     scores = score_episode(
         gram_LES,
         support_S,
@@ -324,6 +280,18 @@ def _one_episode(
         adopted=selection.adopted,
         z=selection.single_z,
     )
+
+
+def _select_by_views(
+    asked: EpisodesAsked, episode: Episode, support_S: Tensor, store: ObjectStore
+) -> Selection:
+    views = [read_features(store.url, files.keys) for files in asked.views]
+    joined = [
+        torch.cat([view[layer][episode.support_S] for view in views])
+        for layer in range(len(views[0]))
+    ]
+    gram_LVV = layer_grams(joined, torch.arange(len(joined[0])))
+    return select_by_views(gram_LVV, support_S, len(views), asked.search)
 
 
 def _trained_accuracy(

@@ -129,9 +129,8 @@ def _forecast_table(job: ForecastJob) -> PlanTable:
 
 def _layer_search_table(job: LayerSearchJob) -> PlanTable:
     plan = LayerSearchPlan(job)
-    features = [*plan.target_features(), *plan.held_out_features()]
     rows = (
-        ("features", features, f"{job.rows_per_task} images each"),
+        ("features", plan.all_features(), f"{job.rows_per_task} images each"),
         ("one-shot set", plan.one_shot(), "search on held-out classes"),
         ("episodes", plan.episodes(None), f"{job.episodes_per_task} episodes each"),
     )

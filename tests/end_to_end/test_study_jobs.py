@@ -225,6 +225,17 @@ def test_what_was_selected_is_a_model_that_loads(layer_search):
     assert any("Exported for all classes at K = 4" in line for line in layer_search["findings"])
 
 
+def test_one_label_a_class_can_be_handled_by_views_and_batches_do_not_matter(tmp_path):
+    changes = {"search": {"permutations": 0, "one_shot": "augmented_views"}, "trained": None}
+    changes |= {"held_out": None, "export_shots": None, "session": {"num_cpus": 2}}
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one = finish(start(tmp_path / "one", LAYER_SEARCH, **changes))
+    two = finish(start(tmp_path / "two", LAYER_SEARCH, **changes, rows_per_task=1000))
+    assert any("K = 1" in line and "augmented_views" in line for line in one["findings"])
+    assert measured(one) == measured(two)
+
+
 def test_one_cpu_and_other_batches_find_the_same_layers(layer_search, tmp_path):
     again = finish(start(tmp_path, LAYER_SEARCH, session={"num_cpus": 1}, episodes_per_task=30))
     assert measured(again) == measured(layer_search)

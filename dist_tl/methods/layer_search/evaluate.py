@@ -8,7 +8,7 @@ I = candidate sets.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -127,6 +127,59 @@ class HeldOutScores:
             self._classifier,
         )
         return scores_IQ.mean(dim=1)
+
+
+class ViewScores:
+    """Scores of one-label-a-class support by views: each view is tested on the others.
+
+    Optimistic, since the views of an image are alike.
+
+    Args:
+        gram_LVV: Gram matrices of all views of all items, view after view.
+        labels_S: of the items, the same in every view.
+    """
+
+    def __init__(
+        self, gram_LVV: Tensor, labels_S: Tensor, num_views: int, classifier: ClassifierConfig
+    ) -> None:
+        self._gram_LVV, self._classifier = gram_LVV, classifier
+        self._num_views, self._size = num_views, len(labels_S)
+        self._y_SC = one_hot(labels_S, int(labels_S.max()) + 1)
+
+    def __call__(self, sets: Sequence[LayerSet]) -> Tensor:
+        gram_IVV = set_grams(self._gram_LVV, sets)
+        return torch.cat([self._one(gram_IVV, view) for view in range(self._num_views)], dim=1)
+
+    def _one(self, gram_IVV: Tensor, view: int) -> Tensor:
+        held_out = torch.arange(view * self._size, (view + 1) * self._size)
+        rest = torch.tensor(
+            [i for i in range(gram_IVV.shape[1]) if i not in set(held_out.tolist())]
+        )
+        y_RC = self._y_SC.repeat(self._num_views - 1, 1)
+        return query_item_scores(
+            gram_IVV[:, rest][:, :, rest],
+            gram_IVV[:, held_out][:, :, rest],
+            y_RC,
+            self._y_SC,
+            self._classifier,
+        )
+
+
+def select_by_views(
+    gram_LVV: Tensor, labels_S: Tensor, num_views: int, config: SearchConfig
+) -> Selection:
+    """The set for one task with one label a class, from augmented views of its support.
+
+    Raises:
+        ValueError: fewer than two views, or Gram matrices of other items.
+    """
+    if num_views < 2 or gram_LVV.shape[1] != num_views * len(labels_S):
+        raise ValueError(
+            f"expected Gram matrices of {num_views} >= 2 views of {len(labels_S)} items, got "
+            f"{tuple(gram_LVV.shape)}"
+        )
+    scores = ViewScores(gram_LVV, labels_S, num_views, config.classifier)
+    return replace(search_layers(scores, len(gram_LVV), config), branch="augmented_views")
 
 
 def one_shot_set(

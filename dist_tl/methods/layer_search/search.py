@@ -35,7 +35,7 @@ TIE = 1e-9
 BEAM_WIDTH = 4
 BATCH_SETS = 512  # Gram matrices held at once
 ItemScores = Callable[[Sequence[LayerSet]], Tensor]  # a row of item scores for each set
-Branch = Literal["loo", "held_out_classes", "penultimate"]
+Branch = Literal["loo", "held_out_classes", "augmented_views", "penultimate"]
 
 
 class SearchConfig(StrictModel):
@@ -53,10 +53,11 @@ class SearchConfig(StrictModel):
         "score", description="Of the first layer: its score, or its score against shuffled labels."
     )
     permutations: int = Field(50, ge=0, description="Label shuffles of the width-bias calibration.")
-    one_shot: Literal["held_out_classes", "penultimate"] = Field(
+    one_shot: Literal["held_out_classes", "augmented_views", "penultimate"] = Field(
         "held_out_classes",
-        description="With one label a class nothing can be left out. held_out_classes: use the set "
-        "that one-shot episodes of other new classes support; penultimate: the head's input.",
+        description="With one label a class nothing can be left out. held_out_classes: the set that "
+        "one-shot episodes of other new classes support; augmented_views: leave out one of four "
+        "views of each image, which flatters, for views are alike; penultimate: the head's input.",
     )
     classifier: ClassifierConfig = Field(default_factory=ClassifierConfig)
 

@@ -14,7 +14,12 @@ from dist_tl.methods.layer_search.classifiers import (
     query_item_scores,
     query_scores,
 )
-from dist_tl.methods.layer_search.evaluate import accuracies, one_shot_set, score_episode
+from dist_tl.methods.layer_search.evaluate import (
+    accuracies,
+    one_shot_set,
+    score_episode,
+    select_by_views,
+)
 from dist_tl.methods.layer_search.gram import layer_grams, one_hot, set_grams
 from dist_tl.methods.layer_search.search import (
     SearchConfig,
@@ -278,3 +283,21 @@ def test_scores_of_any_kind_can_be_searched():
     )
     assert found.found == (1,)
     assert found.path == (pytest.approx(1.05),)
+
+
+def test_views_find_the_planted_layer_for_one_label_a_class():
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.arange(WAYS)
+    phis = []
+    for layer in range(5):
+        image = torch.randn(WAYS, 20, generator=rng)
+        views = [
+            image + torch.randn(WAYS, 20, generator=rng) * (0.3 if layer == 1 else 30)
+            for _ in range(4)
+        ]
+        phis.append(unit(torch.cat(views)))
+    grams = layer_grams(phis, torch.arange(4 * WAYS))
+    found = select_by_views(grams, labels, 4, SearchConfig(strategy="single"))
+    assert (found.layers, found.branch) == ((1,), "augmented_views")
+    with pytest.raises(ValueError, match="views"):
+        select_by_views(grams, labels, 3, SearchConfig())
