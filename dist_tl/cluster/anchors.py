@@ -10,7 +10,7 @@ import ray
 from safetensors.torch import load as load_tensors
 
 from dist_tl.cluster.config import TrialsConfig
-from dist_tl.errors import DistTLError, WorkerError
+from dist_tl.cluster.outcomes import collect
 from dist_tl.methods.geometry.anchors import AnchorChunk, Proposal, drive_choice
 from dist_tl.storage.objects import ObjectStore
 
@@ -48,16 +48,11 @@ def choose_anchors_on_ray(
     actors = [remote.remote(store_url, key, first) for key, first in zip(keys, firsts, strict=True)]
 
     def everywhere(name: str, *arguments: object) -> list:
-        return ray.get([actor.answer.remote(name, *arguments) for actor in actors])
+        asked = [actor.answer.remote(name, *arguments) for actor in actors]
+        return collect(asked, "a chunk of the pool")
 
     try:
         return drive_choice(everywhere, m, on_step=on_step)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, DistTLError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayError as error:
-        raise WorkerError(f"a chunk of the pool was lost: {error}; start the job again") from None
     finally:
         for actor in actors:
             ray.kill(actor)

@@ -12,8 +12,9 @@ import ray
 import torch
 
 from dist_tl.cluster.config import Task, TrialsConfig
+from dist_tl.cluster.outcomes import collect
 from dist_tl.config import StrictModel, fingerprint
-from dist_tl.errors import CheckpointMismatchError, DistTLError, WorkerError
+from dist_tl.errors import CheckpointMismatchError
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
 
@@ -60,7 +61,7 @@ def run_tasks(
         on_poll()
         for ticket in ready:
             task = running.pop(ticket)
-            found[task.name] = answer.model_validate_json(_answer_of(ticket, task.name))
+            found[task.name] = answer.model_validate_json(collect(ticket, task.name))
             done += 1
             on_done(done, len(tasks), task.name)
             for following in _take(missing, 1):
@@ -111,14 +112,3 @@ def _run_one(
     stored = StoredAnswer(asked=_fingerprint(task), answer=answer)
     store.write(layout.result_key(task.name), stored.model_dump_json().encode())
     return answer
-
-
-def _answer_of(ticket: ray.ObjectRef, name: str) -> str:
-    try:
-        return ray.get(ticket)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, DistTLError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayError as error:
-        raise WorkerError(f"{name} was lost: {error}; start the same job again") from None

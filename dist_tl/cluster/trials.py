@@ -6,7 +6,7 @@ import ray
 import torch
 
 from dist_tl.cluster.config import TrialsConfig
-from dist_tl.errors import DistTLError, WorkerError
+from dist_tl.cluster.outcomes import collect
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.engine import join_group
 from dist_tl.train.spec import StageResult, StageSpec
@@ -37,14 +37,7 @@ class Trials:
         """
         while not ray.wait([ticket], timeout=0.2)[0]:
             on_poll()
-        try:
-            return ray.get(ticket)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, DistTLError):
-                raise error.cause from None
-            raise
-        except ray.exceptions.RayError as error:
-            raise WorkerError(f"a trial was lost: {error}; start the same job again") from None
+        return collect(ticket, "a trial")
 
 
 def _run_alone(specs: list[StageSpec], store_url: str, use_gpu: bool) -> list[StageResult]:

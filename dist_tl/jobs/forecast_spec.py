@@ -1,15 +1,14 @@
 """What a job of kind `forecast` can say: target data, and feature maps to choose from."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from dist_tl.cluster.config import TrialsConfig
 from dist_tl.config import StrictModel
 from dist_tl.datasets.spec import DataConfig
 from dist_tl.jobs.run_spec import NAME, JobConfig
-from dist_tl.jobs.teacher_spec import StoredTeacher, TeacherConfig
+from dist_tl.jobs.teacher_spec import AnyTeacher
 from dist_tl.methods.hidden_manifold.forecast import LABELS_PER_FEATURE
 
 
@@ -52,9 +51,7 @@ class ForecastJob(JobConfig):
         description="Target data; labels beyond `labelled` are not read but by `verify`."
     )
     maps: tuple[MapConfig, ...] = Field(min_length=1, description="Candidates, each by a name.")
-    teacher: TeacherConfig | StoredTeacher | None = Field(
-        None, description="The network of maps that name no model."
-    )
+    teacher: AnyTeacher | None = Field(None, description="The network of maps that name no model.")
     components: int = Field(
         40, ge=1, description="Leading principal components kept of each map's features, K."
     )
@@ -79,13 +76,6 @@ class ForecastJob(JobConfig):
         "answer is known.",
     )
     trials: TrialsConfig = Field(default_factory=TrialsConfig, description="How tasks are run.")
-
-    @field_validator("teacher", mode="before")
-    @classmethod
-    def _one_kind_of_teacher(cls, teacher: Any) -> Any:
-        if isinstance(teacher, Mapping):
-            return (StoredTeacher if "model" in teacher else TeacherConfig).model_validate(teacher)
-        return teacher
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

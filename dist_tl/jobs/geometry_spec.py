@@ -1,21 +1,19 @@
 """What a job of kind `geometric_labels` can say: a pool, features, anchors, labels, a target."""
 
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Literal, Self, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from dist_tl.cluster.config import TrialsConfig
 from dist_tl.config import StrictModel
 from dist_tl.datasets.spec import DataConfig
 from dist_tl.jobs.run_spec import BudgetConfig, RunConfig
-from dist_tl.jobs.teacher_spec import StoredTeacher, TeacherConfig
+from dist_tl.jobs.teacher_spec import AnyTeacher
 from dist_tl.jobs.transfer_spec import BASELINE
 from dist_tl.methods.geometry.classes import RareConfig
 from dist_tl.methods.geometry.item_labels import LabelConfig
 from dist_tl.models.networks import NetworkConfig
 
-G2LArm = Literal["g2l_near_max", "g2l_near_min", "g2l_far_max", "g2l_far_min"]
 Arm = Literal[
     "scratch",
     "g2l_near_max",
@@ -72,21 +70,11 @@ class GeometricLabelsJob(RunConfig):
 
     kind: Literal["geometric_labels"]
     pool: DataConfig = Field(description="Unlabelled images; human_labels alone reads its labels.")
-    extractor: TeacherConfig | StoredTeacher = Field(description="Its last features are used.")
+    extractor: AnyTeacher = Field(description="Its last features are used.")
     anchors: AnchorsConfig
     m: int = Field(3, ge=1, description="Anchors in a label.")
     rare: RareConfig = Field(default_factory=RareConfig)
-    arms: tuple[Arm, ...] = (
-        "scratch",
-        "g2l_near_max",
-        "g2l_near_min",
-        "g2l_far_max",
-        "g2l_far_min",
-        "nearest_m",
-        "kmeans",
-        "random_labels",
-        "human_labels",
-    )
+    arms: tuple[Arm, ...] = get_args(Arm)
     network: NetworkConfig = Field(description="Of the base model and of the target.")
     pretraining: BudgetConfig
     target: FewLabelsConfig
@@ -99,14 +87,6 @@ class GeometricLabelsJob(RunConfig):
     samples_per_shard: int = Field(256, ge=1)
     rows_per_task: int = Field(1024, ge=1, description="Images of one feature or label task.")
     trials: TrialsConfig = Field(default_factory=TrialsConfig, description="How tasks are run.")
-
-    @field_validator("extractor", mode="before")
-    @classmethod
-    def _one_kind_of_extractor(cls, extractor: Any) -> Any:
-        if isinstance(extractor, Mapping):
-            kind = StoredTeacher if "model" in extractor else TeacherConfig
-            return kind.model_validate(extractor)
-        return extractor
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

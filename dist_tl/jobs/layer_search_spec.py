@@ -1,15 +1,14 @@
 """What a job of kind `layer_search` can say: a frozen teacher, target data, episodes, a search."""
 
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from dist_tl.cluster.config import TrialsConfig
 from dist_tl.config import StrictModel
 from dist_tl.datasets.spec import DataConfig
 from dist_tl.jobs.run_spec import BudgetConfig, JobConfig
-from dist_tl.jobs.teacher_spec import StoredTeacher, TeacherConfig
+from dist_tl.jobs.teacher_spec import AnyTeacher, TeacherConfig
 from dist_tl.methods.layer_search.episodes import EpisodesConfig
 from dist_tl.methods.layer_search.features import PoolingConfig
 from dist_tl.methods.layer_search.search import SearchConfig
@@ -41,7 +40,7 @@ class LayerSearchJob(JobConfig):
     """Which feature maps of a teacher serve few-shot tasks best, chosen from support sets alone."""
 
     kind: Literal["layer_search"]
-    teacher: TeacherConfig | StoredTeacher
+    teacher: AnyTeacher
     data: DataConfig = Field(description="Target data; its classes should be new to the teacher.")
     held_out: HeldOutConfig | None = Field(
         None, description="For one label a class; absent: the penultimate layer is used there."
@@ -61,13 +60,6 @@ class LayerSearchJob(JobConfig):
         50, ge=1, description="Episodes of one task: enough to pay for its dispatch."
     )
     trials: TrialsConfig = Field(default_factory=TrialsConfig, description="How tasks are run.")
-
-    @field_validator("teacher", mode="before")
-    @classmethod
-    def _one_kind_of_teacher(cls, teacher: Any) -> Any:
-        if isinstance(teacher, Mapping):
-            return (StoredTeacher if "model" in teacher else TeacherConfig).model_validate(teacher)
-        return teacher
 
     @model_validator(mode="after")
     def _one_shot_is_new(self) -> Self:

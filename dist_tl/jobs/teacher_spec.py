@@ -3,7 +3,10 @@
 Imports neither ray nor deepspeed.
 """
 
-from pydantic import Field
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 
 from dist_tl.config import StrictModel
 from dist_tl.datasets.spec import DataConfig
@@ -34,6 +37,16 @@ class StoredTeacher(StrictModel):
     model: str = Field(
         min_length=1, description="Folder or URL with model.safetensors and config.json."
     )
+
+
+def _one_kind(teacher: Any) -> Any:
+    # A union's errors name every member; choosing first keeps the message to the point.
+    if isinstance(teacher, Mapping):
+        return (StoredTeacher if "model" in teacher else TeacherConfig).model_validate(teacher)
+    return teacher
+
+
+AnyTeacher = Annotated[TeacherConfig | StoredTeacher, BeforeValidator(_one_kind)]
 
 
 def teacher_place(teacher: TeacherConfig | StoredTeacher) -> str:

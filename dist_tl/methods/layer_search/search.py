@@ -56,8 +56,9 @@ class SearchConfig(StrictModel):
     one_shot: Literal["held_out_classes", "augmented_views", "penultimate"] = Field(
         "held_out_classes",
         description="With one label a class nothing can be left out. held_out_classes: the set "
-        "that one-shot episodes of other new classes support; augmented_views: leave out one of four "
-        "views of each image, which flatters, for views are alike; penultimate: the head's input.",
+        "that one-shot episodes of other new classes support; augmented_views: leave out one of "
+        "four views of each image, which flatters, for views are alike; penultimate: the head's "
+        "input.",
     )
     classifier: ClassifierConfig = Field(default_factory=ClassifierConfig)
 
