@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from dist_tl.cluster.config import TrialsConfig
 from dist_tl.config import StrictModel
 from dist_tl.jobs.run_spec import JobConfig
+from dist_tl.methods.hidden_manifold.activations import ODD
 from dist_tl.methods.hidden_manifold.sampling import Knobs, ManifoldConfig
 from dist_tl.methods.hidden_manifold.student import TrainingConfig
 
@@ -116,6 +117,11 @@ class ManifoldJob(JobConfig):
             )
         if self.reported_lambda not in self.lambdas:
             raise ValueError(f"reported_lambda: expected one of {self.lambdas}")
+        if self.model.input_activation not in ODD:
+            raise ValueError(
+                f"model.input_activation: the theory of random features needs inputs of mean 0; "
+                f"expected one of {', '.join(sorted(ODD))}, got {self.model.input_activation}"
+            )
         if "random" not in self.arms or "transferred" not in self.arms:
             raise ValueError("arms: transferred and random are what is compared; add them")
         for cell in self.cells():  # every value of every sweep must be one that the model can take

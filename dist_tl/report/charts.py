@@ -12,6 +12,7 @@ from dist_tl.results import Chart, HeatMap, Series
 
 COLORS = (svg.ARM, svg.REFERENCE, svg.GENERATE, svg.TRIAL, svg.OTHER, svg.INK)
 MARKERS = "osD^vP"
+DASHES = ("-", "--", ":")  # tell series apart once the colours begin again
 # Fixed colours, the same in the light and in the dark page: cells carry their own background.
 LOSS, EVEN, GAIN = "#b35806", "#f7f7f7", "#2166ac"
 DARK_TEXT, LIGHT_TEXT = "#1b1f24", "#ffffff"
@@ -29,7 +30,8 @@ def draw_chart(chart: Chart, *, width: int) -> Drawing:
     if chart.log_x:
         _log_axis(axes, chart)
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(8 if beside else 5))
+        whole = all(x == int(x) for series in chart.series for x in series.x)
+        axes.xaxis.set_major_locator(MaxNLocator(8 if beside else 5, integer=whole))
     axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.tick_params(length=0)
@@ -42,7 +44,8 @@ def draw_chart(chart: Chart, *, width: int) -> Drawing:
 def _draw_series(axes: Axes, series: Series) -> None:
     color = COLORS[series.color % len(COLORS)]
     if series.style == "line":
-        axes.plot(series.x, series.y, color=color, lw=2, label=series.label)
+        dashes = DASHES[series.color // len(COLORS) % len(DASHES)]
+        axes.plot(series.x, series.y, dashes, color=color, lw=2, label=series.label)
         if series.band is not None:
             low, high = zip(*series.band, strict=True)
             axes.fill_between(series.x, low, high, color=color, alpha=0.15, lw=0)

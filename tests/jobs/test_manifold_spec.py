@@ -94,6 +94,7 @@ def test_moment_tasks_share_every_chunk_once(tasks):
         ("lambdas: [0.0, 0.01]", "lambdas"),
         ("reported_lambda: 0.5", "reported_lambda"),
         ("arms: [random]", "transferred"),
+        ("model: {input_activation: relu}", "mean 0"),
         ("model: {latent: 5}", "source_latent|target_latent|latent"),
     ],
 )
