@@ -8,7 +8,7 @@ from PIL import Image
 from pydantic import Field, field_validator
 
 from dist_tl.datasets.decode import IMAGE_SUFFIXES, MAX_FILE_BYTES, decode_image
-from dist_tl.datasets.listing import Listing
+from dist_tl.datasets.listing import UNLABELLED, Listing
 from dist_tl.datasets.selection import SourceConfig, require_local
 from dist_tl.errors import ConfigError, DataError
 
@@ -18,6 +18,9 @@ class FolderConfig(SourceConfig):
 
     source: Literal["folder"] = "folder"
     path: str = Field(min_length=1, description="Local folder with one sub-folder a class.")
+    unlabelled: bool = Field(
+        False, description="All images below the folder, as one class: for pools without labels."
+    )
 
     _local = field_validator("path")(require_local)
 
@@ -32,6 +35,8 @@ def list_folder(config: FolderConfig) -> Listing:
         DataError: the folder is empty, or has no sub-folders.
     """
     root = Path(config.path).expanduser()
+    if config.unlabelled:
+        return _list_unlabelled(root)
     classes = _class_folders(root)
     files = [_images_below(folder) for folder in classes]
     paths = [path for in_class in files for path in in_class]
@@ -39,6 +44,23 @@ def list_folder(config: FolderConfig) -> Listing:
         names=[str(path) for path in paths],
         labels=np.repeat(np.arange(len(files)), [len(in_class) for in_class in files]),
         class_names=tuple(folder.name for folder in classes),
+        read=lambda i: _read(paths[i]),
+    )
+
+
+def _list_unlabelled(root: Path) -> Listing:
+    if not root.is_dir():
+        found = "a file" if root.exists() else "nothing"
+        raise ConfigError(f"path: expected a folder at {root}, found {found}")
+    paths = _images_below(root)
+    if not paths:
+        raise DataError(
+            f"{root} has no images below it; expected {', '.join(IMAGE_SUFFIXES)} files"
+        )
+    return Listing(
+        names=[str(path) for path in paths],
+        labels=np.zeros(len(paths), dtype=np.int64),
+        class_names=(UNLABELLED,),
         read=lambda i: _read(paths[i]),
     )
 

@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+UNLABELLED = "unlabelled"  # the one class of images without labels
+
 
 @dataclass(frozen=True, eq=False)
 class Listing:

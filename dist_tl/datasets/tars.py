@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from dist_tl.datasets.decode import IMAGE_SUFFIXES, MAX_FILE_BYTES, decode_image
-from dist_tl.datasets.listing import Listing
+from dist_tl.datasets.listing import UNLABELLED, Listing
 from dist_tl.datasets.selection import SourceConfig, require_local
 from dist_tl.errors import ConfigError, DataError
 
@@ -31,6 +31,10 @@ class WdsConfig(SourceConfig):
     )
     classes_file: str | None = Field(
         None, description="Text file of class names, one a line; default: the labels themselves."
+    )
+
+    unlabelled: bool = Field(
+        False, description="Images alone, as one class, with or without .cls: for unlabelled pools."
     )
 
     @field_validator("path", "classes_file")
@@ -73,6 +77,8 @@ def list_tars(config: WdsConfig) -> Listing:
             lacks its image or label, or a label is not an integer that names a class.
     """
     patterns = (config.path,) if isinstance(config.path, str) else config.path
+    if config.unlabelled:
+        return _list_unlabelled(patterns)
     samples = [sample for tar in _tar_paths(patterns) for sample in _samples(tar)]
     if not samples:
         raise DataError(f"{', '.join(patterns)}: no members KEY.jpg or KEY.png with KEY.cls")
@@ -94,6 +100,27 @@ def list_tars(config: WdsConfig) -> Listing:
         class_names=class_names,
         read=lambda i: decode_image(images[i].read(), name=str(images[i])),
     )
+
+
+def _list_unlabelled(patterns: tuple[str, ...]) -> Listing:
+    images = [image for tar in _tar_paths(patterns) for image in _images(tar).values()]
+    if not images:
+        raise DataError(f"{', '.join(patterns)}: no members KEY.jpg or KEY.png")
+    return Listing(
+        names=[str(image) for image in images],
+        labels=np.zeros(len(images), dtype=np.int64),
+        class_names=(UNLABELLED,),
+        read=lambda i: decode_image(images[i].read(), name=str(images[i])),
+    )
+
+
+def _images(tar: Path) -> dict[str, _Member]:
+    images: dict[str, _Member] = {}
+    for member in _members(tar):
+        key, suffix = _key_and_suffix(member.name)
+        if suffix in IMAGE_SUFFIXES:
+            _keep(images, key, member)
+    return images
 
 
 def _tar_paths(patterns: tuple[str, ...]) -> list[Path]:

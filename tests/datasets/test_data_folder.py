@@ -127,3 +127,17 @@ def test_a_number_for_a_name_is_told_to_use_quotes(tmp_path):
 def test_a_url_is_refused_before_anything_is_read():
     with pytest.raises(ConfigError, match=r"s3://bucket/pets is a URL.*mount.*or copy"):
         load("s3://bucket/pets")
+
+
+def test_a_pool_without_labels_needs_no_class_folders(tmp_path):
+    write(tmp_path / "b.png", 2)
+    write(tmp_path / "deep" / "a.png", 1)
+    pool = load(tmp_path, unlabelled=True)
+    assert pool.class_names == ("unlabelled",)
+    assert pool.images[:, 0, 0, 0].tolist() == [2, 1]
+    assert pool.labels.tolist() == [0, 0]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no images below"):
+        load(tmp_path / "empty", unlabelled=True)
+    with pytest.raises(ConfigError, match="expected a folder"):
+        load(tmp_path / "nowhere", unlabelled=True)

@@ -207,3 +207,14 @@ def test_two_hundred_real_images_are_read_twenty_a_class():
     assert np.bincount(data.labels).tolist() == [20] * 10
     assert data.class_names[0] == "airplane"
     assert data.images.std() > 30.0
+
+
+def test_a_pool_without_labels_is_one_class_whatever_labels_lie_beside(tmp_path):
+    write_tar(tmp_path / "a.tar", [("0.png", png(1)), ("1.png", png(2)), ("1.cls", b"7")])
+    pool = load(tmp_path / "a.tar", unlabelled=True)
+    assert pool.class_names == ("unlabelled",)
+    assert pool.labels.tolist() == [0, 0]
+    assert pool.images[:, 0, 0, 0].tolist() == [1, 2]
+    write_tar(tmp_path / "b.tar", [("0.json", b"{}")])
+    with pytest.raises(DataError, match="no members KEY.jpg"):
+        load(tmp_path / "b.tar", unlabelled=True)
