@@ -96,6 +96,11 @@ class GeometricLabelsJob(RunConfig):
             raise ValueError(f"arms: {BASELINE} is what the others are compared with; add it")
         if {"kmeans", "random_labels"} & set(self.arms) and "g2l_near_max" not in self.arms:
             raise ValueError("arms: kmeans and random_labels take their classes from g2l_near_max")
+        if getattr(self.pool, "unlabelled", False) and ("human_labels" in self.arms or self.pairs):
+            raise ValueError(
+                "pool: without labels there are no human_labels and no pairs of classes; leave "
+                "that arm and `pairs` out"
+            )
         if self.anchors.count is not None and self.m > self.anchors.count:
             raise ValueError(f"m: {self.m} is more than anchors.count, {self.anchors.count}")
         self.check_cpus(self.trials.cpus, "a task")

@@ -216,5 +216,5 @@ def test_a_pool_without_labels_is_one_class_whatever_labels_lie_beside(tmp_path)
     assert pool.labels.tolist() == [0, 0]
     assert pool.images[:, 0, 0, 0].tolist() == [1, 2]
     write_tar(tmp_path / "b.tar", [("0.json", b"{}")])
-    with pytest.raises(DataError, match="no members KEY.jpg"):
+    with pytest.raises(DataError, match=r"no members KEY\.jpg"):
         load(tmp_path / "b.tar", unlabelled=True)

@@ -285,6 +285,11 @@ def test_chunks_and_cpus_change_no_label_and_no_result(geometry, tmp_path):
         (GEOMETRY, {"m": 7}, "m: 7 is more than anchors.count"),
         (GEOMETRY, {"anchors": {}}, "either data or count"),
         (GEOMETRY, {"session": {"num_cpus": 2}}, "need 3, got 2"),
+        (
+            GEOMETRY,
+            {"pool": {"source": "folder", "path": "/pool", "unlabelled": True}},
+            "without labels there are no human_labels and no pairs",
+        ),
         (GEOMETRY, {"rare": {"min_count": 400}}, "lower it, shorten m"),
         (LAYER_SEARCH, {"episodes": {"ways": 9}}, "9 ways need as many classes"),
         (
