@@ -70,7 +70,8 @@ def draw_episode(
     items, so that curves over shots are paired.
     """
     rng = numpy_rng(seed, "episode", index)
-    classes = rng.choice(np.unique(labels_N), size=config.ways, replace=False)
+    present = np.flatnonzero(np.bincount(labels_N))
+    classes = rng.choice(present, size=config.ways, replace=False)
     support, query = [], []
     for label in classes:
         items = rng.permutation(np.flatnonzero(labels_N == label))

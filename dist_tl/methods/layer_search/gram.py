@@ -23,7 +23,7 @@ def layer_grams(phis: Sequence[Tensor], items_E: Tensor, num_support: int | None
         items_E: int64 rows of the episode, support first.
         num_support: S; absent: all items are.
     """
-    rows = [phi_ND[items_E].double() for phi_ND in phis]
+    rows = [phi_ND.index_select(0, items_E).double() for phi_ND in phis]
     return torch.stack([row_ED @ row_ED[:num_support].T for row_ED in rows])
 
 

@@ -142,8 +142,8 @@ class _Scorer:
     def best(self, sets: Sequence[LayerSet]) -> LayerSet:
         """The highest mean; within 1e-9 the smaller set, then the deeper one."""
         self.prepare(sets)
-        top = max(self.mean(layers) for layers in sets)
-        tied = [layers for layers in sets if self.mean(layers) >= top - TIE]
+        top = max(self._means[layers] for layers in sets)
+        tied = [layers for layers in sets if self._means[layers] >= top - TIE]
         return min(tied, key=lambda layers: (len(layers), tuple(-layer for layer in layers[::-1])))
 
 
