@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import webdataset
@@ -234,6 +235,25 @@ def test_one_label_a_class_can_be_handled_by_views_and_batches_do_not_matter(tmp
     two = finish(start(tmp_path / "two", LAYER_SEARCH, **changes, rows_per_task=1000))
     assert any("K = 1" in line and "augmented_views" in line for line in one["findings"])
     assert measured(one) == measured(two)
+
+
+def test_killed_workers_change_nothing(layer_search, tmp_path):
+    process = start(tmp_path, LAYER_SEARCH, session={"num_cpus": 3})
+    killed, deadline = set(), time.monotonic() + 120
+    while process.poll() is None and len(killed) < 3:
+        assert time.monotonic() < deadline
+        for child in psutil.Process(process.pid).children(recursive=True):
+            try:
+                # A worker at a task bears its name.
+                if child.pid not in killed and "ray::_run_one" in " ".join(child.cmdline()):
+                    child.kill()
+                    killed.add(child.pid)
+                    break
+            except psutil.NoSuchProcess:
+                continue
+        time.sleep(0.3)
+    assert killed
+    assert measured(finish(process)) == measured(layer_search)
 
 
 def test_one_cpu_and_other_batches_find_the_same_layers(layer_search, tmp_path):
