@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -114,7 +115,8 @@ def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> N
     from dist_tl.jobs.run import open_store, run_job
     from dist_tl.report.collect import write_report
 
-    with TerminalProgress() as progress:
+    # Ray writes about lost workers to stdout, which belongs to the results alone.
+    with TerminalProgress() as progress, redirect_stdout(sys.stderr):
         results = run_job(spec, progress)
     if results is None:
         return

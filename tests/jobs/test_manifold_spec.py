@@ -8,7 +8,7 @@ from dist_tl.jobs.manifold_spec import ManifoldJob
 from dist_tl.jobs.planning import plan_job
 from dist_tl.jobs.specs import read_job
 
-PRESETS = ("manifold", "manifold_phase", "forecast")
+PRESETS = ("manifold", "manifold_phase", "forecast", "layer_search", "geometric_labels")
 
 
 def job_file(tmp_path, text):
