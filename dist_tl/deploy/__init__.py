@@ -1,0 +1,1 @@
+"""Jobs on Kubernetes: manifests for the KubeRay operator, made from a job and checked offline."""

@@ -1,0 +1,90 @@
+"""Which pods a job needs: one group a role, sized by what the job says. Pure.
+
+A role is a Ray resource of the same name: only its pods have it, and each of its actors asks for
+a little of it, so that no actor lands on a pod that was bought for another.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dist_tl.deploy.options import GroupOptions, KubeOptions
+from dist_tl.errors import ConfigError
+from dist_tl.jobs.run_spec import JobConfig
+
+Role = Literal["trainers", "generators", "experts"]
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """The pods of one role.
+
+    Attributes:
+        name: the role, and the Ray resource.
+        min_pods: kept while the job runs.
+        max_pods: at most, when the role has more to do.
+        cpus: whole CPUs of a pod, since Ray counts no others.
+        gpus: whole GPUs of a pod.
+        options: where the pods go and what else they are given.
+    """
+
+    name: Role
+    min_pods: int
+    max_pods: int
+    cpus: int
+    gpus: int
+    options: GroupOptions
+
+
+def worker_groups(job: JobConfig, options: KubeOptions) -> list[WorkerGroup]:
+    """The groups of a job, trainers first.
+
+    Raises:
+        ConfigError: the job says nothing that a group could be sized by.
+    """
+    if hasattr(job, "trainers"):
+        groups = [_trainers(job, options.trainers)]
+    elif hasattr(job, "trials"):
+        groups = [_tasks(job, options.trainers)]
+    else:
+        raise ConfigError(f"expected a job with trainers or trials, got {type(job).__name__}")
+    for role in ("generators", "experts"):
+        pool = getattr(job, role, None)
+        if pool is not None:
+            groups.append(_pool(role, pool, getattr(options, role)))
+    return groups
+
+
+def _trainers(job: Any, options: GroupOptions) -> WorkerGroup:
+    each = options.workers_per_pod
+    # Trials work beside the trainers; without a CPU of their own they would wait for the end.
+    trials = getattr(job, "trials", None)
+    spare_cpus, spare_gpus = (trials.cpus, trials.gpus) if trials is not None else (0.0, 0.0)
+    trainers = job.trainers
+    pods = math.ceil(trainers.workers / each)
+    held = min(each, trainers.workers)
+    cpus = math.ceil(held * trainers.cpus + spare_cpus)
+    gpus = math.ceil(held * trainers.gpus + spare_gpus)
+    return WorkerGroup("trainers", pods, pods, cpus, gpus, options)
+
+
+def _tasks(job: Any, options: GroupOptions) -> WorkerGroup:
+    """One group for jobs of independent tasks, with at least the CPUs that the session asks."""
+    trials, total = job.trials, job.session.num_cpus
+    at_least = math.ceil(trials.cpus)
+    pods = max(1, math.ceil(total / max(options.cpus_per_pod, at_least)))
+    cpus = max(at_least, math.ceil(total / pods))
+    gpus = math.ceil(trials.gpus * math.floor(cpus / trials.cpus))
+    return WorkerGroup("trainers", pods, pods, cpus, gpus, options)
+
+
+def _pool(role: Role, pool: Any, options: GroupOptions) -> WorkerGroup:
+    each = options.workers_per_pod
+    return WorkerGroup(
+        name=role,
+        min_pods=math.ceil(pool.min / each),
+        max_pods=math.ceil(pool.max / each),
+        cpus=math.ceil(each * pool.cpus),
+        gpus=math.ceil(each * pool.gpus),
+        options=options,
+    )

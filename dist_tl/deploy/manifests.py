@@ -1,0 +1,225 @@
+"""A job and the options of a cluster -> what Kubernetes is given. Pure: same in, same out.
+
+Not covered: handing it in, and what the operator and the API server make of it.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from dist_tl.deploy.groups import WorkerGroup, worker_groups
+from dist_tl.deploy.options import GroupOptions, HeadOptions, KubeOptions
+from dist_tl.deploy.pods import (
+    JOB_FOLDER,
+    PodContext,
+    container_security,
+    environment,
+    equal,
+    head_template,
+    labels,
+    mounts,
+    start_params,
+    submitter_template,
+    worker_template,
+)
+from dist_tl.deploy.rules import MAX_JOB_NAME, check
+from dist_tl.errors import ConfigError
+from dist_tl.jobs.run_spec import JobConfig
+from dist_tl.telemetry import redact
+
+JOB_KEY = "job.yaml"
+ENTRYPOINT = f"dist-tl run {JOB_FOLDER}/{JOB_KEY} session.roles=true"
+RUN_ANNOTATION = "dist-tl/run"
+MAX_ATTEMPT = 999
+MAX_LABEL = MAX_JOB_NAME - len(f"--{MAX_ATTEMPT}")
+AUTOSCALER = {"cpu": "500m", "memory": "1Gi", "ephemeral-storage": "1Gi"}
+Manifest = dict[str, Any]
+
+
+def run_label(job: JobConfig) -> str:
+    """The run's name on Kubernetes: the last part of `job.run`, as a DNS-1035 label.
+
+    Raises:
+        ConfigError: nothing is left of that part, or it is too long.
+    """
+    last = job.run.rstrip("/").rsplit("/", 1)[-1]
+    label = re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")
+    if not label:
+        raise ConfigError(
+            f"run: expected a last part with letters a-z or digits, to name the run on Kubernetes; "
+            f"got {job.run!r}; e.g. s3://bucket/runs/birds"
+        )
+    if not label[0].isalpha():
+        label = f"run-{label}"
+    if len(label) > MAX_LABEL:
+        raise ConfigError(
+            f"run: the last part names the run on Kubernetes: expected at most {MAX_LABEL} "
+            f"characters, got {len(label)} in {label!r}; choose a shorter one"
+        )
+    return label
+
+
+def job_name(job: JobConfig, attempt: int = 1) -> str:
+    """Name of the RayJob of an attempt; no label holds "--", so that no two runs share one.
+
+    Raises:
+        ConfigError: the run has no name on Kubernetes, or too many attempts were made.
+    """
+    if not 1 <= attempt <= MAX_ATTEMPT:
+        raise ConfigError(f"attempt: expected 1 to {MAX_ATTEMPT}, got {attempt}; delete old ones")
+    label = run_label(job)
+    return label if attempt == 1 else f"{label}--{attempt}"
+
+
+def render(job: JobConfig, options: KubeOptions, *, attempt: int = 1) -> list[Manifest]:
+    """A ConfigMap with the job, its RayJob, and budgets that keep head and trainers alive.
+
+    Raises:
+        ConfigError: the job cannot work over several pods, or KubeRay would refuse it.
+    """
+    _check_store(job)
+    _check_shared_memory(job, options)
+    context = PodContext(job_name(job, attempt), options, job.session.object_store_mb)
+    groups = worker_groups(job, options)
+    manifests = [
+        _config_map(job, context),
+        _ray_job(job, context, groups),
+        _budget(context, "head", 1),
+        _budget(context, "trainers", groups[0].min_pods),
+    ]
+    check(manifests, ray_version=options.ray_version)
+    return manifests
+
+
+def cluster_spec(context: PodContext, groups: list[WorkerGroup]) -> Manifest:
+    """A RayCluster: one head and the groups, sized by Ray's autoscaler."""
+    options = context.options
+    return {
+        "rayVersion": options.ray_version,
+        "authOptions": {"mode": "token"},
+        "enableInTreeAutoscaling": True,
+        "autoscalerOptions": {
+            "version": "v2",
+            "idleTimeoutSeconds": options.idle_timeout_s,
+            "imagePullPolicy": options.image_pull_policy,
+            "env": environment(),
+            "resources": equal(AUTOSCALER),
+            "securityContext": container_security(options),
+            "volumeMounts": mounts(),
+        },
+        "headGroupSpec": {
+            "serviceType": "ClusterIP",
+            "rayStartParams": start_params(context),
+            "template": head_template(context),
+        },
+        "workerGroupSpecs": [_group(context, group) for group in groups],
+    }
+
+
+def _group(context: PodContext, group: WorkerGroup) -> Manifest:
+    return {
+        "groupName": group.name,
+        "replicas": group.min_pods,
+        "minReplicas": group.min_pods,
+        "maxReplicas": group.max_pods,
+        "numOfHosts": 1,
+        "rayStartParams": start_params(context, group.name),
+        "template": worker_template(context, group),
+    }
+
+
+def _ray_job(job: JobConfig, context: PodContext, groups: list[WorkerGroup]) -> Manifest:
+    options = context.options
+    metadata = _metadata(context, "job")
+    metadata["annotations"] = {RUN_ANNOTATION: job.run}
+    if options.queue is not None:
+        metadata["labels"]["kueue.x-k8s.io/queue-name"] = options.queue
+        # Without it Kueue refuses jobs that autoscale.
+        metadata["annotations"]["kueue.x-k8s.io/elastic-job"] = "true"
+    spec = {
+        "entrypoint": ENTRYPOINT,
+        "submissionMode": "K8sJobMode",
+        "submitterConfig": {"backoffLimit": 3},
+        "submitterPodTemplate": submitter_template(context),
+        "shutdownAfterJobFinishes": True,
+        "ttlSecondsAfterFinished": options.ttl_seconds_after_finished,
+        "backoffLimit": options.backoff_limit,
+        "suspend": options.suspend,
+        "rayClusterSpec": cluster_spec(context, groups),
+    }
+    if options.active_deadline_seconds is not None:
+        spec["activeDeadlineSeconds"] = options.active_deadline_seconds
+    return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata, "spec": spec}
+
+
+def _config_map(job: JobConfig, context: PodContext) -> Manifest:
+    text = yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, width=100)
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(context, "job"),
+        "data": {JOB_KEY: text},
+    }
+
+
+def _budget(context: PodContext, component: str, pods: int) -> Manifest:
+    """Node upgrades wait for the job: losing the head or a trainer sets it back."""
+    metadata = _metadata(context, component)
+    metadata["name"] = f"{context.name}-{component}"
+    spec = {
+        "minAvailable": pods,
+        "selector": {"matchLabels": labels(context.name, component)},
+    }
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": metadata,
+        "spec": spec,
+    }
+
+
+def _metadata(context: PodContext, component: str) -> Manifest:
+    metadata: Manifest = {"name": context.name, "labels": labels(context.name, component)}
+    if context.options.namespace is not None:
+        metadata["namespace"] = context.options.namespace
+    return metadata
+
+
+def _check_store(job: JobConfig) -> None:
+    protocol, separator, _ = job.run.partition("://")
+    if job.store != "direct" or not separator or protocol in ("file", "memory"):
+        raise ConfigError(
+            "store: pods share no disk: expected store: direct and a run in an object store, got "
+            f"store: {job.store} and run: {redact(job.run)}; e.g. "
+            "run=s3://bucket/runs/birds store=direct"
+        )
+    _check_no_secret(job.model_dump(mode="json"), "")
+
+
+def _check_no_secret(value: Any, path: str) -> None:
+    """The job is stored where everybody with access to the namespace can read it."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_no_secret(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            _check_no_secret(inner, f"{path}.{i}")
+    elif isinstance(value, str) and redact(value) != value:
+        raise ConfigError(
+            f"{path}: expected no secret in a job, got {redact(value)}; put it into a Secret and "
+            "name that in the options: credentials"
+        )
+
+
+def _check_shared_memory(job: JobConfig, options: KubeOptions) -> None:
+    needed = job.session.object_store_mb
+    places: dict[str, HeadOptions | GroupOptions] = {"head": options.head}
+    places |= {group.name: group.options for group in worker_groups(job, options)}
+    for name, place in places.items():
+        if place.shm_gb * 1024 < needed:
+            raise ConfigError(
+                f"{name}.shm_gb: Ray's objects live in /dev/shm: expected at least "
+                f"{needed / 1024:.3g} for session.object_store_mb {needed}, got {place.shm_gb:g}"
+            )

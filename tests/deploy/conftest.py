@@ -1,0 +1,36 @@
+"""Jobs and options that the tests of deployment share."""
+
+from pathlib import Path
+
+import pytest
+
+from dist_tl.deploy.manifests import render
+from dist_tl.deploy.options import KubeOptions
+from dist_tl.jobs.specs import read_job
+
+PRESETS = Path(__file__).parents[2] / "launch" / "presets"
+
+
+@pytest.fixture
+def job_of():
+    def read(preset, *overrides):
+        stored = (f"run=s3://bucket/runs/{preset}", "store=direct")
+        return read_job(PRESETS / f"{preset}.yaml", (*stored, *overrides))
+
+    return read
+
+
+@pytest.fixture
+def options():
+    def make(**changes):
+        return KubeOptions(**{"image": "registry.example/dist-tl:1", "credentials": "s3"} | changes)
+
+    return make
+
+
+@pytest.fixture
+def rendered(job_of, options):
+    def make(preset="digits", *overrides, attempt=1, **changes):
+        return render(job_of(preset, *overrides), options(**changes), attempt=attempt)
+
+    return make

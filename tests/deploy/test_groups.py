@@ -1,0 +1,66 @@
+"""How many pods of which size a job gets."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from dist_tl.deploy.groups import worker_groups
+from dist_tl.errors import ConfigError
+
+
+def by_name(groups):
+    return {group.name: group for group in groups}
+
+
+def test_trainers_are_fixed_and_generators_vary(job_of, options):
+    job = job_of("digits", "trainers.workers=4", "session.num_cpus=8", "generators.max=6")
+    groups = by_name(worker_groups(job, options()))
+    assert (groups["trainers"].min_pods, groups["trainers"].max_pods) == (4, 4)
+    assert (groups["generators"].min_pods, groups["generators"].max_pods) == (1, 6)
+
+
+def test_a_trial_finds_room_beside_the_trainers(job_of, options):
+    [trainers, _] = worker_groups(
+        job_of("digits", "trials.cpus=2", "session.num_cpus=8"), options()
+    )
+    assert trainers.cpus == 1 + 2
+
+
+def test_workers_may_share_a_pod(job_of, options):
+    job = job_of("digits", "trainers.workers=4", "trainers.gpus=0.5", "session.num_cpus=8")
+    asked = options(trainers={"workers_per_pod": 4}, generators={"workers_per_pod": 2})
+    groups = by_name(worker_groups(job, asked))
+    assert (groups["trainers"].min_pods, groups["trainers"].gpus) == (1, 2)
+    assert (groups["generators"].max_pods, groups["generators"].cpus) == (1, 2)
+
+
+def test_no_generator_is_kept_where_none_is_wanted(job_of, options):
+    [_, generators] = worker_groups(job_of("digits", "generators.min=0"), options())
+    assert (generators.min_pods, generators.max_pods) == (0, 2)
+
+
+@pytest.mark.parametrize(("cpus", "pods", "each"), [(1, 1, 1), (2, 1, 2), (8, 2, 4), (9, 3, 3)])
+def test_jobs_of_tasks_get_the_cpus_of_their_session(job_of, options, cpus, pods, each):
+    job = job_of("layer_search", f"session.num_cpus={cpus}")
+    [group] = worker_groups(job, options())
+    assert (group.name, group.min_pods, group.cpus) == ("trainers", pods, each)
+    assert group.min_pods * group.cpus >= cpus
+
+
+def test_a_task_with_many_cpus_fits_one_pod(job_of, options):
+    job = job_of("layer_search", "trials.cpus=6", "trials.gpus=1", "session.num_cpus=12")
+    [group] = worker_groups(job, options())
+    assert (group.min_pods, group.cpus, group.gpus) == (2, 6, 1)
+
+
+def test_experts_get_a_group_where_a_job_has_them(options):
+    pool = SimpleNamespace(min=2, max=5, cpus=1.5, gpus=1.0)
+    trials = SimpleNamespace(cpus=1.0, gpus=0.0)
+    job = SimpleNamespace(trials=trials, session=SimpleNamespace(num_cpus=4), experts=pool)
+    experts = by_name(worker_groups(job, options()))["experts"]
+    assert (experts.min_pods, experts.max_pods, experts.cpus, experts.gpus) == (2, 5, 2, 1)
+
+
+def test_a_job_of_neither_kind_is_refused(options):
+    with pytest.raises(ConfigError, match="trainers or trials"):
+        worker_groups(SimpleNamespace(), options())

@@ -1,0 +1,227 @@
+"""What a job becomes on Kubernetes, held against KubeRay's and Kubernetes' own schemas."""
+
+import copy
+import json
+from importlib.metadata import version
+
+import pytest
+from crd_schemas import problems, templates_of
+
+from dist_tl.deploy.manifests import ENTRYPOINT, MAX_LABEL, render, run_label
+from dist_tl.deploy.pods import ROLE_AMOUNT
+from dist_tl.errors import ConfigError
+from dist_tl.jobs.specs import read_job
+
+JOBS = (
+    "digits",
+    "digits_disjoint",
+    "forecast",
+    "geometric_labels",
+    "layer_search",
+    "manifold",
+    "manifold_phase",
+)
+EVERYTHING = {
+    "namespace": "science",
+    "endpoint_url": "http://s3:9000",
+    "env": {"AWS_REGION": "eu-west-1"},
+    "queue": "gpus",
+    "suspend": True,
+    "active_deadline_seconds": 3600,
+    "image_pull_secrets": ("registry",),
+    "head": {"priority_class": "high", "cpus": 1.5},
+    "trainers": {"node_selector": {"disk": "fast"}},
+    "generators": {"spot": True, "grace_s": 600, "priority_class": "low"},
+}
+
+
+def ray_job(manifests):
+    [job] = [m for m in manifests if m["kind"] == "RayJob"]
+    return job
+
+
+def groups(manifests):
+    specs = ray_job(manifests)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    return {group["groupName"]: group for group in specs}
+
+
+def containers(manifests):
+    for place, template in templates_of(ray_job(manifests)).items():
+        for container in template["spec"]["containers"]:
+            yield place, container
+
+
+@pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["defaults", "everything"])
+@pytest.mark.parametrize("preset", ["digits", "layer_search"])
+def test_the_schemas_have_nothing_to_say(rendered, preset, changes):
+    gpus = ("generators.gpus=0.5", "trainers.gpus=1") if preset == "digits" else ()
+    for manifest in rendered(preset, *gpus, **changes):
+        assert problems(manifest) == []
+
+
+@pytest.mark.parametrize("preset", JOBS)
+def test_the_job_in_the_config_map_is_the_job(tmp_path, job_of, options, preset):
+    job = job_of(preset)
+    [config_map, *_] = render(job, options())
+    path = tmp_path / "job.yaml"
+    path.write_text(config_map["data"]["job.yaml"])
+    assert read_job(path) == job
+
+
+def test_rendering_is_pure(job_of, options):
+    job, asked = job_of("digits"), options()
+    first, again = render(job, asked), render(job, asked)
+    assert json.dumps(first) == json.dumps(again)
+    changed = copy.deepcopy(again)
+    first[1]["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"].clear()
+    assert render(job, asked) == changed
+
+
+def test_the_head_runs_the_job_and_no_actor(rendered):
+    manifests = rendered()
+    job = ray_job(manifests)
+    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]
+    assert job["spec"]["entrypoint"] == ENTRYPOINT
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    mounted = {m["name"]: m for m in head["template"]["spec"]["containers"][0]["volumeMounts"]}
+    assert mounted["job"]["readOnly"]
+    assert mounted["job"]["mountPath"] in ENTRYPOINT
+
+
+def test_each_group_has_the_resource_of_its_role_alone(rendered):
+    from ray.autoscaler._private.kuberay.autoscaling_config import _get_custom_resources
+
+    for name, group in groups(rendered()).items():
+        params = group["rayStartParams"]
+        assert _get_custom_resources({}, params, name) == {name: ROLE_AMOUNT}
+
+
+def test_a_shell_gives_ray_the_resource_as_json(rendered):
+    import subprocess
+
+    for name, group in groups(rendered()).items():
+        command = f"printf %s --resources={group['rayStartParams']['resources']}"
+        said = subprocess.run(["/bin/bash", "-c", command], capture_output=True, text=True)
+        assert json.loads(said.stdout.removeprefix("--resources=")) == {name: ROLE_AMOUNT}
+
+
+def test_requests_equal_limits_everywhere(rendered):
+    for place, container in containers(rendered("digits", "trainers.gpus=1")):
+        resources = container["resources"]
+        assert resources["requests"] == resources["limits"], place
+        assert {"cpu", "memory", "ephemeral-storage"} <= set(resources["limits"])
+        assert ("nvidia.com/gpu" in resources["limits"]) == (place == "trainers")
+
+
+def test_every_pod_meets_the_restricted_standard(rendered):
+    manifests = rendered()
+    for template in templates_of(ray_job(manifests)).values():
+        pod = template["spec"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC"}
+        assert all(set(v) & {"emptyDir", "configMap"} for v in pod["volumes"])
+    autoscaler = ray_job(manifests)["spec"]["rayClusterSpec"]["autoscalerOptions"]
+    for container in [autoscaler, *(c for _, c in containers(manifests))]:
+        security = container["securityContext"]
+        assert security["runAsUser"] > 0
+        assert security["readOnlyRootFilesystem"]
+        assert not security["allowPrivilegeEscalation"]
+        assert security["capabilities"] == {"drop": ["ALL"]}
+        assert {m["mountPath"] for m in container["volumeMounts"]} >= {"/tmp", "/home/dist_tl"}
+
+
+def test_only_the_head_may_speak_to_the_api_server(rendered):
+    for place, template in templates_of(ray_job(rendered())).items():
+        assert template["spec"].get("automountServiceAccountToken", True) == (place == "head")
+
+
+def test_lost_pods_are_noticed_and_threads_do_not_multiply(rendered):
+    for _, container in containers(rendered()):
+        env = {v["name"]: v["value"] for v in container["env"]}
+        assert env["RAY_grpc_client_keepalive_time_ms"] == "10000"
+        assert env["RAY_grpc_client_keepalive_timeout_ms"] == "5000"
+        assert env["OMP_NUM_THREADS"] == "1"
+
+
+def test_secrets_are_named_and_never_said(rendered):
+    for place, container in containers(rendered(credentials="my-keys")):
+        wanted = [] if place == "submitter" else [{"secretRef": {"name": "my-keys"}}]
+        assert container.get("envFrom", []) == wanted
+    for _, container in containers(rendered(credentials=None)):
+        assert "envFrom" not in container
+
+
+def test_generators_drain_and_accept_spot_nodes(rendered):
+    pod = groups(rendered(**EVERYTHING))["generators"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] == 600
+    assert pod["priorityClassName"] == "low"
+    assert {t["key"] for t in pod["tolerations"]} >= {"cloud.google.com/gke-spot"}
+    command = " ".join(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"])
+    assert "ray drain-node" in command
+    assert "--deadline-remaining-seconds 580" in command
+
+
+def test_one_version_of_ray_and_a_token(rendered):
+    cluster = ray_job(rendered())["spec"]["rayClusterSpec"]
+    assert cluster["rayVersion"] == version("ray")
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["autoscalerOptions"]["version"] == "v2"
+
+
+def test_head_and_trainers_survive_the_upgrade_of_nodes(rendered):
+    manifests = rendered("digits", "trainers.workers=4", "session.num_cpus=8")
+    budgets = {m["metadata"]["name"]: m["spec"] for m in manifests[2:]}
+    assert budgets["digits-head"]["minAvailable"] == 1
+    assert budgets["digits-trainers"]["minAvailable"] == 4
+    template = groups(manifests)["trainers"]["template"]
+    wanted = budgets["digits-trainers"]["selector"]["matchLabels"]
+    assert wanted.items() <= template["metadata"]["labels"].items()
+
+
+def test_a_queue_admits_the_job(rendered):
+    metadata = ray_job(rendered(queue="gpus"))["metadata"]
+    assert metadata["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+    assert "kueue.x-k8s.io/queue-name" not in ray_job(rendered())["metadata"]["labels"]
+
+
+@pytest.mark.parametrize(
+    ("run", "label"),
+    [
+        ("s3://b/runs/birds", "birds"),
+        ("s3://b/My_Run.3/", "my-run-3"),
+        ("s3://b/2026-11-21", "run-2026-11-21"),
+        ("s3://b/a__b", "a-b"),
+        (f"s3://b/{'x' * MAX_LABEL}", "x" * MAX_LABEL),
+    ],
+)
+def test_a_run_is_named_after_its_last_part(job_of, run, label):
+    assert run_label(job_of("digits", f"run={run}")) == label
+
+
+@pytest.mark.parametrize("run", ["s3://b/___", f"s3://b/{'x' * (MAX_LABEL + 1)}"])
+def test_a_run_that_cannot_name_a_job_is_refused(job_of, run):
+    with pytest.raises(ConfigError, match=r"^run: "):
+        run_label(job_of("digits", f"run={run}"))
+
+
+def test_attempts_have_names_of_their_own(rendered):
+    names = [ray_job(rendered(attempt=n))["metadata"]["name"] for n in (1, 2, 3)]
+    assert names == ["digits", "digits--2", "digits--3"]
+    with pytest.raises(ConfigError, match="attempt"):
+        rendered(attempt=0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (("run=runs/here", "store=embedded"), "^store: .*store: embedded"),
+        (("run=runs/here",), "^store: "),
+        (("run=file:///runs/here",), "^store: "),
+        (("run=s3://me:0123456789secret@b/runs/x",), r"^run: .*\*\*\*"),
+        (("session.object_store_mb=4000",), "shm_gb"),
+    ],
+)
+def test_a_job_that_cannot_work_over_pods_says_why(rendered, overrides, told):
+    with pytest.raises(ConfigError, match=told):
+        rendered("digits", *overrides)
