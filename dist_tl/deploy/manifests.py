@@ -93,8 +93,28 @@ def render(job: JobConfig, options: KubeOptions, *, attempt: int = 1) -> list[Ma
     return manifests
 
 
-def cluster_spec(context: PodContext, groups: list[WorkerGroup]) -> Manifest:
-    """A RayCluster: one head and the groups, sized by Ray's autoscaler."""
+def render_cluster(name: str, job: JobConfig, options: KubeOptions) -> Manifest:
+    """A RayCluster that jobs like this one can be handed to, by the Ray Jobs API.
+
+    Raises:
+        ConfigError: the job cannot work over several pods, or KubeRay would refuse the cluster.
+    """
+    _check_store(job)
+    _check_shared_memory(job, options)
+    context = PodContext(name, options, job.session.object_store_mb)
+    spec = _cluster_spec(context, worker_groups(job, options), has_job=False)
+    manifest = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayCluster",
+        "metadata": _metadata(context, "cluster"),
+        "spec": {"suspend": options.suspend, **spec},
+    }
+    check([manifest], ray_version=options.ray_version)
+    return manifest
+
+
+def _cluster_spec(context: PodContext, groups: list[WorkerGroup], *, has_job: bool) -> Manifest:
+    """One head and the groups, sized by Ray's autoscaler."""
     options = context.options
     return {
         "rayVersion": options.ray_version,
@@ -112,7 +132,7 @@ def cluster_spec(context: PodContext, groups: list[WorkerGroup]) -> Manifest:
         "headGroupSpec": {
             "serviceType": "ClusterIP",
             "rayStartParams": start_params(context),
-            "template": head_template(context),
+            "template": head_template(context, has_job=has_job),
         },
         "workerGroupSpecs": [_group(context, group) for group in groups],
     }
@@ -147,7 +167,7 @@ def _ray_job(job: JobConfig, context: PodContext, groups: list[WorkerGroup]) -> 
         "ttlSecondsAfterFinished": options.ttl_seconds_after_finished,
         "backoffLimit": options.backoff_limit,
         "suspend": options.suspend,
-        "rayClusterSpec": cluster_spec(context, groups),
+        "rayClusterSpec": _cluster_spec(context, groups, has_job=True),
     }
     if options.active_deadline_seconds is not None:
         spec["activeDeadlineSeconds"] = options.active_deadline_seconds

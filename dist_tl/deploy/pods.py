@@ -87,15 +87,16 @@ def start_params(context: PodContext, role: str | None = None) -> dict[str, str]
     return {"resources": json.dumps(json.dumps({role: ROLE_AMOUNT})), **store}
 
 
-def head_template(context: PodContext) -> dict[str, Any]:
-    """The head's pod, which holds the job file."""
+def head_template(context: PodContext, *, has_job: bool) -> dict[str, Any]:
+    """The head's pod; with a job, its file lies in JOB_FOLDER."""
     options, head = context.options, context.options.head
     container = _ray_container(context, "ray-head", _size(head, _number(head.cpus)))
     container["ports"] = [{"name": k, "containerPort": v} for k, v in PORTS.items()]
-    job = {"name": "job", "mountPath": JOB_FOLDER, "readOnly": True}
-    container["volumeMounts"] = [*container["volumeMounts"], job]
     spec = _spec(context, head, head.tolerations, head.shm_gb, options.head_account)
-    spec["volumes"].append({"name": "job", "configMap": {"name": context.name}})
+    if has_job:
+        job = {"name": "job", "mountPath": JOB_FOLDER, "readOnly": True}
+        container["volumeMounts"].append(job)
+        spec["volumes"].append({"name": "job", "configMap": {"name": context.name}})
     spec["containers"] = [container]
     return {"metadata": {"labels": labels(context.name, "head")}, "spec": spec}
 
