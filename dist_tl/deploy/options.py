@@ -174,6 +174,10 @@ class KubeOptions(StrictModel):
         default_factory=dict,
         description="More environment of head and workers, e.g. AWS_REGION. No secrets.",
     )
+    pod_labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="More labels of head and workers, e.g. azure.workload.identity/use.",
+    )
     queue: str | None = Field(
         None, pattern=DNS_NAME, description="Kueue's LocalQueue that admits the job."
     )

@@ -98,7 +98,7 @@ def head_template(context: PodContext, *, has_job: bool) -> dict[str, Any]:
         container["volumeMounts"].append(job)
         spec["volumes"].append({"name": "job", "configMap": {"name": context.name}})
     spec["containers"] = [container]
-    return {"metadata": {"labels": labels(context.name, "head")}, "spec": spec}
+    return {"metadata": {"labels": _pod_labels(context, "head")}, "spec": spec}
 
 
 def worker_template(context: PodContext, group: WorkerGroup) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def worker_template(context: PodContext, group: WorkerGroup) -> dict[str, Any]:
     spec["automountServiceAccountToken"] = False
     spec["terminationGracePeriodSeconds"] = place.grace_s
     spec["containers"] = [container]
-    return {"metadata": {"labels": labels(context.name, group.name)}, "spec": spec}
+    return {"metadata": {"labels": _pod_labels(context, group.name)}, "spec": spec}
 
 
 def submitter_template(context: PodContext) -> dict[str, Any]:
@@ -125,6 +125,10 @@ def submitter_template(context: PodContext) -> dict[str, Any]:
     spec["automountServiceAccountToken"] = False
     spec["containers"] = [container]
     return {"metadata": {"labels": labels(context.name, "submitter")}, "spec": spec}
+
+
+def _pod_labels(context: PodContext, component: str) -> dict[str, str]:
+    return context.options.pod_labels | labels(context.name, component)
 
 
 def _drain(grace_s: int) -> list[str]:

@@ -77,8 +77,9 @@ def _check_cluster(spec: dict[str, Any], where: str, ray_version: str) -> None:
             spec.get("rayVersion"),
             "build the image anew or give ray_version",
         )
-    head = spec["headGroupSpec"]
-    _check_pod(head["template"], f"{where}.headGroupSpec.template")
+    _check_pod(spec["headGroupSpec"]["template"], f"{where}.headGroupSpec.template")
+    if spec.get("enableInTreeAutoscaling"):
+        _check_container(spec.get("autoscalerOptions", {}), f"{where}.autoscalerOptions")
     groups = spec.get("workerGroupSpecs", [])
     names = [group["groupName"] for group in groups]
     for i, group in enumerate(groups):
@@ -93,11 +94,13 @@ def _check_group(group: dict[str, Any], where: str, names: list[str]) -> None:
         _refuse(f"{where}.groupName", f"a DNS-1035 label of at most {MAX_NAME}", repr(name))
     if names.count(name) > 1:
         _refuse(f"{where}.groupName", "every name once", repr(name))
-    least, most = group["minReplicas"], group["maxReplicas"]
+    # What the API server puts where nothing is said.
+    least, most = group.get("minReplicas", 0), group.get("maxReplicas", 2**31 - 1)
     if not 0 <= least <= most:
         _refuse(f"{where}.minReplicas", f"0 to maxReplicas ({most})", least)
-    if not least <= group["replicas"] <= most:
-        _refuse(f"{where}.replicas", f"{least} to {most}", group["replicas"])
+    pods = group.get("replicas", least)
+    if not least <= pods <= most:
+        _refuse(f"{where}.replicas", f"{least} to {most}", pods)
     params = group.get("rayStartParams", {})
     if group.get("resources") and {"resources", "num-cpus", "num-gpus", "memory"} & set(params):
         _refuse(f"{where}.resources", "resources here or in rayStartParams", "both")
@@ -133,24 +136,27 @@ def _check_pod(template: dict[str, Any] | None, where: str) -> None:
     if template is None:
         return
     for i, container in enumerate(template["spec"]["containers"]):
-        place = f"{where}.spec.containers[{i}]"
-        resources = container.get("resources", {})
-        requests, limits = resources.get("requests", {}), resources.get("limits", {})
-        for key in sorted({"cpu", "memory", *requests, *limits}):
-            if requests.get(key) is None or requests.get(key) != limits.get(key):
-                _refuse(
-                    f"{place}.resources.requests.{key}",
-                    f"what the limit says, {limits.get(key)}",
-                    requests.get(key),
-                )
-        for variable in container.get("env", []):
-            if "value" in variable and SECRET_NAME.search(variable["name"]):
-                _refuse(
-                    f"{place}.env.{variable['name']}",
-                    "a secret by reference",
-                    "its value",
-                    "put it into a Secret and name that in credentials",
-                )
+        _check_container(container, f"{where}.spec.containers[{i}]")
+
+
+def _check_container(container: dict[str, Any], where: str) -> None:
+    resources = container.get("resources", {})
+    requests, limits = resources.get("requests", {}), resources.get("limits", {})
+    for key in sorted({"cpu", "memory", *requests, *limits}):
+        if requests.get(key) is None or requests.get(key) != limits.get(key):
+            _refuse(
+                f"{where}.resources.requests.{key}",
+                f"what the limit says, {limits.get(key)}",
+                requests.get(key),
+            )
+    for variable in container.get("env", []):
+        if "value" in variable and SECRET_NAME.search(variable["name"]):
+            _refuse(
+                f"{where}.env.{variable['name']}",
+                "a secret by reference",
+                "its value",
+                "put it into a Secret and name that in credentials",
+            )
 
 
 def _check_size(manifest: dict[str, Any]) -> None:

@@ -139,6 +139,19 @@ def test_the_network_is_closed_by_default(built):
             assert every_pod <= template["metadata"]["labels"].items()
 
 
+def test_every_pod_meets_the_restricted_standard(built):
+    _, manifests = built
+    pods = [t["spec"] for m in ray_kinds(manifests) for t in templates_of(m).values()]
+    pods += [m["spec"]["template"]["spec"] for m in of_kind(manifests, "StatefulSet")]
+    for pod in pods:
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"] + pod.get("initContainers", []):
+            assert not container["securityContext"]["allowPrivilegeEscalation"]
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+            assert container["securityContext"]["readOnlyRootFilesystem"]
+
+
 def test_rights_are_few(built):
     _, manifests = built
     for role in of_kind(manifests, "Role"):
@@ -169,6 +182,15 @@ def test_one_version_of_ray_everywhere():
     named = re.findall(r"(?i)ray_?version\W{1,4}(\d+\.\d+\.\d+)", text)
     assert named
     assert set(named) == {version("ray")}
+
+
+def test_the_image_runs_without_root_and_without_a_compiler():
+    _, build, final = re.split(r"(?m)^FROM ", (K8S / "Dockerfile").read_text())
+    assert "build-essential" in build
+    assert "build-essential" not in final
+    user = KubeOptions(image="x").run_as_user
+    assert f"USER {user}:{user}" in final
+    assert "wget" in final, "KubeRay's probes call it"
 
 
 def test_the_dashboard_shows_every_metric():

@@ -25,6 +25,7 @@ EVERYTHING = {
     "namespace": "science",
     "endpoint_url": "http://s3:9000",
     "env": {"AWS_REGION": "eu-west-1"},
+    "pod_labels": {"azure.workload.identity/use": "true", "app.kubernetes.io/name": "mine"},
     "queue": "gpus",
     "suspend": True,
     "active_deadline_seconds": 3600,
@@ -88,12 +89,20 @@ def test_the_head_runs_the_job_and_no_actor(rendered):
     assert mounted["job"]["mountPath"] in ENTRYPOINT
 
 
-def test_each_group_has_the_resource_of_its_role_alone(rendered):
-    from ray.autoscaler._private.kuberay.autoscaling_config import _get_custom_resources
+def test_the_autoscaler_of_ray_reads_the_groups_as_meant(rendered):
+    from ray.autoscaler._private.kuberay import autoscaling_config
 
-    for name, group in groups(rendered()).items():
-        params = group["rayStartParams"]
-        assert _get_custom_resources({}, params, name) == {name: ROLE_AMOUNT}
+    manifests = rendered("digits", "generators.gpus=1", "generators.max=6")
+    spec = ray_job(manifests)["spec"]["rayClusterSpec"]
+    read = autoscaling_config._generate_available_node_types_from_ray_cr_spec(spec)
+    trainers, generators, head = (read[k] for k in ("trainers", "generators", "headgroup"))
+    assert (trainers["min_workers"], trainers["max_workers"]) == (2, 2)
+    assert (generators["min_workers"], generators["max_workers"]) == (1, 6)
+    roles = {"trainers": ROLE_AMOUNT}, {"generators": ROLE_AMOUNT}
+    for group, role, gpus in zip((trainers, generators), roles, ({}, {"GPU": 1}), strict=True):
+        others = {k: v for k, v in group["resources"].items() if k not in ("CPU", "memory")}
+        assert others == role | gpus
+    assert head["resources"]["CPU"] == 0
 
 
 def test_a_shell_gives_ray_the_resource_as_json(rendered):
@@ -177,6 +186,13 @@ def test_head_and_trainers_survive_the_upgrade_of_nodes(rendered):
     template = groups(manifests)["trainers"]["template"]
     wanted = budgets["digits-trainers"]["selector"]["matchLabels"]
     assert wanted.items() <= template["metadata"]["labels"].items()
+
+
+def test_more_labels_never_replace_ours(rendered):
+    for place, template in templates_of(ray_job(rendered(**EVERYTHING))).items():
+        labels = template["metadata"]["labels"]
+        assert labels["app.kubernetes.io/name"] == "dist-tl"
+        assert ("azure.workload.identity/use" in labels) == (place != "submitter")
 
 
 def test_a_queue_admits_the_job(rendered):

@@ -47,6 +47,7 @@ TRAINER = f"{CLUSTER}.workerGroupSpecs.0.template.spec"
         (f"{HEAD}.restartPolicy", "Always", "restartPolicy: expected Never"),
         (f"{WORKER}.containers.0.resources.requests.memory", "1Gi", "requests.memory"),
         (f"{WORKER}.containers.0.resources.limits", {}, "requests.cpu"),
+        (f"{CLUSTER}.autoscalerOptions.resources.requests.cpu", "1", "autoscalerOptions.resources"),
         (f"{TRAINER}.containers.0.image", "other:2", "image: expected the head's"),
         (
             f"{HEAD}.containers.0.env",
