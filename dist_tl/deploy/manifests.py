@@ -20,6 +20,7 @@ from dist_tl.deploy.pods import (
     head_template,
     labels,
     mounts,
+    selector,
     start_params,
     submitter_template,
     worker_template,
@@ -31,7 +32,7 @@ from dist_tl.telemetry import redact
 
 JOB_KEY = "job.yaml"
 ENTRYPOINT = f"dist-tl run {JOB_FOLDER}/{JOB_KEY} session.roles=true"
-RUN_ANNOTATION = "dist-tl/run"
+RUN_ANNOTATION = "dist-tl/run"  # two runs may share a last part: compare before handing in
 MAX_ATTEMPT = 999
 MAX_LABEL = MAX_JOB_NAME - len(f"--{MAX_ATTEMPT}")
 AUTOSCALER = {"cpu": "500m", "memory": "1Gi", "ephemeral-storage": "1Gi"}
@@ -81,7 +82,9 @@ def render(job: JobConfig, options: KubeOptions, *, attempt: int = 1) -> list[Ma
     """
     _check_store(job)
     _check_shared_memory(job, options)
-    context = PodContext(job_name(job, attempt), options, job.session.object_store_mb)
+    context = PodContext(
+        run_label(job), job_name(job, attempt), options, job.session.object_store_mb
+    )
     groups = worker_groups(job, options)
     manifests = [
         _config_map(job, context),
@@ -101,7 +104,7 @@ def render_cluster(name: str, job: JobConfig, options: KubeOptions) -> Manifest:
     """
     _check_store(job)
     _check_shared_memory(job, options)
-    context = PodContext(name, options, job.session.object_store_mb)
+    context = PodContext(name, name, options, job.session.object_store_mb)
     spec = _cluster_spec(context, worker_groups(job, options), has_job=False)
     manifest = {
         "apiVersion": "ray.io/v1",
@@ -190,7 +193,7 @@ def _budget(context: PodContext, component: str, pods: int) -> Manifest:
     metadata["name"] = f"{context.name}-{component}"
     spec = {
         "minAvailable": pods,
-        "selector": {"matchLabels": labels(context.name, component)},
+        "selector": {"matchLabels": selector(context, component)},
     }
     return {
         "apiVersion": "policy/v1",
@@ -201,7 +204,7 @@ def _budget(context: PodContext, component: str, pods: int) -> Manifest:
 
 
 def _metadata(context: PodContext, component: str) -> Manifest:
-    metadata: Manifest = {"name": context.name, "labels": labels(context.name, component)}
+    metadata: Manifest = {"name": context.name, "labels": labels(context, component)}
     if context.options.namespace is not None:
         metadata["namespace"] = context.options.namespace
     return metadata

@@ -31,23 +31,30 @@ class PodContext:
     """What all pods of one RayJob share.
 
     Attributes:
+        run: the run's name on Kubernetes, the same for all attempts at it.
         name: of the RayJob, and of the ConfigMap with its job file.
         options: how jobs run on this cluster.
         object_store_mb: Ray's shared memory in every pod.
     """
 
+    run: str
     name: str
     options: KubeOptions
     object_store_mb: int
 
 
-def labels(name: str, component: str) -> dict[str, str]:
-    """What network policy, disruption budgets and people select pods by."""
+def selector(context: PodContext, component: str) -> dict[str, str]:
+    """What picks the pods of one component of one attempt."""
     return {
         "app.kubernetes.io/name": "dist-tl",
-        "app.kubernetes.io/instance": name,
+        "app.kubernetes.io/instance": context.name,
         "app.kubernetes.io/component": component,
     }
+
+
+def labels(context: PodContext, component: str) -> dict[str, str]:
+    """The selector, and the run that the attempt belongs to."""
+    return {**selector(context, component), "app.kubernetes.io/part-of": context.run}
 
 
 def mounts() -> list[dict[str, Any]]:
@@ -124,11 +131,11 @@ def submitter_template(context: PodContext) -> dict[str, Any]:
     spec = _spec(context, PlaceOptions(), (), None, options.submitter_account)
     spec["automountServiceAccountToken"] = False
     spec["containers"] = [container]
-    return {"metadata": {"labels": labels(context.name, "submitter")}, "spec": spec}
+    return {"metadata": {"labels": labels(context, "submitter")}, "spec": spec}
 
 
 def _pod_labels(context: PodContext, component: str) -> dict[str, str]:
-    return context.options.pod_labels | labels(context.name, component)
+    return context.options.pod_labels | labels(context, component)
 
 
 def _drain(grace_s: int) -> list[str]:

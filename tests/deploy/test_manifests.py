@@ -224,6 +224,8 @@ def test_a_run_that_cannot_name_a_job_is_refused(job_of, run):
 def test_attempts_have_names_of_their_own(rendered):
     names = [ray_job(rendered(attempt=n))["metadata"]["name"] for n in (1, 2, 3)]
     assert names == ["digits", "digits--2", "digits--3"]
+    every = [ray_job(rendered(attempt=n))["metadata"]["labels"] for n in (1, 3)]
+    assert {labels["app.kubernetes.io/part-of"] for labels in every} == {"digits"}
     with pytest.raises(ConfigError, match="attempt"):
         rendered(attempt=0)
 
