@@ -4,7 +4,7 @@ Not covered: where images come from (`spec.py`) and what is drawn from them (`vi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -64,11 +64,15 @@ class LabelledImages:
         images: uint8 [N, H, W, C], C being 1 or 3.
         labels: int64 [N], indices into `class_names`.
         class_names: one name a class, in the order of the labels.
+        domains: int64 [N], indices into `domain_names`; None where there is one domain only.
+        domain_names: one name a domain.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
+    domains: NDArray[np.int64] | None = None
+    domain_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -87,7 +91,12 @@ class LabelledImages:
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> "LabelledImages":
         """The images at `indices`, in that order, with the same class names."""
         chosen = np.asarray(indices, dtype=np.int64)
-        return LabelledImages(self.images[chosen], self.labels[chosen], self.class_names)
+        return replace(
+            self,
+            images=self.images[chosen],
+            labels=self.labels[chosen],
+            domains=None if self.domains is None else self.domains[chosen],
+        )
 
     def tensor(self, indices: Sequence[int] | NDArray[np.int64] | None = None) -> Tensor:
         """The images (at `indices`, or all) as float32 [N, C, H, W] in [-1, 1]."""

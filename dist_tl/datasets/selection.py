@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field, StrictInt, StrictStr, model_validator
 
 from dist_tl.config import StrictModel
+from dist_tl.datasets.domains import DomainConfig
 from dist_tl.datasets.listing import Listing
 from dist_tl.datasets.splits import deal, draw_evenly
 from dist_tl.datasets.views import ViewsConfig
@@ -28,15 +29,20 @@ ClassKey = StrictInt | StrictStr
 class PartConfig(StrictModel):
     """One of several disjoint parts, each holding every class in the same proportion."""
 
-    index: int = Field(ge=0, description="Which part, counted from 0.")
+    index: int | tuple[int, ...] = Field(description="Which part or parts, counted from 0.")
     of: int = Field(ge=1, description="Into how many parts the data is divided.")
     seed: int = Field(0, description="Fixes the division; the same for parts that must not meet.")
 
     @model_validator(mode="after")
     def _index_is_below(self) -> "PartConfig":
-        if self.index >= self.of:
+        if not self.indices or not all(0 <= index < self.of for index in self.indices):
             raise ValueError(f"index {self.index} of {self.of} parts: expected 0..{self.of - 1}")
         return self
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The parts that are kept."""
+        return (self.index,) if isinstance(self.index, int) else self.index
 
 
 class SourceConfig(StrictModel):
@@ -62,6 +68,9 @@ class SourceConfig(StrictModel):
     )
     limit: int | None = Field(
         None, ge=1, description="Keep at most this many images, all classes alike."
+    )
+    domain: DomainConfig | None = Field(
+        None, description="A fixed change of every image: another domain of the same data."
     )
     views: ViewsConfig = Field(
         ViewsConfig(kind="natural"), description="How images are varied in training."
@@ -99,7 +108,7 @@ def select(listing: Listing, config: SourceConfig, *, seed: int) -> Selection:
     keep = new_label[listing.labels] >= 0
     if config.part is not None:
         rng = numpy_rng(config.part.seed, "part of the data", config.part.of)
-        keep &= deal(listing.labels, config.part.of, rng) == config.part.index
+        keep &= np.isin(deal(listing.labels, config.part.of, rng), config.part.indices)
     indices = np.flatnonzero(keep)
     labels = new_label[listing.labels[indices]]
     if config.limit is not None and config.limit < len(indices):

@@ -1,27 +1,46 @@
 """What a job says about labelled data, and loading it into memory.
 
-Sources: `digits` (nothing to download), `folder` (one sub-folder a class), `wds` (local tars).
+Sources: `digits` (nothing to download), `folder` (one sub-folder a class), `wds` (local tars),
+and `mixture` of these, whose images remember their domain.
 Not covered: URLs. Stores belong to `dist_tl.storage`; labelled target sets are small, so they are
 read from a local path, a mounted bucket included.
 """
 
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from dist_tl.config import StrictModel
 from dist_tl.datasets.decode import as_array
 from dist_tl.datasets.digits import DigitsConfig, list_digits
+from dist_tl.datasets.domains import change_domain
 from dist_tl.datasets.folder import FolderConfig, list_folder
 from dist_tl.datasets.images import LabelledImages
 from dist_tl.datasets.listing import Listing
 from dist_tl.datasets.selection import select
 from dist_tl.datasets.tars import WdsConfig, list_tars
+from dist_tl.datasets.views import ViewsConfig
 from dist_tl.errors import ConfigError
 
-DataConfig = Annotated[DigitsConfig | FolderConfig | WdsConfig, Field(discriminator="source")]
+OneSource = Annotated[DigitsConfig | FolderConfig | WdsConfig, Field(discriminator="source")]
+
+
+class MixtureConfig(StrictModel):
+    """Data sets with the same classes, side by side; each is a domain of its own."""
+
+    source: Literal["mixture"]
+    domains: dict[str, OneSource] = Field(min_length=1, description="Domain name -> its data.")
+    views: ViewsConfig = Field(
+        ViewsConfig(kind="natural"), description="How images are varied in training."
+    )
+
+
+DataConfig = Annotated[
+    DigitsConfig | FolderConfig | WdsConfig | MixtureConfig, Field(discriminator="source")
+]
 
 
 def load_images(config: DataConfig, *, seed: int = 0) -> LabelledImages:
@@ -35,16 +54,42 @@ def load_images(config: DataConfig, *, seed: int = 0) -> LabelledImages:
         ConfigError: the job asks for what the source cannot give; the message says what to change.
         DataError: the source exists but is damaged; the message names the file or class.
     """
+    if isinstance(config, MixtureConfig):
+        return _mixture(config, seed)
     listing = _list(config)
     chosen = select(listing, config, seed=seed)
     images = (
         (listing.names[i], as_array(listing.read(i), size=config.size, channels=config.channels))
         for i in chosen.indices
     )
-    return LabelledImages(_stack(images, len(chosen.indices)), chosen.labels, chosen.class_names)
+    stacked = _stack(images, len(chosen.indices))
+    if config.domain is not None:
+        stacked = change_domain(stacked, config.domain, numbers=chosen.indices.tolist())
+    return LabelledImages(stacked, chosen.labels, chosen.class_names)
 
 
-def _list(config: DataConfig) -> Listing:
+def _mixture(config: MixtureConfig, seed: int) -> LabelledImages:
+    # Sorted: a job's fingerprint ignores the order of keys, so the order of images must as well.
+    parts = {name: load_images(config.domains[name], seed=seed) for name in sorted(config.domains)}
+    first_name, first = next(iter(parts.items()))
+    for name, part in parts.items():
+        if part.class_names != first.class_names:
+            raise ConfigError(f"mixture: domains {first_name} and {name} have different classes")
+        if part.image_shape != first.image_shape:
+            raise ConfigError(
+                f"mixture: images of {first_name} are (channels, height, width) "
+                f"{first.image_shape}, those of {name} {part.image_shape}; set size and channels"
+            )
+    return LabelledImages(
+        np.concatenate([part.images for part in parts.values()]),
+        np.concatenate([part.labels for part in parts.values()]),
+        first.class_names,
+        domains=np.repeat(np.arange(len(parts)), [len(part) for part in parts.values()]),
+        domain_names=tuple(parts),
+    )
+
+
+def _list(config: OneSource) -> Listing:
     match config:
         case DigitsConfig():
             return list_digits()

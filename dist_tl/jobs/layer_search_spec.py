@@ -69,7 +69,7 @@ class LayerSearchJob(JobConfig):
         teacher = held_out.teacher or self.teacher
         assert isinstance(teacher, TeacherConfig), "checked above"
         ours, theirs = held_out.data, teacher.data
-        if ours.source != theirs.source:
+        if ours.source != theirs.source or ours.source == "mixture":
             return self
         shared = set(ours.classes or ()) & set(theirs.classes or ())
         if shared or ours.classes is None or theirs.classes is None:

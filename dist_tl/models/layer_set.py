@@ -46,6 +46,7 @@ class LayerSetTrunk(nn.Module):
                 f"layer_set: blocks {list(config.blocks)}: there are blocks 0 to {num_blocks - 1}"
             )
         self.base = base
+        self.config = config
         self.blocks, self.cells = config.blocks, config.cells
 
     def forward(self, images: Tensor) -> Tensor:

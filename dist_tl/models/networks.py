@@ -13,8 +13,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_tl.errors import ConfigError
+from dist_tl.models.adapted import AdaptedConfig, AdaptedTrunk
 from dist_tl.models.hugging_face import TransformersConfig, build_transformers
-from dist_tl.models.inputs import ImageShape
+from dist_tl.models.inputs import ImageShape, InputConfig
 from dist_tl.models.layer_set import LayerSetConfig, LayerSetTrunk, count_blocks
 from dist_tl.models.perceptron import HiddenLayer, PerceptronConfig
 from dist_tl.models.resnet import ResNetConfig, ResNetTrunk
@@ -22,7 +23,12 @@ from dist_tl.models.taps import record_blocks
 from dist_tl.models.timm_networks import TimmConfig, build_timm
 
 AnyNetworkConfig = (
-    ResNetConfig | TransformersConfig | TimmConfig | PerceptronConfig | LayerSetConfig
+    ResNetConfig
+    | TransformersConfig
+    | TimmConfig
+    | PerceptronConfig
+    | LayerSetConfig
+    | AdaptedConfig
 )
 NetworkConfig = Annotated[AnyNetworkConfig, Field(discriminator="kind")]
 
@@ -141,6 +147,10 @@ def _build_parts(
         base, _, portable = _build_parts(config.base, num_classes, image_shape)
         trunk = LayerSetTrunk(config, base, count_blocks(base, image_shape))
         return trunk, None, config.model_copy(update={"base": portable})
+    if isinstance(config, AdaptedConfig):
+        shape = config.inputs.adapted_shape(image_shape)
+        base, head, portable = _build_parts(config.base, num_classes, shape)
+        return AdaptedTrunk(config, base), head, config.model_copy(update={"base": portable})
     return ResNetTrunk(config, image_shape), None, config
 
 
@@ -213,18 +223,64 @@ def with_layers(
         ConfigError: there is no such block.
         ValueError: the head does not fit those vectors.
     """
-    base = copy.deepcopy(network.trunk)
-    config = LayerSetConfig(base=network.portable_config, blocks=blocks, cells=cells)
-    trunk = LayerSetTrunk(config, base, count_blocks(base, network.image_shape))
-    width = _num_features(trunk, network.image_shape)
+    trunk, width = _layer_set(network, blocks, cells)
     if weight_CD.shape != (len(bias_C), width):
         raise ValueError(f"expected a head ({len(bias_C)}, {width}), got {tuple(weight_CD.shape)}")
     head = nn.Linear(width, len(bias_C))
     with torch.no_grad():
         head.weight.copy_(weight_CD)
         head.bias.copy_(bias_C)
+    return _on_layer_set(network, trunk, head)
+
+
+def on_one_block(network: Network, block: int, num_classes: int, rng: torch.Generator) -> Network:
+    """A fresh head on the pooled output of one block of `network`, whose trunk is copied.
+
+    Raises:
+        ConfigError: there is no such block.
+    """
+    trunk, width = _layer_set(network, (block,), cells=1)
+    return _on_layer_set(network, trunk, fresh_head(width, num_classes, rng))
+
+
+def _layer_set(network: Network, blocks: tuple[int, ...], cells: int) -> tuple[LayerSetTrunk, int]:
+    base = copy.deepcopy(network.trunk)
+    config = LayerSetConfig(base=network.portable_config, blocks=blocks, cells=cells)
+    trunk = LayerSetTrunk(config, base, count_blocks(base, network.image_shape))
+    return trunk, _num_features(trunk, network.image_shape)
+
+
+def _on_layer_set(network: Network, trunk: LayerSetTrunk, head: nn.Linear) -> Network:
     return Network(
-        trunk, head, config=config, portable_config=config, image_shape=network.image_shape
+        trunk,
+        head,
+        config=trunk.config,
+        portable_config=trunk.config,
+        image_shape=network.image_shape,
+    )
+
+
+def behind_inputs(network: Network, inputs: InputConfig, image_shape: ImageShape) -> Network:
+    """`network` itself, given images of `image_shape` through `inputs`; nothing is copied.
+
+    Raises:
+        ConfigError: what comes out of `inputs` is not what the network takes.
+    """
+    adapted = inputs.adapted_shape(image_shape)
+    if adapted != network.image_shape:
+        raise ConfigError(
+            f"takes images of (channels, height, width) {network.image_shape}, and is given "
+            f"{adapted}; set its inputs.resize and inputs.grey_to_rgb, or choose another"
+        )
+    if inputs == InputConfig():
+        return network
+    config = AdaptedConfig(base=network.portable_config, inputs=inputs)
+    return Network(
+        AdaptedTrunk(config, network.trunk),
+        network.head,
+        config=config,
+        portable_config=config,
+        image_shape=tuple(image_shape),
     )
 
 

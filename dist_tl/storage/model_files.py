@@ -1,7 +1,7 @@
-"""Where a model's two files are: below a run, or anywhere a user keeps models."""
+"""Where a model's files are: below a run, or anywhere a user keeps models."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dist_tl.errors import ConfigError
 from dist_tl.storage import layout
@@ -11,14 +11,23 @@ FILES = (layout.MODEL_TENSORS, layout.MODEL_CONFIG)
 
 
 def read_model_files(store: ObjectStore, place: str) -> dict[str, bytes]:
-    """The files of a model: a key of the run's store, or a URL or path of its own.
+    """The two files of a network: a key of the run's store, or a URL or path of its own.
+
+    Raises:
+        ConfigError: a file is missing.
+    """
+    return read_named_files(store, place, FILES)
+
+
+def read_named_files(store: ObjectStore, place: str, names: Sequence[str]) -> dict[str, bytes]:
+    """Files of a model, by name; `place` as for :func:`read_model_files`.
 
     Raises:
         ConfigError: a file is missing.
     """
     own = not ("://" in place or place.startswith(("/", "./", "../")))
     folder = store.child(place) if own else ObjectStore(place)
-    found = {name: folder.read_or_none(name) for name in FILES}
+    found = {name: folder.read_or_none(name) for name in names}
     missing = [name for name, data in found.items() if data is None]
     if missing:
         raise ConfigError(f"no model at {folder.url}: {' and '.join(missing)} not found there")

@@ -8,12 +8,14 @@ from torch import nn
 
 from dist_tl.config import StrictModel
 from dist_tl.errors import ConfigError
+from dist_tl.methods.hub.pathway import HubPathway
 from dist_tl.models.files import load_network, save_network
 from dist_tl.models.generators.diffusion import ClassDiffusion, DiffusionConfig
 from dist_tl.models.networks import Network, NetworkConfig, build_network, replace_head
 from dist_tl.seeds import torch_rng
 from dist_tl.storage.model_files import read_model_files
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.train.hub_model import NewExpert, NewHub, build_expert, build_hub, hub_files
 
 ImageShape = tuple[int, int, int]
 
@@ -56,7 +58,9 @@ class NewGenerator(StrictModel):
     num_classes: int = Field(ge=2)
 
 
-ModelSpec = Annotated[NewNetwork | Handover | Readout | NewGenerator, Field(discriminator="kind")]
+ModelSpec = Annotated[
+    NewNetwork | Handover | Readout | NewGenerator | NewExpert | NewHub, Field(discriminator="kind")
+]
 
 
 def build_model(
@@ -85,6 +89,16 @@ def build_model(
         case Handover():
             network = load_classifier(store, spec.model, image_shape=image_shape)
             return replace_head(network, spec.num_classes, torch_rng(seed, "fresh head"))
+        case NewExpert():
+            return build_expert(
+                spec.expert,
+                store,
+                num_classes=spec.num_classes,
+                image_shape=image_shape,
+                seed=seed,
+            )
+        case NewHub():
+            return build_hub(spec, store, image_shape=image_shape, seed=seed)
         case Readout():
             network = build_model(spec.trunk, store, image_shape=image_shape, seed=seed)
             return _only_readout(network)
@@ -117,6 +131,8 @@ def load_classifier(
 
 def model_files(module: nn.Module) -> dict[str, bytes]:
     """The files that stand for a trained module: file name to bytes."""
+    if isinstance(module, HubPathway):
+        return hub_files(module)
     return save_network(module) if isinstance(module, Network) else module.to_files()
 
 

@@ -12,6 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_tl.config import StrictModel
+from dist_tl.methods.hub.losses import HubLossConfig, hub_loss
+from dist_tl.methods.hub.pathway import Paths
 from dist_tl.methods.pseudo.distillation import (
     DistillationConfig,
     logit_matching_loss,
@@ -44,7 +46,9 @@ class DistillationSpec(StrictModel):
 
     kind: Literal["distillation"] = "distillation"
     distillation: DistillationConfig
-    teacher: str = Field(description="Where the teacher's model files are.")
+    teacher: str | tuple[str, ...] = Field(
+        description="Where the teacher's model files are; of several, the mean is followed."
+    )
 
 
 class DiffusionSpec(StrictModel):
@@ -65,8 +69,15 @@ class ReadoutSpec(StrictModel):
     num_rows: int = Field(ge=1, description="All rows, which the sum runs over.")
 
 
+class HubSpec(StrictModel):
+    """The task, exploration of all experts, and the experts' own fit."""
+
+    kind: Literal["hub"] = "hub"
+    loss: HubLossConfig
+
+
 ObjectiveSpec = Annotated[
-    SupervisedSpec | PSSLSpec | DistillationSpec | DiffusionSpec | ReadoutSpec,
+    SupervisedSpec | PSSLSpec | DistillationSpec | DiffusionSpec | ReadoutSpec | HubSpec,
     Field(discriminator="kind"),
 ]
 
@@ -133,6 +144,30 @@ class Distillation:
             label_weight=self._config.label_weight,
         )
         return loss, {}
+
+
+class Hub:
+    """Hub-Pathway; the router's noise is drawn per lane, so it does not depend on the ranks."""
+
+    def __init__(self, config: HubLossConfig, seed: int, num_experts: int) -> None:
+        self._config, self._seed, self._num_experts = config, seed, num_experts
+
+    def __call__(self, module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Figures]:
+        size = (len(batch.images) // len(batch.lanes), self._num_experts)
+        draws = [
+            torch.randn(size, generator=torch_rng(self._seed, "router noise", step, lane))
+            for lane in batch.lanes
+        ]
+        noise = torch.cat(draws).to(batch.images.device)
+        paths = Paths(*module(batch.images, noise, detailed=True))
+        return hub_loss(
+            paths.logits_BC,
+            paths.expert_logits_BMC,
+            paths.active_BM,
+            paths.p_BM,
+            batch.labels,
+            self._config,
+        )
 
 
 class Diffusion:

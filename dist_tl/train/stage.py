@@ -17,6 +17,7 @@ from torch import nn
 
 from dist_tl.datasets.images import to_float
 from dist_tl.datasets.views import Views
+from dist_tl.methods.pseudo.distillation import MeanTeacher
 from dist_tl.seeds import derive_seed
 from dist_tl.shards.order import ShardPlan
 from dist_tl.shards.stream import ShardStream
@@ -27,6 +28,7 @@ from dist_tl.train import objectives
 from dist_tl.train.checkpoints import Checkpoints
 from dist_tl.train.engine import Engine
 from dist_tl.train.feeds import Feed, MemoryRows, Rows, ShardRows, own_lanes
+from dist_tl.train.hub_model import NewHub
 from dist_tl.train.loop import OnProgress, StepRecord, fit, read_rows
 from dist_tl.train.models import build_model, load_classifier, load_weights, model_files
 from dist_tl.train.rows import RowsSpec, load_rows
@@ -206,12 +208,24 @@ def _objective(spec: StageSpec, store: ObjectStore, device: torch.device) -> obj
         case objectives.PSSLSpec(p_ssl=config):
             return objectives.PSSL(config, spec.steps)
         case objectives.DistillationSpec(distillation=config, teacher=place):
-            teacher = load_classifier(store, place, image_shape=spec.image_shape)
+            teacher = _teacher(spec, store, place, config.temperature)
             return objectives.Distillation(config, teacher.to(device))
+        case objectives.HubSpec(loss=config):
+            assert isinstance(spec.model, NewHub), "held by the specification"
+            return objectives.Hub(config, spec.seed, len(spec.model.experts))
         case objectives.ReadoutSpec():
             return objectives.ReadoutFit(spec.objective)
         case objectives.DiffusionSpec():
             return objectives.Diffusion(spec.seed)
+
+
+def _teacher(
+    spec: StageSpec, store: ObjectStore, place: str | tuple[str, ...], temperature: float
+) -> nn.Module:
+    if isinstance(place, str):
+        return load_classifier(store, place, image_shape=spec.image_shape)
+    teachers = [load_classifier(store, one, image_shape=spec.image_shape) for one in place]
+    return MeanTeacher(teachers, temperature)
 
 
 def _metrics(spec: StageSpec, store: ObjectStore, earlier: bytes, resume_step: int) -> MetricsLog:

@@ -9,10 +9,13 @@ Sources: Hinton, Vinyals, Dean, arXiv:1503.02531 (soft targets); Ba, Caruana, ar
 Shape suffixes: B = labelled batch, C = target classes.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_tl.config import StrictModel
@@ -28,6 +31,24 @@ class DistillationConfig(StrictModel):
     label_weight: float = Field(
         0.1, ge=0, le=1, description="Share of the labels' cross-entropy; soft_targets only."
     )
+
+
+class MeanTeacher(nn.Module):
+    """Several teachers as one, whose softmax at the temperature is the mean of theirs.
+
+    Args:
+        temperature: that of the loss which the logits go into.
+    """
+
+    def __init__(self, teachers: Sequence[nn.Module], temperature: float) -> None:
+        super().__init__()
+        self.teachers, self._temperature = nn.ModuleList(teachers), temperature
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C), float32."""
+        logits = [teacher(images).float() / self._temperature for teacher in self.teachers]
+        mean_log = torch.stack([z.log_softmax(dim=1) for z in logits]).logsumexp(dim=0)
+        return self._temperature * (mean_log - math.log(len(logits)))
 
 
 def soft_targets_loss(

@@ -1,0 +1,38 @@
+"""What a network costs, counted while it runs: multiply-adds, not guesses.
+
+Covered: what torch counts, i.e. matrix products, convolutions and attention; element-wise work is
+left out, as is usual.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@torch.no_grad()
+def multiply_adds(module: nn.Module, image_shape: tuple[int, int, int]) -> int:
+    """Multiply-adds of one image (C, H, W), by running one blank image in evaluation mode."""
+    was_training = module.training
+    device = next(module.parameters()).device
+    with FlopCounterMode(display=False) as counter:
+        module.eval()(torch.zeros(1, *image_shape, device=device))
+    module.train(was_training)
+    return counter.get_total_flops() // 2
+
+
+def routed_multiply_adds(
+    router: int, experts: Sequence[int], usage: Sequence[float], num_classes: int
+) -> float:
+    """Mean multiply-adds of one image through the hub: C_R + sum_i P(i in route) C_i + M C^2.
+
+    Args:
+        router, experts: multiply-adds of each part; an expert's with its head.
+        usage: share of the images that see each expert; sums to k.
+    """
+    return (
+        router
+        + sum(share * cost for share, cost in zip(usage, experts, strict=True))
+        + len(experts) * num_classes**2
+    )
