@@ -18,6 +18,7 @@ from dist_tl.errors import ConfigError, DataError, DistTLError
 from dist_tl.telemetry import configure_logging, redact
 
 if TYPE_CHECKING:  # these take seconds to import, and --help needs none of them
+    from dist_tl.jobs.hub_cost import HubRow
     from dist_tl.jobs.planning import TrainRow
     from dist_tl.results import AnyResults
 
@@ -76,6 +77,8 @@ def plan(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> 
                 for row in table.generate
             ],
         )
+    if table.hub:
+        _show_hub(table.hub)
     if table.tasks:
         rows = [(row.phase, str(row.tasks), row.what) for row in table.tasks]
         show_table("Tasks (Ray, phase after phase)", ("phase", "tasks", "what"), rows)
@@ -83,6 +86,21 @@ def plan(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> 
         _show_training(table.train)
     if table.trials:
         console.print(f"and {table.trials} short trials for the lambda guards", highlight=False)
+
+
+def _show_hub(hub: "Sequence[HubRow]") -> None:
+    rows = [
+        (
+            row.part,
+            f"{row.parameters:,}",
+            f"{row.multiply_adds / 1e6:,.3f}",
+            f"{row.serving_bytes / 1e6:,.1f}",
+            f"{row.training_bytes / 1e6:,.1f}",
+        )
+        for row in hub
+    ]
+    header = ("part", "parameters", "million multiply-adds an image", "MB to serve")
+    show_table("Hub (counted)", (*header, "MB to train, a worker"), rows)
 
 
 def _show_training(train: "Sequence[TrainRow]") -> None:

@@ -113,67 +113,6 @@ class Results(StrictModel):
     peak_memory_bytes: int
 
 
-class RunResults(Results):
-    """Of a run that compares arms: everything the table and the page are made from."""
-
-    baseline: str
-    references: tuple[str, ...] = ()
-    scores: tuple[Score, ...]
-    summaries: tuple[ArmSummary, ...]
-    quality: GeneratorQuality | None
-    overlap: dict[str, float] = Field(
-        default_factory=dict,
-        description="Seconds by which the first optimizer step of a stage came before the last "
-        "commit of the shards it reads, by stage name.",
-    )
-
-
-def summarise(
-    scores: Sequence[Score],
-    *,
-    baseline: str,
-    references: Sequence[str] = (),
-    notes: dict[str, str] | None = None,
-) -> tuple[ArmSummary, ...]:
-    """One summary per arm, in order of first appearance.
-
-    Raises:
-        ValueError: the baseline has no scores, or an arm lacks a seed the baseline has.
-    """
-    by_arm: dict[str, dict[int, Score]] = {}
-    for score in scores:
-        by_arm.setdefault(score.arm, {})[score.seed] = score
-    if baseline not in by_arm:
-        raise ValueError(f"expected scores for the baseline {baseline!r}, got {sorted(by_arm)}")
-    return tuple(
-        _summary(arm, by_seed, by_arm[baseline], baseline, references, (notes or {}).get(arm, ""))
-        for arm, by_seed in by_arm.items()
-    )
-
-
-def _summary(
-    arm: str,
-    by_seed: dict[int, Score],
-    base: dict[int, Score],
-    baseline: str,
-    references: Sequence[str],
-    note: str,
-) -> ArmSummary:
-    if by_seed.keys() != base.keys():
-        raise ValueError(f"{arm} has seeds {sorted(by_seed)}, {baseline} has {sorted(base)}")
-    rows = list(by_seed.values())
-    gains = [score.accuracy - base[seed].accuracy for seed, score in by_seed.items()]
-    return ArmSummary(
-        arm=arm,
-        accuracy=interval([row.accuracy for row in rows]),
-        gain=None if arm == baseline else interval(gains),
-        seconds=math.fsum(row.seconds for row in rows) / len(rows),
-        samples=sum(row.samples for row in rows) / len(rows),
-        reference=arm in references,
-        note=note,
-    )
-
-
 class Table(StrictModel):
     """A table as text."""
 
@@ -223,6 +162,70 @@ class HeatMap(StrictModel):
     )
     signed: bool = True
     note: str = ""
+
+
+class RunResults(Results):
+    """Of a run that compares arms: everything the table and the page are made from."""
+
+    baseline: str
+    references: tuple[str, ...] = ()
+    scores: tuple[Score, ...]
+    summaries: tuple[ArmSummary, ...]
+    quality: GeneratorQuality | None
+    overlap: dict[str, float] = Field(
+        default_factory=dict,
+        description="Seconds by which the first optimizer step of a stage came before the last "
+        "commit of the shards it reads, by stage name.",
+    )
+    tables: tuple[Table, ...] = Field((), description="Beside the table of the arms.")
+    charts: tuple[Chart, ...] = ()
+    heat_maps: tuple[HeatMap, ...] = ()
+
+
+def summarise(
+    scores: Sequence[Score],
+    *,
+    baseline: str,
+    references: Sequence[str] = (),
+    notes: dict[str, str] | None = None,
+) -> tuple[ArmSummary, ...]:
+    """One summary per arm, in order of first appearance.
+
+    Raises:
+        ValueError: the baseline has no scores, or an arm lacks a seed the baseline has.
+    """
+    by_arm: dict[str, dict[int, Score]] = {}
+    for score in scores:
+        by_arm.setdefault(score.arm, {})[score.seed] = score
+    if baseline not in by_arm:
+        raise ValueError(f"expected scores for the baseline {baseline!r}, got {sorted(by_arm)}")
+    return tuple(
+        _summary(arm, by_seed, by_arm[baseline], baseline, references, (notes or {}).get(arm, ""))
+        for arm, by_seed in by_arm.items()
+    )
+
+
+def _summary(
+    arm: str,
+    by_seed: dict[int, Score],
+    base: dict[int, Score],
+    baseline: str,
+    references: Sequence[str],
+    note: str,
+) -> ArmSummary:
+    if by_seed.keys() != base.keys():
+        raise ValueError(f"{arm} has seeds {sorted(by_seed)}, {baseline} has {sorted(base)}")
+    rows = list(by_seed.values())
+    gains = [score.accuracy - base[seed].accuracy for seed, score in by_seed.items()]
+    return ArmSummary(
+        arm=arm,
+        accuracy=interval([row.accuracy for row in rows]),
+        gain=None if arm == baseline else interval(gains),
+        seconds=math.fsum(row.seconds for row in rows) / len(rows),
+        samples=sum(row.samples for row in rows) / len(rows),
+        reference=arm in references,
+        note=note,
+    )
 
 
 class StudyResults(Results):

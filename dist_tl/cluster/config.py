@@ -16,6 +16,11 @@ class SessionConfig(StrictModel):
     num_cpus: int = Field(
         8, ge=1, description="Logical CPUs: what actors share by their `cpus`, not cores."
     )
+    roles: bool = Field(
+        False,
+        description="Place actors only on nodes that offer the Ray resource of their role: "
+        "generators, trainers or experts.",
+    )
     object_store_mb: int = Field(200, ge=80, description="Shared memory for Ray's objects.")
 
 
@@ -46,6 +51,33 @@ class TrainersConfig(StrictModel):
     gpus: float = Field(0.0, ge=0, description="GPUs that Ray reserves for each worker.")
     threads: int = Field(1, ge=1, description="Torch threads a worker.")
     max_failures: int = Field(3, ge=0, description="Restarts of the group before the job fails.")
+
+
+class ExpertsConfig(StrictModel):
+    """The expert pool: replicas of every expert, and the routers that ask them."""
+
+    min: int = Field(1, ge=1, description="Replicas of an expert, however few samples it gets.")
+    max: int = Field(1, ge=1, description="Replicas of the expert that gets most samples.")
+    routers: int = Field(1, ge=1, description="Shards that are answered at a time.")
+    cpus: float = Field(1.0, gt=0, description="CPUs that Ray reserves for each replica.")
+    gpus: float = Field(0.0, ge=0, description="GPUs that Ray reserves for each replica.")
+    router_cpus: float = Field(1.0, gt=0, description="CPUs that Ray reserves for each router.")
+    threads: int = Field(1, ge=1, description="Torch threads of each.")
+    batch_size: int = Field(256, ge=1, description="Samples that an expert is sent at a time.")
+    max_restarts: int = Field(3, ge=0, description="Restarts of an actor before it is lost.")
+    timeout_s: float = Field(
+        120.0, gt=0, description="How long an expert may take for a shard before it is lost."
+    )
+    resources: dict[str, dict[str, float]] = Field(
+        default_factory=dict,
+        description="Expert -> further Ray resources of its replicas, to choose their nodes.",
+    )
+
+    @model_validator(mode="after")
+    def _bounds_are_ordered(self) -> "ExpertsConfig":
+        if self.min > self.max:
+            raise ValueError(f"expected min <= max, got {self.min} > {self.max}")
+        return self
 
 
 class TrialsConfig(StrictModel):

@@ -7,6 +7,10 @@ from dist_tl.jobs.forecast import forecast_tasks
 from dist_tl.jobs.forecast_spec import ForecastJob
 from dist_tl.jobs.geometry_plan import GeometryPlan, Labelling
 from dist_tl.jobs.geometry_spec import GeometricLabelsJob
+from dist_tl.jobs.hub_cost import HubRow, hub_rows
+from dist_tl.jobs.hub_plan import HubPlan
+from dist_tl.jobs.hub_spec import HubJob
+from dist_tl.jobs.hub_warm import WarmPlan, warm_plan
 from dist_tl.jobs.layer_search import LayerSearchPlan
 from dist_tl.jobs.layer_search_spec import LayerSearchJob
 from dist_tl.jobs.manifold_plan import ManifoldPlan
@@ -67,6 +71,7 @@ class PlanTable(StrictModel):
     train: tuple[TrainRow, ...]
     trials: int
     tasks: tuple[TaskRow, ...] = ()
+    hub: tuple[HubRow, ...] = ()
 
 
 def plan_job(job: Job) -> PlanTable:
@@ -84,6 +89,8 @@ def plan_job(job: Job) -> PlanTable:
         return _layer_search_table(job)
     if isinstance(job, GeometricLabelsJob):
         return _geometry_table(job)
+    if isinstance(job, HubJob):
+        return _hub_table(job)
     if isinstance(job, SourceJob):
         facts = planned_facts(job.source, job.seed)
         stages = source_stages(job, job.source, facts)
@@ -158,6 +165,32 @@ def _geometry_table(job: GeometricLabelsJob) -> PlanTable:
         for rate in job.rates
     ]
     return _tasks_table(job, rows, stages)
+
+
+def _hub_table(job: HubJob) -> PlanTable:
+    plan = HubPlan(job, ObjectStore(job.run))
+    plan.check()
+    warm = warm_plan(plan)
+    first = job.hub[0].name
+    stages = plan.pretraining()
+    for repeat in range(job.seeds):
+        stages += warm.starts(repeat) if warm else []
+        stages += [*plan.picks(repeat), *plan.singles(repeat)]
+        stages += [plan.arm(arm, repeat, best=first) for arm in plan.model_arms()]
+    rows = (
+        *(_warm_rows(warm) if warm else ()),
+        TaskRow(phase="evaluation", tasks=len(plan.evaluations()), what="routes on the test split"),
+        TaskRow(phase="timing", tasks=1, what="every arm, one after another"),
+    )
+    return _tasks_table(job, rows, stages).model_copy(update={"hub": hub_rows(plan)})
+
+
+def _warm_rows(warm: WarmPlan) -> tuple[TaskRow, ...]:
+    what = "every expert over all labelled images"
+    return (
+        TaskRow(phase="cached features", tasks=len(warm.features()), what=what),
+        TaskRow(phase="cached rows", tasks=len(warm.cached_rows()), what="shards of features"),
+    )
 
 
 def _tasks_table(job: Job, rows: tuple[TaskRow, ...], train: Sequence[StageSpec] = ()) -> PlanTable:

@@ -16,6 +16,10 @@ from dist_tl.jobs.forecast_spec import ForecastJob
 from dist_tl.jobs.geometry import run_geometric_labels
 from dist_tl.jobs.geometry_results import geometry_results
 from dist_tl.jobs.geometry_spec import GeometricLabelsJob
+from dist_tl.jobs.hub import HubOutcome, run_hub
+from dist_tl.jobs.hub_exports import export_hub, write_routes_gallery
+from dist_tl.jobs.hub_results import hub_results
+from dist_tl.jobs.hub_spec import HubJob
 from dist_tl.jobs.layer_search import run_layer_search
 from dist_tl.jobs.layer_search_results import layer_search_results
 from dist_tl.jobs.layer_search_spec import LayerSearchJob
@@ -71,11 +75,15 @@ def _found(job: Job, store: ObjectStore, progress: Progress, began: float) -> An
     if isinstance(outcome, TransferOutcome):
         export_models(outcome, store)
         write_gallery(outcome, store)
+    if isinstance(outcome, HubOutcome):
+        export_hub(outcome, store)
+        write_routes_gallery(outcome, store)
     return found
 
 
 _KINDS: dict[type[Job], tuple[Callable[..., Any], Callable[..., AnyResults]]] = {
     TransferJob: (run_transfer, transfer_results),
+    HubJob: (run_hub, hub_results),
     ManifoldJob: (run_manifold, manifold_results),
     ForecastJob: (run_forecast, forecast_results),
     LayerSearchJob: (run_layer_search, layer_search_results),

@@ -7,14 +7,24 @@ from dist_tl.config import apply_overrides, parse_yaml, validate
 from dist_tl.errors import ConfigError
 from dist_tl.jobs.forecast_spec import ForecastJob
 from dist_tl.jobs.geometry_spec import GeometricLabelsJob
+from dist_tl.jobs.hub_spec import HubJob
 from dist_tl.jobs.layer_search_spec import LayerSearchJob
 from dist_tl.jobs.manifold_spec import ManifoldJob
 from dist_tl.jobs.transfer_spec import SourceJob, TransferJob
 
-Job = SourceJob | TransferJob | ManifoldJob | ForecastJob | LayerSearchJob | GeometricLabelsJob
+Job = (
+    SourceJob
+    | TransferJob
+    | HubJob
+    | ManifoldJob
+    | ForecastJob
+    | LayerSearchJob
+    | GeometricLabelsJob
+)
 KINDS: dict[str, type[Job]] = {
     "source": SourceJob,
     "transfer": TransferJob,
+    "hub": HubJob,
     "manifold": ManifoldJob,
     "forecast": ForecastJob,
     "layer_search": LayerSearchJob,

@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 
 from dist_tl.cluster.generators import StageProgress
+from dist_tl.jobs.findings import against
+from dist_tl.jobs.records import training_record
 from dist_tl.jobs.transfer import TransferOutcome
 from dist_tl.jobs.transfer_plan import PP_SHARDS, TRUNKS
 from dist_tl.jobs.transfer_spec import BASELINE, REFERENCES, ArmConfig
 from dist_tl.jobs.versions import versions
-from dist_tl.results import Interval, RunResults, Score, StageRecord, interval, summarise
+from dist_tl.results import RunResults, Score, StageRecord, summarise
 from dist_tl.train.spec import StageResult
 
 UNGUARDED = " unguarded"
@@ -89,26 +91,12 @@ def _notes(outcome: TransferOutcome) -> dict[str, str]:
 
 def _records(outcome: TransferOutcome) -> Iterator[StageRecord]:
     for result in outcome.stages.values():
-        yield _training_record(result, "train")
+        yield training_record(result, "train")
     for results in outcome.trials.values():
         for result in results:
-            yield _training_record(result, "trial")
+            yield training_record(result, "trial")
     for stage in outcome.generation:
         yield _generation_record(stage)
-
-
-def _training_record(result: StageResult, kind: str) -> StageRecord:
-    figures = {
-        "steps": float(result.steps),
-        "samples": float(result.samples),
-        "starved_s": result.seconds_starved,
-        "saving_s": result.seconds_saving,
-    }
-    if result.first_step_at is not None:
-        figures["first_step_at"] = result.first_step_at
-    return StageRecord(
-        name=result.name, kind=kind, started=result.started, ended=result.ended, figures=figures
-    )
 
 
 def _generation_record(stage: StageProgress) -> StageRecord:
@@ -159,10 +147,10 @@ def _findings(outcome: TransferOutcome, scores: tuple[Score, ...]) -> Iterator[s
         by_arm.setdefault(score.arm, {})[score.seed] = score.accuracy
     for arm in by_arm:
         if arm != BASELINE and arm not in _reference_names(outcome):
-            yield _against(arm, BASELINE, by_arm)
+            yield against(arm, BASELINE, by_arm)
     for left, right in (("pp", "real_source"), ("pp_p_ssl", "pp"), ("p_ssl", "real_unlabelled")):
         if left in by_arm and right in by_arm:
-            yield _against(left, right, by_arm)
+            yield against(left, right, by_arm)
     if any(stage.spec.name == PP_SHARDS for stage in outcome.generation) and len(by_arm) > 1:
         yield (
             "All seeds share one source, one generator and one set of pre-training samples; the "
@@ -172,22 +160,3 @@ def _findings(outcome: TransferOutcome, scores: tuple[Score, ...]) -> Iterator[s
 
 def _reference_names(outcome: TransferOutcome) -> set[str]:
     return {arm.name for arm in outcome.plan.job.arms if arm.route in REFERENCES}
-
-
-def _against(left: str, right: str, by_arm: dict[str, dict[int, float]]) -> str:
-    seeds = by_arm[left].keys() & by_arm[right].keys()
-    gain = interval([by_arm[left][seed] - by_arm[right][seed] for seed in sorted(seeds)])
-    return f"{left} against {right}: {_points(gain)}, {_judgement(gain)}."
-
-
-def _points(gain: Interval) -> str:
-    text = f"{gain.mean * 100:+.1f} points"
-    return text if gain.half_width is None else f"{text} ± {gain.half_width * 100:.1f}"
-
-
-def _judgement(gain: Interval) -> str:
-    if gain.half_width is None:
-        return "from one seed: no interval"
-    if not gain.excludes_zero:
-        return "no difference beyond noise"
-    return "better beyond noise" if gain.mean > 0 else "worse beyond noise"

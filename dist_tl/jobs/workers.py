@@ -1,23 +1,28 @@
 """The workers of a running job, and how their progress is shown while it waits for them."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from dist_tl.cluster.config import GeneratorsConfig, TrialsConfig
+from dist_tl.cluster.config import GeneratorsConfig, Task, TrialsConfig
 from dist_tl.cluster.generators import GeneratorPool, StageProgress
 from dist_tl.cluster.mailbox import Snapshot, open_mailbox, read_positions
 from dist_tl.cluster.session import RaySession
+from dist_tl.cluster.tasks import run_tasks
 from dist_tl.cluster.trainers import TrainerGroup
 from dist_tl.cluster.trials import Trials
+from dist_tl.config import StrictModel
 from dist_tl.jobs.run_spec import RunConfig
 from dist_tl.shards.drawing import GenerateSpec
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.telemetry import Progress
 from dist_tl.train.spec import StageResult, StageSpec, read_result
+
+Asked = TypeVar("Asked", bound=StrictModel)
+Answer = TypeVar("Answer", bound=StrictModel)
 
 
 @dataclass
@@ -28,6 +33,7 @@ class Workers:
     trainers: TrainerGroup
     pool: GeneratorPool
     trials: Trials
+    trials_config: TrialsConfig
     progress: Progress
     session: RaySession
     generation: list[StageProgress] = field(default_factory=list)
@@ -70,6 +76,28 @@ class Workers:
     def trial_results(self, name: str) -> list[StageResult]:
         """The results of :meth:`start_trials`, waited for."""
         return self.trials.results(self.trial_tickets[name], on_poll=self._check)
+
+    def run(
+        self,
+        name: str,
+        work: Callable[[Asked, ObjectStore], Answer],
+        tasks: Sequence[Task[Asked]],
+        answer: type[Answer],
+    ) -> list[Answer]:
+        """Run independent tasks beside the trainers; the answers in their order.
+
+        Raises:
+            DistTLError: the named error that a task met; what is done stays done.
+        """
+        return run_tasks(
+            work,
+            tasks,
+            answer,
+            self.store,
+            config=self.trials_config,
+            on_poll=self._check,
+            on_done=lambda done, total, task: self.progress.update(name, done, total, task),
+        )
 
     def finish_generation(self) -> None:
         """Wait until every queued shard is committed."""
@@ -135,6 +163,7 @@ def open_workers(
             trainers=trainers,
             pool=pool,
             trials=Trials(trials or TrialsConfig(), store.url),
+            trials_config=trials or TrialsConfig(),
             progress=progress,
             session=session,
         )

@@ -67,6 +67,9 @@ def _gallery(store: ObjectStore) -> Gallery | None:
         target_images=arrays["target_images"],
         target_labels=arrays["target_labels"].astype(np.int64),
         target_classes=tuple(json.loads(names["target_classes"])),
+        captions=tuple(json.loads(names.get("captions", "[]"))),
+        title=names.get("title", Gallery.title),
+        subject=names.get("subject", Gallery.subject),
     )
 
 

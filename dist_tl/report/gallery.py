@@ -33,6 +33,10 @@ class Gallery:
     target_classes: tuple[str, ...]
     captions: tuple[str, ...] = ()
     """N texts shown under the pseudo images, or none."""
+    title: str = "Pseudo samples and their conditions"
+    """What the pseudo images and their bars are."""
+    subject: str = "pseudo sample for"
+    """What one of them is called where it cannot be seen, before the names of its bars."""
 
     def __post_init__(self) -> None:
         for name in ("pseudo_images", "target_images"):
@@ -82,7 +86,7 @@ def pseudo_tiles(gallery: Gallery) -> list[Tile]:
     for image, condition, caption in list(rows)[:MAX_TILES]:
         shares = top_classes(condition, gallery.source_classes)
         asked = ", ".join(f"{share.name} {share.percent:.0f} %" for share in shares)
-        alt = f"pseudo sample for {asked}"
+        alt = f"{gallery.subject} {asked}"
         tiles.append(Tile(source=data_uri(image), alt=alt, caption=caption, shares=shares))
     return tiles
 

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dist_tl.report import gallery as pictures
 from dist_tl.report import plots
+from dist_tl.report.figures import figures, text_columns
 from dist_tl.report.gallery import Gallery
 from dist_tl.report.summary import MARKS_EXPLAINED, ordered, points, table_rows, verdict
 from dist_tl.report.svg import Plot, responsive
@@ -53,6 +54,9 @@ def build_page(
         accuracy=_accuracy_plot(results),
         losses=_loss_plot(groups),
         panels_left_out=max(0, len(groups) - plots.MAX_PANELS),
+        figures=figures(results.charts, results.heat_maps),
+        text_columns=text_columns(results.tables),
+        tiles_title=gallery.title if gallery else "",
         pseudo_tiles=pictures.pseudo_tiles(gallery) if gallery else [],
         target_tiles=pictures.target_tiles(gallery) if gallery else [],
         timeline=timeline_plot(results.stages),

@@ -127,14 +127,15 @@ def tables(results: AnyResults) -> list[Table]:
         return list(results.tables)
     header, *rows = table_rows(results)
     title = f"{results.run}: accuracy on the test split"
-    return [Table(title=title, header=header, rows=tuple(rows))]
+    return [Table(title=title, header=header, rows=tuple(rows)), *results.tables]
 
 
 def markdown_tables(results: AnyResults) -> str:
     """All tables in GitHub's Markdown, ending in a newline."""
+    parts = [_study_markdown(table) for table in results.tables]
     if isinstance(results, RunResults):
-        return markdown_table(results)
-    return "\n".join(_study_markdown(table) for table in results.tables)
+        parts.insert(0, markdown_table(results))
+    return "\n".join(parts)
 
 
 def _study_markdown(table: Table) -> str:

@@ -76,6 +76,7 @@ class NewExpert(StrictModel):
 
     kind: Literal["expert"] = "expert"
     expert: ExpertSource
+    warm: str | None = Field(None, description="Where the head of a warm start is.")
     num_classes: int = Field(ge=2)
 
 
@@ -95,14 +96,35 @@ def build_hub(
     }
     hub = HubPathway(
         experts,
-        _new_router(spec, image_shape, seed),
+        new_router(spec, image_shape, seed),
         num_classes=spec.num_classes,
         routes=spec.routes,
         batchnorm=spec.batchnorm,
     )
     if spec.warm is not None:
-        _warm_up(hub, read_named_files(store, spec.warm, [HUB_TENSORS])[HUB_TENSORS], spec.warm)
+        _warm_up(hub, store, spec.warm)
     return hub
+
+
+def build_single(
+    spec: NewExpert, store: ObjectStore, *, image_shape: ImageShape, seed: int
+) -> Network:
+    """One expert to train by itself.
+
+    Raises:
+        ConfigError: it is missing, or does not take such images.
+    """
+    network = build_expert(
+        spec.expert, store, num_classes=spec.num_classes, image_shape=image_shape, seed=seed
+    )
+    if spec.warm is not None:
+        _warm_up(network, store, spec.warm)
+    return network
+
+
+def head_purpose(name: str) -> str:
+    """What the draw of an expert's fresh head is for."""
+    return f"fresh head of {name}"
 
 
 def build_expert(
@@ -118,7 +140,7 @@ def build_expert(
     Raises:
         ConfigError: its files are missing or damaged, or it takes other images; names the expert.
     """
-    rng = torch_rng(seed, f"fresh head of {source.name}")
+    rng = torch_rng(seed, head_purpose(source.name))
     try:
         network = _pretrained(source, store, num_classes, image_shape, seed)
         if source.tap is None:
@@ -145,7 +167,8 @@ def _pretrained(
     )
 
 
-def _new_router(spec: NewHub, image_shape: ImageShape, seed: int) -> nn.Module | None:
+def new_router(spec: NewHub, image_shape: ImageShape, seed: int) -> nn.Module | None:
+    """A router whose routes are all even at the start; None where chance decides."""
     if spec.routes.by == "random":
         return None
     if spec.routes.by == "static":
@@ -274,14 +297,13 @@ def load_hub(store: ObjectStore, place: str) -> HubPathway:
     return hub.eval()
 
 
-def _warm_up(hub: HubPathway, data: bytes, place: str) -> None:
-    """Take router, heads and aggregator from a warm start."""
-    expected = {
-        name
-        for name, _ in [*hub.named_parameters(), *hub.named_buffers()]
-        if name.startswith(("router.", "aggregator.")) or ".head." in name
-    }
-    _take(hub, data, place, expected=expected)
+def _warm_up(module: nn.Module, store: ObjectStore, place: str) -> None:
+    """Take heads, and a hub's router and aggregator, from a warm start."""
+    parts = ("router.", "aggregator.", "head.")
+    names = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
+    expected = {name for name in names if name.startswith(parts) or ".head." in name}
+    data = read_named_files(store, place, [HUB_TENSORS])[HUB_TENSORS]
+    _take(module, data, place, expected=expected)
 
 
 def _take(module: nn.Module, data: bytes, place: str, *, expected: set[str]) -> None:

@@ -15,7 +15,13 @@ from dist_tl.models.networks import Network, NetworkConfig, build_network, repla
 from dist_tl.seeds import torch_rng
 from dist_tl.storage.model_files import read_model_files
 from dist_tl.storage.objects import ObjectStore
-from dist_tl.train.hub_model import NewExpert, NewHub, build_expert, build_hub, hub_files
+from dist_tl.train.cached import (
+    CachedExpert,
+    CachedHub,
+    build_cached_expert,
+    build_cached_hub,
+)
+from dist_tl.train.hub_model import NewExpert, NewHub, build_hub, build_single, hub_files
 
 ImageShape = tuple[int, int, int]
 
@@ -59,7 +65,8 @@ class NewGenerator(StrictModel):
 
 
 ModelSpec = Annotated[
-    NewNetwork | Handover | Readout | NewGenerator | NewExpert | NewHub, Field(discriminator="kind")
+    NewNetwork | Handover | Readout | NewGenerator | NewExpert | NewHub | CachedExpert | CachedHub,
+    Field(discriminator="kind"),
 ]
 
 
@@ -90,15 +97,13 @@ def build_model(
             network = load_classifier(store, spec.model, image_shape=image_shape)
             return replace_head(network, spec.num_classes, torch_rng(seed, "fresh head"))
         case NewExpert():
-            return build_expert(
-                spec.expert,
-                store,
-                num_classes=spec.num_classes,
-                image_shape=image_shape,
-                seed=seed,
-            )
+            return build_single(spec, store, image_shape=image_shape, seed=seed)
         case NewHub():
             return build_hub(spec, store, image_shape=image_shape, seed=seed)
+        case CachedExpert():
+            return build_cached_expert(spec, seed=seed)
+        case CachedHub():
+            return build_cached_hub(spec, seed=seed)
         case Readout():
             network = build_model(spec.trunk, store, image_shape=image_shape, seed=seed)
             return _only_readout(network)
@@ -131,9 +136,12 @@ def load_classifier(
 
 def model_files(module: nn.Module) -> dict[str, bytes]:
     """The files that stand for a trained module: file name to bytes."""
-    if isinstance(module, HubPathway):
-        return hub_files(module)
-    return save_network(module) if isinstance(module, Network) else module.to_files()
+    if isinstance(module, Network):
+        return save_network(module)
+    if hasattr(module, "to_files"):
+        return module.to_files()
+    assert isinstance(module, HubPathway), "all other modules know their files"
+    return hub_files(module)
 
 
 def load_weights(module: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:

@@ -11,10 +11,12 @@ from dist_tl.errors import CheckpointMismatchError
 from dist_tl.shards.order import ShardPlan
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.train.cached import CachedHub
 from dist_tl.train.checkpoints import CheckpointConfig
 from dist_tl.train.engine import EngineConfig, OptimizerConfig
+from dist_tl.train.hub_model import NewHub
 from dist_tl.train.models import ImageShape, ModelSpec, Readout
-from dist_tl.train.objectives import ObjectiveSpec, ReadoutSpec
+from dist_tl.train.objectives import HubSpec, ObjectiveSpec, ReadoutSpec
 from dist_tl.train.rows import RowsSpec
 
 
@@ -50,6 +52,13 @@ class StageSpec(StrictModel):
             if self.engine.zero_stage == 3:
                 # Its penalty reads the head outside a forward pass, where stage 3 has it in pieces.
                 raise ValueError("objective readout: works with engine.zero_stage 0 to 2, got 3")
+        return self
+
+    @model_validator(mode="after")
+    def _hub_is_whole(self) -> Self:
+        is_hub = isinstance(self.model, NewHub | CachedHub)
+        if is_hub != isinstance(self.objective, HubSpec):
+            raise ValueError("objective hub goes with a model of kind hub, and only with it")
         return self
 
     @property

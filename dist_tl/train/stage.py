@@ -25,6 +25,7 @@ from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.telemetry import MetricsLog
 from dist_tl.train import objectives
+from dist_tl.train.cached import CachedHub
 from dist_tl.train.checkpoints import Checkpoints
 from dist_tl.train.engine import Engine
 from dist_tl.train.feeds import Feed, MemoryRows, Rows, ShardRows, own_lanes
@@ -211,8 +212,9 @@ def _objective(spec: StageSpec, store: ObjectStore, device: torch.device) -> obj
             teacher = _teacher(spec, store, place, config.temperature)
             return objectives.Distillation(config, teacher.to(device))
         case objectives.HubSpec(loss=config):
-            assert isinstance(spec.model, NewHub), "held by the specification"
-            return objectives.Hub(config, spec.seed, len(spec.model.experts))
+            hub = spec.model.hub if isinstance(spec.model, CachedHub) else spec.model
+            assert isinstance(hub, NewHub), "held by the specification"
+            return objectives.Hub(config, spec.seed, len(hub.experts))
         case objectives.ReadoutSpec():
             return objectives.ReadoutFit(spec.objective)
         case objectives.DiffusionSpec():

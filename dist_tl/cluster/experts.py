@@ -1,0 +1,211 @@
+"""The expert pool: routers and experts as Ray actors, which answer a data set shard by shard.
+
+A router reads a shard, sends each expert the samples that chose it and nothing else, puts the
+answers in their places and commits the predictions as a shard. Experts have replicas, and get more
+of them the more samples come. Whatever dies is restarted, and its batch run again; what was
+committed is never made twice.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import ray
+import torch
+from ray.actor import ActorHandle
+
+from dist_tl.cluster.config import ExpertsConfig
+from dist_tl.cluster.inputs import RowsInput, StageInput
+from dist_tl.cluster.outcomes import collect
+from dist_tl.cluster.roles import actor_options
+from dist_tl.cluster.routers import AnswerSettings, RouterActor, ShardAnswer
+from dist_tl.errors import WorkerError
+from dist_tl.shards.manifest import committed_indices
+from dist_tl.shards.order import ShardPlan
+from dist_tl.storage.objects import ObjectStore
+from dist_tl.train.hub_model import load_expert
+
+POLL_S = 0.2
+LOAD_MEMORY = 0.7  # share of the past in the moving average of an expert's load
+
+
+class ExpertActor:
+    """One expert on one device."""
+
+    def __init__(self, store_url: str, place: str, name: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.deterministic = True
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._expert = load_expert(ObjectStore(store_url), place, name).to(self._device)
+
+    @torch.no_grad()
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (S, C), float32 on the CPU, of images (S, C, H, W) in [-1, 1]."""
+        return self._expert(images.to(self._device)).float().cpu()
+
+
+@dataclass
+class Replicas:
+    """The actors of one expert.
+
+    Attributes:
+        load: moving average of its share of all (sample, expert) pairs.
+        pairs: samples it was sent in all.
+        most: actors at most at one time.
+    """
+
+    name: str
+    actors: list[ActorHandle] = field(default_factory=list)
+    load: float = 0.0
+    pairs: int = 0
+    most: int = 0
+
+
+class ExpertPool:
+    """Use as a context manager; :meth:`answer` returns when every shard is committed.
+
+    Args:
+        place: where the stored hub is: a key of the run, or a URL.
+        experts: their names, in the order of the hub.
+        degrade: leave an expert out that stays away, instead of giving up.
+        roles: whether the cluster's nodes have roles.
+    """
+
+    def __init__(
+        self,
+        config: ExpertsConfig,
+        store: ObjectStore,
+        place: str,
+        experts: Sequence[str],
+        *,
+        degrade: bool,
+        roles: bool = False,
+    ) -> None:
+        self._config, self._store, self._place = config, store, place
+        self._degrade, self._roles = degrade, roles
+        self.replicas = [Replicas(name) for name in experts]
+        self.lost: frozenset[int] = frozenset()
+        self._routers: list[ActorHandle] = []
+        self._retired: list[ActorHandle] = []
+
+    def __enter__(self) -> "ExpertPool":
+        for replicas in self.replicas:
+            self._resize(replicas, self._config.min)
+        self._routers = [self._new_router() for _ in range(self._config.routers)]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # the session ends the actors with everything else
+            return
+        actors = [actor for replicas in self.replicas for actor in replicas.actors]
+        for actor in [*self._routers, *actors, *self._retired]:
+            ray.kill(actor)
+
+    def answer(
+        self,
+        source: StageInput | RowsInput,
+        plan: ShardPlan,
+        *,
+        on_poll: Callable[[], None] = lambda: None,
+        on_done: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Answer every shard that has no predictions yet; as many at a time as there are routers.
+
+        Args:
+            plan: of the predictions.
+            on_done: told shards committed, and shards in all.
+
+        Raises:
+            WorkerError: an expert stayed away and none may be left out, or too few are left.
+            DistTLError: the named error that an actor met.
+        """
+        committed = committed_indices(self._store, plan.stage)
+        todo = [i for i in range(plan.num_shards) if i not in committed]
+        done, idle = plan.num_shards - len(todo), list(self._routers)
+        running: dict[ray.ObjectRef, tuple[ActorHandle, int]] = {}
+        while todo or running:
+            while todo and idle:
+                router, index = idle.pop(), todo.pop(0)
+                running[self._order(router, source, plan, index)] = (router, index)
+            ready, _ = ray.wait(list(running), timeout=POLL_S)
+            on_poll()
+            for ticket in ready:
+                router, index = running.pop(ticket)
+                idle.append(router)
+                self._take(collect(ticket, f"the router of shard {index}"))
+                done += 1
+                on_done(done, plan.num_shards)
+            if ready:
+                self._follow_load(len(running))
+
+    def _order(
+        self, router: ActorHandle, source: StageInput | RowsInput, plan: ShardPlan, index: int
+    ) -> ray.ObjectRef:
+        settings = AnswerSettings(
+            batch_size=self._config.batch_size,
+            timeout_s=self._config.timeout_s,
+            degrade=self._degrade,
+            missing=self.lost,
+        )
+        experts = [list(replicas.actors) for replicas in self.replicas]
+        return router.answer.remote(source, plan, index, experts, settings)
+
+    def _take(self, found: ShardAnswer) -> None:
+        self.lost |= found.lost
+        if found.entry is None:
+            names = ", ".join(self.replicas[i].name for i in sorted(found.lost))
+            raise WorkerError(
+                f"expert {names} stayed away: {self._config.max_restarts} restarts, "
+                f"{self._config.timeout_s:g} s; start the same job again to go on from the shards "
+                "that are committed, or set degrade: true to leave it out"
+            )
+        total = sum(found.pairs)
+        for replicas, pairs in zip(self.replicas, found.pairs, strict=True):
+            replicas.pairs += pairs
+            if total:
+                share = pairs / total
+                replicas.load = LOAD_MEMORY * replicas.load + (1 - LOAD_MEMORY) * share
+
+    def _follow_load(self, num_running: int) -> None:
+        """The busiest expert has `max` replicas, the others in proportion."""
+        busiest = max(replicas.load for replicas in self.replicas)
+        for index, replicas in enumerate(self.replicas):
+            if index in self.lost or busiest == 0:
+                continue
+            wanted = round(self._config.max * replicas.load / busiest)
+            self._resize(replicas, min(self._config.max, max(self._config.min, wanted)))
+        if num_running == 0:  # no router holds a retired replica any more
+            for actor in self._retired:
+                ray.kill(actor)
+            self._retired.clear()
+
+    def _resize(self, replicas: Replicas, wanted: int) -> None:
+        while len(replicas.actors) < wanted:
+            replicas.actors.append(self._new_expert(replicas.name))
+        while len(replicas.actors) > wanted:
+            self._retired.append(replicas.actors.pop())
+        replicas.most = max(replicas.most, len(replicas.actors))
+
+    def _new_expert(self, name: str) -> ActorHandle:
+        config = self._config
+        options = actor_options(
+            "experts",
+            enabled=self._roles,
+            cpus=config.cpus,
+            gpus=config.gpus,
+            resources=config.resources.get(name),
+        )
+        actor = ray.remote(ExpertActor).options(
+            **options,
+            scheduling_strategy="SPREAD",
+            max_restarts=config.max_restarts,
+            max_task_retries=config.max_restarts,
+        )
+        return actor.remote(self._store.url, self._place, name, config.threads)
+
+    def _new_router(self) -> ActorHandle:
+        config = self._config
+        options = actor_options("experts", enabled=self._roles, cpus=config.router_cpus, gpus=0.0)
+        actor = ray.remote(RouterActor).options(
+            **options, max_restarts=config.max_restarts, max_task_retries=config.max_restarts
+        )
+        return actor.remote(self._store.url, self._place, config.threads)

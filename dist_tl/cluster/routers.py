@@ -1,0 +1,177 @@
+"""Router actors: each answers one shard at a time with the help of the experts' actors."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+import torch
+from ray.actor import ActorHandle
+
+from dist_tl.cluster.inputs import RowsInput, Samples, StageInput, read_samples
+from dist_tl.errors import WorkerError
+from dist_tl.methods.hub.controls import chance_logits
+from dist_tl.methods.hub.dispatch import SubBatch, place, sub_batches
+from dist_tl.methods.hub.pathway import combine
+from dist_tl.methods.hub.routes import Routes, choose, noisy_logits
+from dist_tl.shards.manifest import ShardEntry, read_entry
+from dist_tl.shards.order import ShardPlan
+from dist_tl.shards.sample import PseudoSample
+from dist_tl.shards.writer import write_shard
+from dist_tl.storage.objects import ObjectStore
+from dist_tl.train.hub_model import load_router
+
+
+@dataclass(frozen=True)
+class ShardAnswer:
+    """What became of one shard.
+
+    Attributes:
+        pairs: (sample, expert) pairs by expert.
+        lost: experts that stayed away; nothing was committed unless they may be left out.
+        entry: of the committed predictions; None where an expert is needed that was lost.
+    """
+
+    index: int
+    pairs: tuple[int, ...]
+    lost: frozenset[int]
+    entry: ShardEntry | None
+
+
+class RouterActor:
+    """The router and the aggregator of a hub."""
+
+    def __init__(self, store_url: str, place: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._store = ObjectStore(store_url)
+        self._hub = load_router(self._store, place)
+
+    def answer(
+        self,
+        source: StageInput | RowsInput,
+        plan: ShardPlan,
+        index: int,
+        experts: list[list[ActorHandle]],
+        settings: "AnswerSettings",
+    ) -> ShardAnswer:
+        """Predictions of one shard, committed. A retry makes the same bytes.
+
+        Args:
+            plan: of the predictions.
+            experts: the replicas of each expert, in the order of the hub.
+        """
+        done = read_entry(self._store, plan.stage, index)
+        if done is not None:
+            return ShardAnswer(index, (0,) * len(experts), frozenset(), done)
+        samples = read_samples(source, index)
+        missing = settings.missing
+        while True:
+            routes, wanted = self._routes(samples.images, missing)
+            answers, lost = _ask(samples, routes, experts, index, settings)
+            if not lost:
+                break
+            missing = missing | lost
+            if not settings.degrade:
+                return ShardAnswer(index, _pairs(routes), missing, None)
+        entry = write_shard(
+            plan.order(index),
+            self._predictions(samples, routes, wanted, answers, plan.order(index).numbers),
+            self._store,
+        )
+        return ShardAnswer(index, _pairs(routes), missing, entry)
+
+    @torch.no_grad()
+    def _routes(self, images: torch.Tensor, missing: frozenset[int]) -> tuple[Routes, Routes]:
+        """The routes to be taken, and those that a whole hub would take."""
+        config, count = self._hub.about.routes, len(self._hub.about.experts)
+        if self._hub.router is None:
+            z_BM = chance_logits(images, count)
+        else:
+            z_BM = noisy_logits(self._hub.router(images), None)
+        try:
+            return choose(z_BM, config, missing=missing), choose(z_BM, config)
+        except ValueError as error:
+            names = ", ".join(self._hub.about.experts[i] for i in sorted(missing))
+            raise WorkerError(f"experts lost: {names}; {error}") from None
+
+    @torch.no_grad()
+    def _predictions(
+        self,
+        samples: Samples,
+        routes: Routes,
+        wanted: Routes,
+        answers: list[tuple[SubBatch, torch.Tensor]],
+        numbers: range,
+    ) -> Iterator[PseudoSample]:
+        about = self._hub.about
+        placed_BMC = place(answers, len(samples.images), len(about.experts), about.num_classes)
+        logits_BC = combine(self._hub.aggregator, placed_BMC, routes).float()
+        rerouted = (routes.active_BM != wanted.active_BM).any(dim=1).tolist()
+        weights = routes.weight_BM.tolist()
+        for row, number in enumerate(numbers):
+            provenance = {
+                "weights": {
+                    name: round(weight, 6)
+                    for name, weight in zip(about.experts, weights[row], strict=True)
+                    if weight
+                },
+                "rerouted": rerouted[row],
+            }
+            if samples.labels is not None:
+                provenance["truth"] = int(samples.labels[row])
+            yield PseudoSample(
+                number=number,
+                image=np.ascontiguousarray(logits_BC[row].numpy()[None, None]),
+                label=int(logits_BC[row].argmax()),
+                provenance=provenance,
+            )
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How experts are asked.
+
+    Attributes:
+        missing: experts that are lost for good.
+    """
+
+    batch_size: int
+    timeout_s: float
+    degrade: bool
+    missing: frozenset[int]
+
+
+def _ask(
+    samples: Samples,
+    routes: Routes,
+    experts: list[list[ActorHandle]],
+    index: int,
+    settings: AnswerSettings,
+) -> tuple[list[tuple[SubBatch, torch.Tensor]], frozenset[int]]:
+    """Every expert's answers, and the experts that gave none in time."""
+    tickets = []
+    for turn, batch in enumerate(sub_batches(routes.active_BM, settings.batch_size)):
+        replicas = experts[batch.expert]
+        if replicas:
+            # Turns spread over replicas; which of them answers changes nothing.
+            actor = replicas[(index + turn) % len(replicas)]
+            tickets.append((batch, actor.logits.remote(samples.images[batch.rows_S])))
+        else:
+            tickets.append((batch, None))
+    deadline = time.monotonic() + settings.timeout_s
+    answers, lost = [], set()
+    for batch, ticket in tickets:
+        try:
+            if ticket is None or batch.expert in lost:
+                lost.add(batch.expert)
+                continue
+            left = max(0.1, deadline - time.monotonic())
+            answers.append((batch, ray.get(ticket, timeout=left)))
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            lost.add(batch.expert)
+    return answers, frozenset(lost)
+
+
+def _pairs(routes: Routes) -> tuple[int, ...]:
+    return tuple(routes.active_BM.sum(dim=0).tolist())
