@@ -15,6 +15,8 @@ from dist_tl.jobs.layer_search import LayerSearchPlan
 from dist_tl.jobs.layer_search_spec import LayerSearchJob
 from dist_tl.jobs.manifold_plan import ManifoldPlan
 from dist_tl.jobs.manifold_spec import ManifoldJob
+from dist_tl.jobs.predict import check_predict
+from dist_tl.jobs.predict_spec import PredictJob
 from dist_tl.jobs.run_spec import JobConfig, RunConfig
 from dist_tl.jobs.source_plan import open_assets, planned_facts, source_stages
 from dist_tl.jobs.specs import Job
@@ -91,6 +93,8 @@ def plan_job(job: Job) -> PlanTable:
         return _geometry_table(job)
     if isinstance(job, HubJob):
         return _hub_table(job)
+    if isinstance(job, PredictJob):
+        return _predict_table(job)
     if isinstance(job, SourceJob):
         facts = planned_facts(job.source, job.seed)
         stages = source_stages(job, job.source, facts)
@@ -185,6 +189,13 @@ def _hub_table(job: HubJob) -> PlanTable:
     return _tasks_table(job, rows, stages).model_copy(update={"hub": hub_rows(plan)})
 
 
+def _predict_table(job: PredictJob) -> PlanTable:
+    about, plan = check_predict(job, ObjectStore(job.run))
+    what = f"{plan.num_samples} samples, {len(about.experts)} experts, k = {about.routes.k}"
+    row = TaskRow(phase="predictions", tasks=plan.num_shards, what=what)
+    return _tasks_table(job, (row,))
+
+
 def _warm_rows(warm: WarmPlan) -> tuple[TaskRow, ...]:
     what = "every expert over all labelled images"
     return (
@@ -241,10 +252,11 @@ def _actors(job: JobConfig) -> dict[str, str]:
     if isinstance(job, RunConfig):
         actors["trainers"] = f"{job.trainers.workers} x {job.trainers.cpus:g} CPU"
         actors["trainers"] += f" + {job.trainers.gpus:g} GPU" if job.trainers.gpus else ""
-    for name in ("generators", "trials"):
+    for name in ("generators", "experts", "trials"):
         config = getattr(job, name, None)
         if config is not None:
-            count = f"{config.min} to {config.max}" if name == "generators" else "as CPUs allow"
+            count = "as CPUs allow" if name == "trials" else f"{config.min} to {config.max}"
+            count += " of each" if name == "experts" else ""
             actors[name] = f"{count} x {config.cpus:g} CPU"
             actors[name] += f" + {config.gpus:g} GPU" if config.gpus else ""
     return actors

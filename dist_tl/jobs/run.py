@@ -26,6 +26,9 @@ from dist_tl.jobs.layer_search_spec import LayerSearchJob
 from dist_tl.jobs.manifold import run_manifold
 from dist_tl.jobs.manifold_results import manifold_results
 from dist_tl.jobs.manifold_spec import ManifoldJob
+from dist_tl.jobs.predict import run_predict
+from dist_tl.jobs.predict_results import predict_results
+from dist_tl.jobs.predict_spec import PredictJob
 from dist_tl.jobs.run_spec import JobConfig
 from dist_tl.jobs.source import find_source, train_source
 from dist_tl.jobs.specs import MAY_CHANGE, Job
@@ -84,6 +87,7 @@ def _found(job: Job, store: ObjectStore, progress: Progress, began: float) -> An
 _KINDS: dict[type[Job], tuple[Callable[..., Any], Callable[..., AnyResults]]] = {
     TransferJob: (run_transfer, transfer_results),
     HubJob: (run_hub, hub_results),
+    PredictJob: (run_predict, predict_results),
     ManifoldJob: (run_manifold, manifold_results),
     ForecastJob: (run_forecast, forecast_results),
     LayerSearchJob: (run_layer_search, layer_search_results),

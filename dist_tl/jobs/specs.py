@@ -10,6 +10,7 @@ from dist_tl.jobs.geometry_spec import GeometricLabelsJob
 from dist_tl.jobs.hub_spec import HubJob
 from dist_tl.jobs.layer_search_spec import LayerSearchJob
 from dist_tl.jobs.manifold_spec import ManifoldJob
+from dist_tl.jobs.predict_spec import PredictJob
 from dist_tl.jobs.transfer_spec import SourceJob, TransferJob
 
 Job = (
@@ -20,11 +21,13 @@ Job = (
     | ForecastJob
     | LayerSearchJob
     | GeometricLabelsJob
+    | PredictJob
 )
 KINDS: dict[str, type[Job]] = {
     "source": SourceJob,
     "transfer": TransferJob,
     "hub": HubJob,
+    "predict": PredictJob,
     "manifold": ManifoldJob,
     "forecast": ForecastJob,
     "layer_search": LayerSearchJob,
@@ -32,7 +35,7 @@ KINDS: dict[str, type[Job]] = {
 }
 
 # What may change between two starts of one run: it decides how fast results come, not which.
-MAY_CHANGE = ("generators", "trials", "session", "checkpoints", "trainers", "store")
+MAY_CHANGE = ("generators", "experts", "trials", "session", "checkpoints", "trainers", "store")
 
 
 def read_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:

@@ -1,0 +1,39 @@
+"""What a job of kind `predict` can say: a stored hub, the samples, and the experts' actors.
+
+Imports neither ray nor deepspeed.
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from dist_tl.cluster.config import ExpertsConfig
+from dist_tl.cluster.inputs import StageInput
+from dist_tl.datasets.spec import DataConfig
+from dist_tl.jobs.run_spec import JobConfig
+
+
+class PredictJob(JobConfig):
+    """Have a stored hub answer samples; give exactly one of `data` and `shards`."""
+
+    kind: Literal["predict"]
+    model: str = Field(
+        min_length=1, description="Folder or URL of a hub, e.g. RUN/models/hub_k2-seed0."
+    )
+    data: DataConfig | None = Field(None, description="Samples that fit into memory.")
+    shards: StageInput | None = Field(
+        None, description="Shards of a stage: any number of samples in bounded memory."
+    )
+    samples_per_shard: int = Field(256, ge=1, description="Of the predictions, with `data`.")
+    experts: ExpertsConfig = Field(default_factory=ExpertsConfig)
+    degrade: bool = Field(
+        False,
+        description="Leave an expert out that stays away, and mark the samples that miss it, "
+        "instead of giving up.",
+    )
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Self:
+        if (self.data is None) == (self.shards is None):
+            raise ValueError("expected exactly one of data and shards")
+        return self
