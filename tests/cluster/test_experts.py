@@ -1,0 +1,226 @@
+"""A hub spread over actors answers like the hub in one piece, whatever dies meanwhile."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from small_hubs import NAMES, PLACE, ROWS, SOURCE, predictions, small_hub, store_hub
+
+from dist_tl.cluster.config import ExpertsConfig
+from dist_tl.cluster.experts import ExpertPool
+from dist_tl.errors import WorkerError
+from dist_tl.methods.hub.pathway import Paths
+from dist_tl.methods.hub.routes import choose
+from dist_tl.shards.reader import read_shard
+from dist_tl.train.rows import load_rows
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
+
+
+def pool(store, *, degrade=False, **config):
+    config = ExpertsConfig(**{"cpus": 0.5, "router_cpus": 0.5, "timeout_s": 60, **config})
+    return ExpertPool(config, store, PLACE, NAMES, degrade=degrade)
+
+
+def answers(store, plan):
+    """Every committed prediction, in order: each sample must be there once."""
+    samples = [s for i in range(plan.num_shards) for s in read_shard(store, plan.stage, i)]
+    assert [sample.number for sample in samples] == list(range(ROWS))
+    return samples
+
+
+@torch.no_grad()
+def whole(hub):
+    return Paths(*hub(load_rows(SOURCE.rows).tensor(), detailed=True))
+
+
+def logits_of(samples):
+    return torch.stack([torch.tensor(sample.image).flatten() for sample in samples])
+
+
+@pytest.fixture
+def stored(store):
+    hub = small_hub()
+    store_hub(store, hub)
+    return store, hub, predictions(store)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"batch_size": 3, "routers": 2, "min": 2, "max": 2}], ids=["plain", "spread"]
+)
+def test_answers_equal_the_local_module_whatever_the_batches_and_replicas(stored, config):
+    store, hub, plan = stored
+    with pool(store, **config) as experts:
+        experts.answer(SOURCE, plan)
+        assert not experts.lost
+    found, expected = answers(store, plan), whole(hub)
+    assert torch.allclose(logits_of(found), expected.logits_BC, atol=1e-5)
+    assert [sample.label for sample in found] == expected.logits_BC.argmax(dim=1).tolist()
+    for sample, active in zip(found, expected.active_BM.tolist(), strict=True):
+        wanted = {name for name, is_active in zip(NAMES, active, strict=True) if is_active}
+        assert set(sample.provenance["weights"]) == wanted
+        assert not sample.provenance["rerouted"]
+    labels = load_rows(SOURCE.rows).labels.tolist()
+    assert [sample.provenance["truth"] for sample in found] == labels
+
+
+def test_what_is_committed_is_not_answered_again(stored):
+    store, _, plan = stored
+    with pool(store) as experts:
+        experts.answer(SOURCE, plan)
+        before = {key: store.read(key) for key in store.list("stages")}
+        told = []
+        experts.answer(SOURCE, plan, on_done=lambda done, total: told.append(done))
+    assert told == []
+    assert {key: store.read(key) for key in store.list("stages")} == before
+
+
+def process_of(actor):
+    return ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
+
+
+def test_a_killed_expert_is_restarted_and_nothing_is_lost_or_doubled(stored):
+    store, hub, plan = stored
+    with pool(store) as experts:
+        victim = experts.replicas[1].actors[0]
+        first = process_of(victim)
+        killed = []
+
+        def kill_in_the_middle(done, total):
+            if done == 2 and not killed:
+                killed.append(os.kill(first, signal.SIGKILL))
+
+        experts.answer(SOURCE, plan, on_done=kill_in_the_middle)
+        assert killed
+        assert process_of(victim) != first
+    found = answers(store, plan)
+    assert torch.allclose(logits_of(found), whole(hub).logits_BC, atol=1e-5)
+
+
+def test_an_expert_that_stays_away_is_a_named_error_and_what_is_committed_stays(stored):
+    store, hub, plan = stored
+    with pool(store, max_restarts=0) as experts:
+        lose = _lose(experts, at=2)
+        with pytest.raises(WorkerError, match=r"second stayed away.*degrade: true"):
+            experts.answer(SOURCE, plan, on_done=lose)
+    done = len(store.list("stages/predictions/entries"))
+    assert 2 <= done < plan.num_shards
+    with pool(store) as experts:  # another start goes on
+        experts.answer(SOURCE, plan)
+    assert torch.allclose(logits_of(answers(store, plan)), whole(hub).logits_BC, atol=1e-5)
+
+
+def _lose(experts, *, at):
+    def kill(done, total):
+        if done == at:
+            ray.kill(experts.replicas[1].actors[0], no_restart=True)
+
+    return kill
+
+
+def test_with_degrade_it_is_left_out_and_the_samples_that_miss_it_are_marked(stored):
+    store, hub, plan = stored
+    with pool(store, degrade=True, max_restarts=0) as experts:
+        experts.answer(SOURCE, plan, on_done=_lose(experts, at=2))
+        assert experts.lost == {1}
+    found, expected = answers(store, plan), whole(hub)
+    marked = torch.tensor([sample.provenance["rerouted"] for sample in found])
+    wanted = expected.active_BM[:, 1]
+    assert not marked[:32].any()  # answered before
+    assert torch.equal(marked[48:], wanted[48:])
+    assert marked.any()
+    kept = ~marked
+    assert torch.allclose(logits_of(found)[kept], expected.logits_BC[kept], atol=1e-5)
+    with torch.no_grad():
+        images = load_rows(SOURCE.rows).tensor()
+        routes = choose(hub.route_logits(images), hub.routes, missing=frozenset({1}))
+    for row in marked.nonzero().flatten().tolist():
+        weights = found[row].provenance["weights"]
+        assert "second" not in weights
+        names = {n: float(w) for n, w in zip(NAMES, routes.weight_BM[row], strict=True) if w}
+        assert weights == pytest.approx(names, abs=1e-5)
+
+
+def test_too_few_experts_left_are_a_named_error_even_with_degrade(stored):
+    store, _, plan = stored
+    with pool(store, degrade=True, max_restarts=0) as experts:
+        for index in (0, 2):
+            ray.kill(experts.replicas[index].actors[0], no_restart=True)
+        with pytest.raises(WorkerError, match="1 experts are left, 2 are needed"):
+            experts.answer(SOURCE, plan)
+
+
+def test_replicas_follow_the_load(store):
+    hub = small_hub(k=1)
+    with torch.no_grad():
+        hub.router.head.weight.zero_()
+        hub.router.head.bias.copy_(torch.tensor([0.0, 0.0, 9.0, 0.0, 0.0, 0.0]))
+    store_hub(store, hub)
+    plan = predictions(store)
+    with pool(store, max=3) as experts:
+        experts.answer(SOURCE, plan)
+        assert [replicas.most for replicas in experts.replicas] == [1, 1, 3]
+        assert [replicas.pairs for replicas in experts.replicas] == [0, 0, ROWS]
+
+
+@pytest.fixture
+def second_node(ray_local):
+    """Another Ray node, as another machine would be: processes and resources of its own."""
+    ray_command = Path(sys.executable).with_name("ray")
+    node = subprocess.Popen(
+        [
+            str(ray_command),
+            "start",
+            "--address",
+            os.environ["RAY_ADDRESS"],
+            "--block",
+            "--num-cpus=4",
+            '--resources={"second_node": 4}',
+            "--object-store-memory=100000000",
+            "--disable-usage-stats",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while "second_node" not in ray.cluster_resources():
+        assert node.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    yield
+    os.killpg(node.pid, signal.SIGKILL)
+    node.wait()
+
+
+@pytest.mark.usefixtures("second_node")
+def test_over_two_nodes_a_killed_expert_changes_nothing(stored):
+    store, hub, plan = stored
+    resources = {"second": {"second_node": 1}, "third": {"second_node": 1}}
+    with pool(store, resources=resources) as experts:
+        nodes = [
+            ray.get(replicas.actors[0].__ray_call__.remote(_node_of))
+            for replicas in experts.replicas
+        ]
+        assert nodes[1] == nodes[2]
+        far = process_of(experts.replicas[2].actors[0])
+        experts.answer(
+            SOURCE,
+            plan,
+            on_done=lambda done, total: os.kill(far, signal.SIGKILL) if done == 1 else None,
+        )
+        assert process_of(experts.replicas[2].actors[0]) != far
+        assert not experts.lost
+    assert nodes[1] != ray.get_runtime_context().get_node_id()
+    assert torch.allclose(logits_of(answers(store, plan)), whole(hub).logits_BC, atol=1e-5)
+
+
+def _node_of(actor):
+    return ray.get_runtime_context().get_node_id()
