@@ -46,6 +46,10 @@ class WorkerError(DistTLError, RuntimeError):
     """A Ray worker died more often than it may be restarted, or could not start."""
 
 
+class SupersededError(WorkerError):
+    """A later start of the same run has taken it over."""
+
+
 class NumericsError(DistTLError, ArithmeticError):
     """A computation left the finite numbers or its domain."""
 

@@ -23,6 +23,7 @@ BUILT_IN = {
     "CheckpointNotFoundError": RuntimeError,
     "CheckpointMismatchError": RuntimeError,
     "WorkerError": RuntimeError,
+    "SupersededError": RuntimeError,
     "NumericsError": ArithmeticError,
     "NonFiniteLossError": ArithmeticError,
     "NotConvergedError": ArithmeticError,

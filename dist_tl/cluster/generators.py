@@ -5,6 +5,7 @@ and grows and shrinks between its bounds on backlog. Trainers never notice: what
 follows from its order alone.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,9 @@ import torch
 from ray.actor import ActorHandle
 
 from dist_tl.cluster.config import GeneratorsConfig
+from dist_tl.cluster.metrics import GeneratorMetrics
+from dist_tl.cluster.roles import actor_options
+from dist_tl.cluster.scaling import read_scale
 from dist_tl.errors import DistTLError, WorkerError
 from dist_tl.shards.drawing import (
     GenerateSpec,
@@ -28,6 +32,8 @@ from dist_tl.shards.writer import write_shard
 from dist_tl.storage.objects import ObjectStore
 
 POLL_S = 0.1
+ASK_EVERY_S = 2.0
+DRAINING = "DIST_TL_DRAINING"  # names a file that exists once the worker's pod is to end
 IDLE_S = 10.0  # starting a worker anew costs about as long
 
 
@@ -40,8 +46,15 @@ class GeneratorActor:
         self._store = ObjectStore(store_url)
         self._spec: GenerateSpec | None = None
 
-    def fulfil(self, spec: GenerateSpec, index: int) -> ShardEntry:
-        """Make and commit one shard of a stage."""
+    def is_leaving(self) -> bool:
+        """Whether this node is being drained: the pod's preStop hook leaves a file behind."""
+        sign = os.environ.get(DRAINING)
+        return bool(sign) and os.path.exists(sign)
+
+    def fulfil(self, spec: GenerateSpec, index: int) -> ShardEntry | None:
+        """Make and commit one shard of a stage; None, the order handed back, where it leaves."""
+        if self.is_leaving():
+            return None
         if self._spec is None or self._spec.generator != spec.generator:
             self._generator = open_generator(self._store, spec.generator)
         if self._spec != spec:
@@ -95,6 +108,7 @@ class GeneratorPool:
 
     Args:
         positions: the lowest shard that each stage's readers still need, by stage name.
+        roles: whether the cluster's nodes have roles.
     """
 
     def __init__(
@@ -103,14 +117,18 @@ class GeneratorPool:
         store_url: str,
         *,
         positions: Callable[[], dict[str, int]],
+        roles: bool = False,
     ) -> None:
+        self._roles = roles
         self._config, self._store_url, self._positions = config, store_url, positions
         self._store = ObjectStore(store_url)
         self._bounds = (config.min, config.max)
+        self._asked_at = float("-inf")
+        self._metrics = GeneratorMetrics(store_url)
         self._is_held_back = True
         self._stages: list[StageProgress] = []
         self._idle: list[tuple[ActorHandle, float]] = []  # and since when; the latest is last
-        self._running: dict[ray.ObjectRef, tuple[ActorHandle, StageProgress]] = {}
+        self._running: dict[ray.ObjectRef, tuple[ActorHandle, StageProgress, int]] = {}
         self._failure: Exception | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._serve, daemon=True, name="generator pool")
@@ -125,7 +143,7 @@ class GeneratorPool:
         self._thread.join(timeout=10)
         if kind is not None:  # the session ends the workers with everything else
             return
-        for actor, _ in [*self._idle, *self._running.values()]:
+        for actor, *_ in [*self._idle, *self._running.values()]:
             ray.kill(actor)
 
     def add(self, spec: GenerateSpec, *, batch_size: int) -> StageProgress:
@@ -185,12 +203,41 @@ class GeneratorPool:
     def _serve(self) -> None:
         try:
             while not self._stopped.is_set():
+                self._obey()
                 positions = self._positions()
+                self._tell(positions)
                 self._resize(positions)
                 self._issue(positions)
                 self._collect()
         except Exception as error:
             self._failure = error
+
+    def _obey(self) -> None:
+        """Take over the bounds that were asked for from outside, once in a while."""
+        now = time.monotonic()
+        if now - self._asked_at < ASK_EVERY_S:
+            return
+        self._asked_at = now
+        scale = read_scale(self._store)
+        if scale is not None:
+            self._bounds = (scale.generators.min, scale.generators.max)
+        if self._roles:
+            self._let_go()
+
+    def _tell(self, positions: dict[str, int]) -> None:
+        self._metrics.workers(self.num_workers)
+        for stage in self._stages:
+            behind = stage.committed - positions.get(stage.spec.name, 0)
+            self._metrics.backlog(stage.spec.name, max(0, behind))
+
+    def _let_go(self) -> None:
+        """End idle workers whose nodes are about to go."""
+        asked = {actor.is_leaving.remote(): (actor, since) for actor, since in self._idle}
+        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=1) if asked else ([], [])
+        for ticket in ready:
+            if _is_leaving(ticket):
+                self._idle.remove(asked[ticket])
+                ray.kill(asked[ticket][0])
 
     def _resize(self, positions: dict[str, int]) -> None:
         low, high = self._bounds
@@ -217,9 +264,12 @@ class GeneratorPool:
         )
 
     def _new_worker(self) -> ActorHandle:
+        config = self._config
+        options = actor_options(
+            "generators", enabled=self._roles, cpus=config.cpus, gpus=config.gpus
+        )
         actor = ray.remote(GeneratorActor).options(
-            num_cpus=self._config.cpus,
-            num_gpus=self._config.gpus,
+            **options,
             max_restarts=self._config.max_restarts,
             max_task_retries=self._config.max_restarts,
         )
@@ -230,7 +280,7 @@ class GeneratorPool:
             stage, index = found
             stage.first_order_at = stage.first_order_at or time.time()
             actor, _ = self._idle.pop()
-            self._running[actor.fulfil.remote(stage.spec, index)] = (actor, stage)
+            self._running[actor.fulfil.remote(stage.spec, index)] = (actor, stage, index)
 
     def _next_order(self, positions: dict[str, int]) -> tuple[StageProgress, int] | None:
         for stage in self._stages:
@@ -252,6 +302,19 @@ class GeneratorPool:
             return
         finished, _ = ray.wait(list(self._running), timeout=POLL_S)
         for ticket in finished:
-            actor, stage = self._running.pop(ticket)
+            actor, stage, index = self._running.pop(ticket)
+            entry = ray.get(ticket)
+            if entry is None:
+                stage.todo.insert(0, index)
+                ray.kill(actor)
+                continue
             self._idle.append((actor, time.monotonic()))
-            stage.count(ray.get(ticket))
+            stage.count(entry)
+            self._metrics.committed(stage.spec.name, entry.samples)
+
+
+def _is_leaving(ticket: ray.ObjectRef) -> bool:
+    try:
+        return ray.get(ticket)
+    except ray.exceptions.RayActorError:
+        return True

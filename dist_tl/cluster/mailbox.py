@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import ray
 from ray.actor import ActorHandle
 
+from dist_tl.cluster.roles import beside_driver
 from dist_tl.errors import DistTLError
 
 
@@ -50,10 +51,16 @@ class Mailbox:
         self._results: dict[int, str] = {}
         self._error: DistTLError | None = None
         self._ready = self._closed = False
+        self._starts = 0
         self._step: dict[str, int] = {}
         self._loss: dict[str, float] = {}
         self._rank_positions: dict[str, dict[int, int]] = {}
         self._changed = asyncio.Condition()
+
+    async def start(self) -> int:
+        """A group begins its work; returns how many have."""
+        self._starts += 1
+        return self._starts
 
     async def post(self, spec: str) -> int:
         """Append a stage; returns its index."""
@@ -138,4 +145,4 @@ def read_positions(mailbox: ActorHandle) -> dict[str, int]:
 
 def open_mailbox() -> ActorHandle:
     """A mailbox that lives as long as this driver."""
-    return ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000).remote()
+    return ray.remote(Mailbox).options(**beside_driver(), max_concurrency=1000).remote()

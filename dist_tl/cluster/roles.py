@@ -6,6 +6,9 @@ a grain of its own. So generators never land on trainers' nodes, and each kind s
 
 from typing import Any, Literal
 
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 Role = Literal["generators", "trainers", "experts"]
 GRAIN = 0.001
 
@@ -13,6 +16,18 @@ GRAIN = 0.001
 def role_resources(role: Role, *, enabled: bool) -> dict[str, float]:
     """The Ray resources that stand for a role; none on a cluster without roles."""
     return {role: GRAIN} if enabled else {}
+
+
+def beside_driver() -> dict[str, Any]:
+    """Options of an actor that lives and dies with the driver: on its node, for no CPU.
+
+    Anywhere else a node that may go at any time, such as a generator's, would take it along.
+    """
+    node = ray.get_runtime_context().get_node_id()
+    return {
+        "num_cpus": 0,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node, soft=False),
+    }
 
 
 def actor_options(

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -47,12 +48,15 @@ WARNINGS = {"PYTHONWARNINGS": "ignore::FutureWarning"}
 class RaySession:
     """Use as a context manager; inside, Ray is initialised. The environment is put back after.
 
+    Args:
+        watch: called with every :meth:`check`; raises where the run should stop.
+
     Raises:
         WorkerError: the cluster did not start, or the one RAY_ADDRESS names is out of reach.
     """
 
-    def __init__(self, config: SessionConfig) -> None:
-        self._config = config
+    def __init__(self, config: SessionConfig, *, watch: Callable[[], None] = lambda: None) -> None:
+        self._config, self._watch = config, watch
         self._head: subprocess.Popen[bytes] | None = None
         self._watcher: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
@@ -84,16 +88,22 @@ class RaySession:
         self.close()
 
     def check(self) -> None:
-        """Raise if the private cluster is gone.
+        """Raise if the private cluster is gone, or what `watch` raises.
 
         Raises:
             WorkerError: with its last words.
         """
+        self._watch()
         if self._head is not None and self._head.poll() is not None:
             raise WorkerError(
                 "Ray stopped on this machine; start the same job again to go on from what is "
                 f"committed. Its last words:\n{self._last_words()}"
             )
+
+    @property
+    def roles(self) -> bool:
+        """Whether the cluster's nodes have roles."""
+        return self._config.roles
 
     @property
     def peak_memory_bytes(self) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from dist_tl.cluster.config import Task, TrialsConfig
 from dist_tl.cluster.outcomes import collect
+from dist_tl.cluster.roles import actor_options
 from dist_tl.config import StrictModel, fingerprint
 from dist_tl.errors import CheckpointMismatchError
 from dist_tl.storage import layout
@@ -30,6 +31,7 @@ def run_tasks(
     store: ObjectStore,
     *,
     config: TrialsConfig,
+    roles: bool = False,
     on_poll: Callable[[], None] = lambda: None,
     on_done: OnDone = lambda done, total, name: None,
 ) -> list[Answer]:
@@ -39,6 +41,7 @@ def run_tasks(
 
     Args:
         work: a module-level function; a task's own named errors reach the caller.
+        roles: whether the cluster's nodes have roles; tasks run on those of trainers.
         on_done: told tasks done, tasks in all, and the name of the last.
 
     Raises:
@@ -49,9 +52,8 @@ def run_tasks(
     found = {task.name: read_answer(store, task, answer) for task in tasks}
     missing = iter([task for task in tasks if found[task.name] is None])
     done = sum(value is not None for value in found.values())
-    remote = ray.remote(_run_one).options(
-        num_cpus=config.cpus, num_gpus=config.gpus, max_retries=config.max_retries
-    )
+    options = actor_options("trainers", enabled=roles, cpus=config.cpus, gpus=config.gpus)
+    remote = ray.remote(_run_one).options(**options, max_retries=config.max_retries)
     room = max(1, int(4 * ray.cluster_resources().get("CPU", 1) / config.cpus))
     running = {
         remote.remote(work, task, store.url, config.gpus > 0): task for task in _take(missing, room)

@@ -5,6 +5,7 @@ is lost; the stages' own checkpoints make the restart cheap and exact.
 """
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,34 +17,45 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from dist_tl.cluster.config import TrainersConfig
 from dist_tl.cluster.mailbox import Snapshot
+from dist_tl.cluster.metrics import TrainerMetrics
+from dist_tl.cluster.roles import beside_driver, role_resources
 from dist_tl.errors import DistTLError, WorkerError
 from dist_tl.shards.order import ShardPlan
+from dist_tl.storage.attempts import Attempt
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.spec import StageResult, StageSpec
 from dist_tl.train.stage import run_stage
 
 POLL_S = 0.1
 FAREWELL_S = 10.0
+SCRATCH = "scratch"  # what Ray Train writes beside our own checkpoints
 
 
 class TrainerGroup:
     """Use as a context manager; the workers start in the background at once.
 
     Args:
-        store_url: where stages, shards and models are.
-        scratch: a folder for what Ray Train writes beside our own checkpoints.
+        attempt: the start of the run that the group belongs to.
+        roles: whether the cluster's nodes have roles.
     """
 
     def __init__(
-        self, config: TrainersConfig, store_url: str, mailbox: ActorHandle, scratch: str
+        self,
+        config: TrainersConfig,
+        attempt: Attempt,
+        mailbox: ActorHandle,
+        *,
+        roles: bool = False,
     ) -> None:
-        self._mailbox = mailbox
+        self._mailbox, self._store = mailbox, attempt.store
         settings = {
             "mailbox": mailbox,
-            "store_url": store_url,
+            "store_url": attempt.store.url,
+            "attempt": attempt.number,
             "threads": config.threads,
             "use_gpu": config.gpus > 0,
         }
+        scratch = attempt.store.child(SCRATCH).for_arrow()
         self._trainer = TorchTrainer(
             _work,
             train_loop_config=settings,
@@ -51,11 +63,13 @@ class TrainerGroup:
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.workers,
                 use_gpu=config.gpus > 0,
-                resources_per_worker=_resources(config),
+                resources_per_worker=_resources(config, roles),
             ),
             run_config=ray.train.RunConfig(
                 name="trainers",
-                storage_path=scratch,
+                # Seen by every node: Ray Train looks for its own marker there.
+                storage_path=scratch.path,
+                storage_filesystem=scratch.filesystem,
                 failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             ),
         )
@@ -63,7 +77,7 @@ class TrainerGroup:
     def __enter__(self) -> "TrainerGroup":
         # `fit` blocks for as long as the group lives. In a task of its own rather than a thread
         # here, it ends with the job's other processes whenever this driver leaves Ray.
-        self._fitting = _fit.remote(self._trainer)
+        self._fitting = _fit.options(**beside_driver()).remote(self._trainer)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -71,6 +85,7 @@ class TrainerGroup:
         if kind is None:
             ray.get(self._mailbox.close.remote())
             ray.wait([self._fitting], timeout=FAREWELL_S)
+            self._store.delete_all(SCRATCH + "/")
 
     def post(self, spec: StageSpec) -> int:
         """Queue a stage; returns the ticket to wait with."""
@@ -107,7 +122,7 @@ class TrainerGroup:
             ) from None
 
 
-@ray.remote(num_cpus=0, max_retries=0)
+@ray.remote(max_retries=0)
 def _fit(trainer: TorchTrainer) -> None:
     trainer.fit()
 
@@ -120,8 +135,8 @@ def _reason(fitting: ray.ObjectRef) -> str:
     return "the workers went home"
 
 
-def _resources(config: TrainersConfig) -> dict[str, float]:
-    resources = {"CPU": config.cpus}
+def _resources(config: TrainersConfig, roles: bool) -> dict[str, float]:
+    resources = {"CPU": config.cpus, **role_resources("trainers", enabled=roles)}
     if config.gpus:
         resources["GPU"] = config.gpus
     return resources
@@ -136,6 +151,10 @@ def _work(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     mailbox, store = settings["mailbox"], ObjectStore(settings["store_url"])
+    attempt = Attempt(store, settings["attempt"])
+    metrics = TrainerMetrics(store.url) if rank == 0 else None
+    if metrics is not None and ray.get(mailbox.start.remote()) > 1:
+        metrics.restarted()
     done: int | None = None
     while (task := ray.get(mailbox.take.remote(done))) is not None:
         spec = StageSpec.model_validate_json(task.spec)
@@ -145,24 +164,35 @@ def _work(settings: dict[str, Any]) -> None:
                 store,
                 rank=rank,
                 world_size=world_size,
-                on_progress=_reporter(mailbox, spec, rank),
+                on_progress=_reporter(mailbox, spec, rank, metrics),
+                attempt=attempt,
             )
         except DistTLError as error:
             # Trying again would meet it again; the driver ends the job with this very error.
             ray.get(mailbox.give_up.remote(error))
             raise
-        if rank == 0:
+        if metrics is not None:
+            metrics.finished(
+                spec.name, starved_s=result.seconds_starved, saving_s=result.seconds_saving
+            )
             ray.get(mailbox.finish.remote(task.index, result.model_dump_json()))
         done = task.index
 
 
 def _reporter(
-    mailbox: ActorHandle, spec: StageSpec, rank: int
+    mailbox: ActorHandle, spec: StageSpec, rank: int, metrics: TrainerMetrics | None
 ) -> Callable[[int, float, int | None], None]:
     sources = [rows for rows in (spec.labelled, spec.unlabelled) if isinstance(rows, ShardPlan)]
     source = sources[0].stage if sources else None
 
+    last_step, last_time = 0, time.monotonic()
+
     def report(step: int, loss: float, position: int | None) -> None:
+        nonlocal last_step, last_time
+        now = time.monotonic()
+        if metrics is not None and step > last_step:
+            metrics.stepped(spec.name, (now - last_time) / (step - last_step))
+            last_step, last_time = step, now
         mailbox.progress.remote(spec.name, rank, step, loss, source, position)
 
     return report

@@ -7,6 +7,7 @@ import torch
 
 from dist_tl.cluster.config import TrialsConfig
 from dist_tl.cluster.outcomes import collect
+from dist_tl.cluster.roles import actor_options
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.engine import join_group
 from dist_tl.train.spec import StageResult, StageSpec
@@ -16,10 +17,9 @@ from dist_tl.train.stage import run_stage
 class Trials:
     """Trials that have been started; collect them with :meth:`results`."""
 
-    def __init__(self, config: TrialsConfig, store_url: str) -> None:
-        remote = ray.remote(_run_alone).options(
-            num_cpus=config.cpus, num_gpus=config.gpus, max_retries=config.max_retries
-        )
+    def __init__(self, config: TrialsConfig, store_url: str, *, roles: bool = False) -> None:
+        options = actor_options("trainers", enabled=roles, cpus=config.cpus, gpus=config.gpus)
+        remote = ray.remote(_run_alone).options(**options, max_retries=config.max_retries)
         self._start = lambda specs: remote.remote(specs, store_url, config.gpus > 0)
 
     def start(self, specs: Sequence[StageSpec]) -> ray.ObjectRef:

@@ -10,7 +10,7 @@ from dist_tl.jobs.phases import open_phases
 from dist_tl.jobs.teacher_spec import TeacherConfig, teacher_place, teacher_stage
 from dist_tl.methods.hidden_manifold.forecast import POOL_PER_FEATURE
 from dist_tl.results import StageRecord
-from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.attempts import Attempt
 from dist_tl.telemetry import Progress
 from dist_tl.train.rows import RowsSpec, load_rows
 
@@ -62,7 +62,7 @@ def _asked(job: ForecastJob, chosen: MapConfig) -> MapAsked:
     )
 
 
-def run_forecast(job: ForecastJob, store: ObjectStore, progress: Progress) -> ForecastOutcome:
+def run_forecast(job: ForecastJob, attempt: Attempt, progress: Progress) -> ForecastOutcome:
     """Train the teacher where the job has one to train, then forecast every map.
 
     Raises:
@@ -71,7 +71,7 @@ def run_forecast(job: ForecastJob, store: ObjectStore, progress: Progress) -> Fo
     tasks = forecast_tasks(job)
     teacher = job.teacher if isinstance(job.teacher, TeacherConfig) else None
     stages = [] if teacher is None else [teacher_stage(teacher, seed=job.seed)]
-    with open_phases(job, job.trials, store, progress) as phases:
+    with open_phases(job, job.trials, attempt, progress) as phases:
         phases.train("teacher", stages)
         answers = phases.run("feature maps", forecast_map, tasks, MapAnswer)
         memory = phases.peak_memory_bytes

@@ -38,6 +38,7 @@ from dist_tl.results import StageRecord
 from dist_tl.seeds import derive_seed, numpy_rng
 from dist_tl.shards.manifest import StageManifest, open_stage
 from dist_tl.storage import layout
+from dist_tl.storage.attempts import Attempt
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.telemetry import Progress
 from dist_tl.train.rows import RowsSpec, load_rows
@@ -74,7 +75,7 @@ class GeometryOutcome:
 
 
 def run_geometric_labels(
-    job: GeometricLabelsJob, store: ObjectStore, progress: Progress
+    job: GeometricLabelsJob, attempt: Attempt, progress: Progress
 ) -> GeometryOutcome:
     """Run every stage and task that is not done yet.
 
@@ -82,9 +83,9 @@ def run_geometric_labels(
         DistTLError: a named error; what is done stays done.
     """
     plan = GeometryPlan(job)
-    with open_workers(job, store, progress, trials=job.trials) as workers:
-        phases = Phases(job.trials, store, progress, workers.session)
-        run = _Run(plan, store, workers, phases)
+    with open_workers(job, attempt, progress, trials=job.trials) as workers:
+        phases = Phases(job.trials, attempt.store, progress, workers.session)
+        run = _Run(plan, attempt.store, workers, phases)
         run.features()
         num_anchors = run.anchors()
         tables, counted = run.labels()

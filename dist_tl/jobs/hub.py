@@ -19,7 +19,7 @@ from dist_tl.jobs.hub_spec import HubJob
 from dist_tl.jobs.hub_warm import WarmPlan, warm_plan
 from dist_tl.jobs.workers import Workers, open_workers
 from dist_tl.shards.manifest import open_stage
-from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.attempts import Attempt
 from dist_tl.telemetry import Progress
 from dist_tl.train.spec import StageResult, StageSpec
 
@@ -42,16 +42,16 @@ class HubOutcome:
     peak_memory_bytes: int
 
 
-def run_hub(job: HubJob, store: ObjectStore, progress: Progress) -> HubOutcome:
+def run_hub(job: HubJob, attempt: Attempt, progress: Progress) -> HubOutcome:
     """Run every stage and task that is not done yet.
 
     Raises:
         ConfigError: the job cannot work; nothing was started.
         DistTLError: the named error that a stage met; what is done stays done.
     """
-    plan = HubPlan(job, store)
+    plan = HubPlan(job, attempt.store)
     plan.check()
-    with open_workers(job, store, progress, trials=job.trials) as workers:
+    with open_workers(job, attempt, progress, trials=job.trials) as workers:
         stages: dict[str, StageResult] = {}
         _pretrain(workers, plan.pretraining(), stages)
         if (warm := warm_plan(plan)) is not None:

@@ -29,7 +29,7 @@ from dist_tl.jobs.teacher_spec import TeacherConfig, teacher_place, teacher_stag
 from dist_tl.methods.layer_search.episodes import EpisodesConfig, check_classes
 from dist_tl.results import StageRecord
 from dist_tl.storage import layout
-from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.attempts import Attempt
 from dist_tl.telemetry import Progress
 from dist_tl.train.rows import RowsSpec, load_rows
 from dist_tl.train.spec import StageSpec
@@ -203,7 +203,7 @@ def _files(data: DataConfig, tasks: Sequence[Task[FeaturesAsked]]) -> FeatureFil
 
 
 def run_layer_search(
-    job: LayerSearchJob, store: ObjectStore, progress: Progress
+    job: LayerSearchJob, attempt: Attempt, progress: Progress
 ) -> LayerSearchOutcome:
     """Run every stage and task that is not done yet.
 
@@ -211,7 +211,7 @@ def run_layer_search(
         DistTLError: the named error that a task met; what is done stays done.
     """
     plan = LayerSearchPlan(job)
-    with open_phases(job, job.trials, store, progress) as phases:
+    with open_phases(job, job.trials, attempt, progress) as phases:
         phases.train("teachers", plan.teachers())
         features = phases.run(
             "features",

@@ -17,7 +17,7 @@ from dist_tl.jobs.manifold_sources import (
 from dist_tl.jobs.manifold_spec import ManifoldJob
 from dist_tl.jobs.phases import open_phases
 from dist_tl.results import StageRecord
-from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.attempts import Attempt
 from dist_tl.telemetry import Progress
 
 
@@ -33,14 +33,14 @@ class ManifoldOutcome:
     peak_memory_bytes: int
 
 
-def run_manifold(job: ManifoldJob, store: ObjectStore, progress: Progress) -> ManifoldOutcome:
+def run_manifold(job: ManifoldJob, attempt: Attempt, progress: Progress) -> ManifoldOutcome:
     """Run every task that is not done yet.
 
     Raises:
         DistTLError: the named error that a task met; what is done stays done.
     """
     plan = ManifoldPlan(job)
-    with open_phases(job, job.trials, store, progress) as phases:
+    with open_phases(job, job.trials, attempt, progress) as phases:
         sources = phases.run("sources", train_source, plan.sources(), SourceAnswer)
         phases.run("moments", sum_moments, plan.moments(), Stored)
         baselines = phases.run("baselines", measure_baseline, plan.baselines(), PointsAnswer)

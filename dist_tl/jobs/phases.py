@@ -15,6 +15,7 @@ from dist_tl.cluster.trials import Trials
 from dist_tl.config import StrictModel
 from dist_tl.jobs.run_spec import JobConfig
 from dist_tl.results import StageRecord
+from dist_tl.storage.attempts import Attempt
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.telemetry import Progress
 from dist_tl.train.spec import StageResult, StageSpec
@@ -48,7 +49,7 @@ class Phases:
         Raises:
             DistTLError: the named error that a stage met.
         """
-        trials = Trials(self._config, self._store.url)
+        trials = Trials(self._config, self._store.url, roles=self._session.roles)
         tickets = [trials.start([spec]) for spec in specs]
         results = []
         for done, (spec, ticket) in enumerate(zip(specs, tickets, strict=True)):
@@ -82,6 +83,7 @@ class Phases:
             answer,
             self._store,
             config=self._config,
+            roles=self._session.roles,
             on_poll=self._session.check,
             on_done=lambda done, total, task: self._progress.update(name, done, total, task),
         )
@@ -100,9 +102,9 @@ class Phases:
 
 @contextmanager
 def open_phases(
-    job: JobConfig, config: TrialsConfig, store: ObjectStore, progress: Progress
+    job: JobConfig, config: TrialsConfig, attempt: Attempt, progress: Progress
 ) -> Iterator[Phases]:
     """Start Ray for a job of phases."""
     progress.say("starting Ray")
-    with RaySession(job.session) as session:
-        yield Phases(config, store, progress, session)
+    with RaySession(job.session, watch=attempt.poll) as session:
+        yield Phases(config, attempt.store, progress, session)

@@ -14,6 +14,7 @@ from dist_tl.results import StageRecord
 from dist_tl.shards.manifest import StageManifest, committed_indices, open_stage
 from dist_tl.shards.order import ShardPlan
 from dist_tl.shards.reader import read_shard
+from dist_tl.storage.attempts import Attempt
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.telemetry import Progress
 from dist_tl.train.hub_model import HubFile, read_description
@@ -110,18 +111,19 @@ def job_input(job: PredictJob) -> StageInput | RowsInput:
     return RowsInput(rows=RowsSpec(data=job.data), samples_per_shard=job.samples_per_shard)
 
 
-def run_predict(job: PredictJob, store: ObjectStore, progress: Progress) -> PredictOutcome:
+def run_predict(job: PredictJob, attempt: Attempt, progress: Progress) -> PredictOutcome:
     """Answer every shard that has no predictions yet.
 
     Raises:
         ConfigError: the job cannot work; nothing was started.
         DistTLError: the named error that an actor met; what is committed stays.
     """
+    store = attempt.store
     about, plan = check_predict(job, store)
     open_stage(store, _manifest(plan, about))
     before = len(committed_indices(store, STAGE))
     progress.say("starting Ray, the experts and their routers")
-    with RaySession(job.session) as session:
+    with RaySession(job.session, watch=attempt.poll) as session:
         began = time.time()
         pool = ExpertPool(
             job.experts,

@@ -39,6 +39,7 @@ from dist_tl.jobs.versions import versions
 from dist_tl.jobs.workers import open_workers
 from dist_tl.results import AnyResults, read_any_results
 from dist_tl.storage import layout
+from dist_tl.storage.attempts import Attempt, begin_attempt
 from dist_tl.storage.embedded import EmbeddedS3
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.telemetry import Progress
@@ -61,17 +62,20 @@ def run_job(job: Job, progress: Progress) -> AnyResults | None:
         if done is not None:
             progress.say("this run is done; its results are shown again")
             return read_any_results(done)
+        attempt = begin_attempt(store)
         if isinstance(job, SourceJob):
-            _run_source(job, store, progress)
+            _run_source(job, attempt, progress)
             return None
-        results = _found(job, store, progress, began)
+        results = _found(job, attempt, progress, began)
+        attempt.check()
         store.write(layout.RESULTS, results.model_dump_json(indent=1).encode())
         return results
 
 
-def _found(job: Job, store: ObjectStore, progress: Progress, began: float) -> AnyResults:
+def _found(job: Job, attempt: Attempt, progress: Progress, began: float) -> AnyResults:
     run, results = _KINDS[type(job)]
-    outcome = run(job, store, progress)
+    store = attempt.store
+    outcome = run(job, attempt, progress)
     found = results(
         outcome, run=job.run, fingerprint=identity(job), wall_seconds=time.monotonic() - began
     )
@@ -95,10 +99,11 @@ _KINDS: dict[type[Job], tuple[Callable[..., Any], Callable[..., AnyResults]]] = 
 }
 
 
-def _run_source(job: SourceJob, store: ObjectStore, progress: Progress) -> None:
+def _run_source(job: SourceJob, attempt: Attempt, progress: Progress) -> None:
+    store = attempt.store
     facts = find_source(store)
     if facts is None:
-        with open_workers(job, store, progress) as workers:
+        with open_workers(job, attempt, progress) as workers:
             facts = train_source(job, job.source, workers)
     progress.say(
         f"below {store.url}: source classifier in {facts.classifier} "

@@ -22,6 +22,7 @@ from dist_tl.methods.pseudo.guard import (
 from dist_tl.results import GeneratorQuality
 from dist_tl.shards.drawing import ByTarget, GenerateSpec, open_generate_stage
 from dist_tl.shards.order import ShardPlan
+from dist_tl.storage.attempts import Attempt
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.telemetry import Progress
 from dist_tl.train.models import load_classifier
@@ -44,18 +45,18 @@ class TransferOutcome:
     peak_memory_bytes: int
 
 
-def run_transfer(job: TransferJob, store: ObjectStore, progress: Progress) -> TransferOutcome:
+def run_transfer(job: TransferJob, attempt: Attempt, progress: Progress) -> TransferOutcome:
     """Run the job, or go on with what an earlier start has committed.
 
     Raises:
         DistTLError: a named error; what is committed stays.
     """
-    plan = TransferPlan(job, _known_source(job, store), check_target(job))
+    plan = TransferPlan(job, _known_source(job, attempt.store), check_target(job))
     plan.check()
     with open_workers(
-        job, store, progress, generators=job.generators, trials=job.trials
+        job, attempt, progress, generators=job.generators, trials=job.trials
     ) as workers:
-        if isinstance(job.source, SourceConfig) and find_source(store) is None:
+        if isinstance(job.source, SourceConfig) and find_source(attempt.store) is None:
             plan = replace(plan, source=_train_source(plan, job.source, workers))
         for spec in plan.generate_stages():
             _start_generation(plan, spec, workers)

@@ -1,6 +1,5 @@
 """The workers of a running job, and how their progress is shown while it waits for them."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from dist_tl.cluster.trials import Trials
 from dist_tl.config import StrictModel
 from dist_tl.jobs.run_spec import RunConfig
 from dist_tl.shards.drawing import GenerateSpec
+from dist_tl.storage.attempts import Attempt
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.telemetry import Progress
 from dist_tl.train.spec import StageResult, StageSpec, read_result
@@ -95,6 +95,7 @@ class Workers:
             answer,
             self.store,
             config=self.trials_config,
+            roles=self.session.roles,
             on_poll=self._check,
             on_done=lambda done, total, task: self.progress.update(name, done, total, task),
         )
@@ -138,7 +139,7 @@ class Workers:
 @contextmanager
 def open_workers(
     job: RunConfig,
-    store: ObjectStore,
+    attempt: Attempt,
     progress: Progress,
     *,
     generators: GeneratorsConfig | None = None,
@@ -147,22 +148,23 @@ def open_workers(
     """Start Ray and the trainers; generators and trials start when there is work for them."""
     with ExitStack() as stack:
         progress.say("starting Ray and the trainers")
-        session = stack.enter_context(RaySession(job.session))
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="dist_tl-train-"))
+        store, roles = attempt.store, job.session.roles
+        session = stack.enter_context(RaySession(job.session, watch=attempt.poll))
         mailbox = open_mailbox()
         pool = GeneratorPool(
             generators or GeneratorsConfig(),
             store.url,
             positions=partial(read_positions, mailbox),
+            roles=roles,
         )
-        trainers = TrainerGroup(job.trainers, store.url, mailbox, scratch)
+        trainers = TrainerGroup(job.trainers, attempt, mailbox, roles=roles)
         stack.enter_context(trainers)
         stack.enter_context(pool)
         yield Workers(
             store=store,
             trainers=trainers,
             pool=pool,
-            trials=Trials(trials or TrialsConfig(), store.url),
+            trials=Trials(trials or TrialsConfig(), store.url, roles=roles),
             trials_config=trials or TrialsConfig(),
             progress=progress,
             session=session,

@@ -9,6 +9,9 @@ JOB = "job.json"
 RESULTS = "results.json"
 REPORT = "report.html"
 GALLERY = "gallery.safetensors"
+ATTEMPTS = "attempts"
+SCALE = "scale.json"
+SUBMISSION = "submission.json"
 
 MODEL_TENSORS = "model.safetensors"
 MODEL_CONFIG = "config.json"
@@ -17,6 +20,7 @@ MODEL_CARD = "README.md"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")
 _SHARD_OR_ENTRY = re.compile(r"(?:.*/)?(?:shards/(\d{6,})\.tar|entries/(\d{6,})\.json)")
 _STEP = re.compile(r"(?:.*/)?step-(\d{8,})(?:/.*)?")
+_ATTEMPT = re.compile(r"attempts/(\d{6,})\.json")
 _RANK = re.compile(r"(?:.*/)?rank-(\d{5,})\.(?:safetensors|json)")
 
 
@@ -96,14 +100,31 @@ def checkpoint_prefix(stage: str, step: int) -> str:
     return f"{checkpoints_prefix(stage)}/step-{_count('step', step):08d}"
 
 
-def rank_tensors_key(stage: str, step: int, rank: int) -> str:
+def rank_tensors_key(stage: str, step: int, rank: int, attempt: int = 0) -> str:
     """The tensors that one rank put into a checkpoint."""
-    return f"{checkpoint_prefix(stage, step)}/rank-{_count('rank', rank):05d}.safetensors"
+    return f"{_rank_key(stage, step, rank, attempt)}.safetensors"
 
 
-def rank_state_key(stage: str, step: int, rank: int) -> str:
+def rank_state_key(stage: str, step: int, rank: int, attempt: int = 0) -> str:
     """The plain values that one rank put into a checkpoint."""
-    return f"{checkpoint_prefix(stage, step)}/rank-{_count('rank', rank):05d}.json"
+    return f"{_rank_key(stage, step, rank, attempt)}.json"
+
+
+def _rank_key(stage: str, step: int, rank: int, attempt: int) -> str:
+    # Attempts at a run may overlap for moments: each has files of its own.
+    folder = f"attempt-{_count('attempt', attempt):06d}/" if attempt else ""
+    return f"{checkpoint_prefix(stage, step)}/{folder}rank-{_count('rank', rank):05d}"
+
+
+def attempt_key(number: int) -> str:
+    """The record of one start of the run."""
+    return f"{ATTEMPTS}/{_count('attempt', number):06d}.json"
+
+
+def parse_attempt(key: str) -> int | None:
+    """The number in the key of an attempt; None for any other key."""
+    match = _ATTEMPT.fullmatch(key)
+    return int(match[1]) if match else None
 
 
 def commit_key(stage: str, step: int) -> str:

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 
@@ -41,6 +41,13 @@ class StoreProbe:
     note: str
 
 
+class ArrowPlace(NamedTuple):
+    """A folder of a pyarrow file system; None stands for the local one."""
+
+    filesystem: Any
+    path: str
+
+
 class ObjectStore:
     """A folder of objects, at any fsspec URL. Safe to share between threads, and picklable.
 
@@ -67,6 +74,19 @@ class ObjectStore:
     def child(self, prefix: str) -> "ObjectStore":
         """The store below a folder of this one."""
         return ObjectStore(self._address(_checked(prefix)))
+
+    def for_arrow(self) -> "ArrowPlace":
+        """This store as libraries built on Arrow take it.
+
+        Where it is remote, the file system holds no credentials: each process takes its own from
+        its environment.
+        """
+        if isinstance(self._folder, LocalFolder):
+            return ArrowPlace(None, os.path.abspath(self.url))
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        filesystem = PyFileSystem(FSSpecHandler(self._folder.filesystem()))
+        return ArrowPlace(filesystem, self.url.split("://", 1)[1])
 
     def read(self, key: str) -> bytes:
         """An object's bytes.

@@ -37,6 +37,10 @@ class RemoteFolder:
         self._protocol = protocol
         self._root = root
 
+    def filesystem(self) -> Any:
+        """The fsspec file system behind it, connected anew in every process."""
+        return _make_filesystem(self._protocol)
+
     def read(self, key: str) -> bytes | None:
         """The object's bytes, by one request so that they are of one version; None if missing."""
         options = {"max_concurrency": 1} if self._protocol in _S3 else {}

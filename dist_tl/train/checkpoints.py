@@ -24,6 +24,7 @@ from safetensors.torch import save as save_tensors
 from dist_tl.config import StrictModel, validate
 from dist_tl.errors import CheckpointError, CheckpointMismatchError
 from dist_tl.storage import layout
+from dist_tl.storage.attempts import Attempt
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.engine import Engine
 
@@ -53,6 +54,7 @@ class Commit(StrictModel):
     step: int = Field(description="Optimizer steps done.")
     cursor: int = Field(description="Global batches consumed.")
     world_size: int
+    attempt: int = Field(0, description="Which start of the run made it, where that is counted.")
     fingerprint: str = Field(description="Of the stage; another stage's checkpoint is refused.")
     files: tuple[FileRecord, ...]
 
@@ -81,8 +83,10 @@ class Checkpoints:
         fingerprint: str,
         rank: int,
         world_size: int,
+        attempt: Attempt | None = None,
     ) -> None:
         self._store, self._stage, self._config = store, stage, config
+        self._attempt = attempt
         self._fingerprint, self._rank, self._world_size = fingerprint, rank, world_size
         self.seconds_blocked = 0.0
 
@@ -95,6 +99,7 @@ class Checkpoints:
 
         Raises:
             StorageError: the store refused a file; nothing is committed then.
+            SupersededError: a later start of the run took it over; nothing is committed then.
         """
         began = time.monotonic()
         records = self._gather(self._write_own_files(engine, state.step))
@@ -126,7 +131,8 @@ class Checkpoints:
                 f"go on with trainers.workers={commit.world_size}, or use another run name"
             )
         self._check_slices(engine, commit)
-        tensors = self._read(layout.rank_tensors_key(self._stage, commit.step, self._rank), commit)
+        mine = (self._stage, commit.step, self._rank, commit.attempt)
+        tensors = self._read(layout.rank_tensors_key(*mine), commit)
         engine.load_local_state(load_tensors(tensors), num_updates=commit.step)
         return TrainState(commit.step, commit.cursor)
 
@@ -139,10 +145,15 @@ class Checkpoints:
     def _write_own_files(self, engine: Engine, step: int) -> list[FileRecord]:
         tensors = save_tensors(engine.local_state())
         slices = json.dumps({"format": FORMAT, "slices": _slices(engine)}, sort_keys=True)
+        mine = (self._stage, step, self._rank, self._number)
         return [
-            self._write(layout.rank_tensors_key(self._stage, step, self._rank), tensors),
-            self._write(layout.rank_state_key(self._stage, step, self._rank), slices.encode()),
+            self._write(layout.rank_tensors_key(*mine), tensors),
+            self._write(layout.rank_state_key(*mine), slices.encode()),
         ]
+
+    @property
+    def _number(self) -> int:
+        return self._attempt.number if self._attempt else 0
 
     def _write(self, key: str, data: bytes) -> FileRecord:
         self._store.write(key, data)
@@ -154,7 +165,10 @@ class Checkpoints:
         return [record for part in gathered for record in part]
 
     def _commit(self, state: TrainState, records: Sequence[FileRecord]) -> None:
+        if self._attempt is not None:
+            self._attempt.check()
         commit = Commit(
+            attempt=self._number,
             step=state.step,
             cursor=state.cursor,
             world_size=self._world_size,
@@ -185,7 +199,7 @@ class Checkpoints:
         return None if key is None else _parse(key, data)
 
     def _check_slices(self, engine: Engine, commit: Commit) -> None:
-        key = layout.rank_state_key(self._stage, commit.step, self._rank)
+        key = layout.rank_state_key(self._stage, commit.step, self._rank, commit.attempt)
         if json.loads(self._read(key, commit))["slices"] != _slices(engine):
             raise CheckpointMismatchError(
                 f"{key}: parameters are cut into other slices than this job's; it was made by "

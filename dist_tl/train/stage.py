@@ -22,6 +22,7 @@ from dist_tl.seeds import derive_seed
 from dist_tl.shards.order import ShardPlan
 from dist_tl.shards.stream import ShardStream
 from dist_tl.storage import layout
+from dist_tl.storage.attempts import Attempt
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.telemetry import MetricsLog
 from dist_tl.train import objectives
@@ -47,6 +48,7 @@ def run_stage(
     world_size: int,
     on_progress: OnProgress = lambda step, loss, shard: None,
     log_every: int = 10,
+    attempt: Attempt | None = None,
 ) -> StageResult:
     """Train, evaluate and store one stage; a collective of all ranks.
 
@@ -56,6 +58,7 @@ def run_stage(
         on_progress: called on every rank with the steps done, the latest known loss, and the lowest
             shard that this rank still needs for the first time (None where it reads no shards).
         log_every: steps between two collectives that average the loss over the ranks.
+        attempt: the start of the run that this belongs to; nothing is committed after a later one.
 
     Raises:
         DistTLError: a named error of the data, the store, the shards or the numbers.
@@ -75,7 +78,7 @@ def run_stage(
         # Dropout takes no generator; without this it would depend on what the process did before.
         stack.enter_context(torch.random.fork_rng(devices=[]))
         torch.manual_seed(derive_seed(spec.seed, "dropout", rank))
-        checkpoints = _checkpoints(spec, store, rank, world_size)
+        checkpoints = _checkpoints(spec, store, rank, world_size, attempt)
         state = checkpoints.restore(engine)
         earlier = store.read_or_none(layout.metrics_key(spec.name)) or b""
         seconds_before = _seconds_until(earlier, state.step)
@@ -121,6 +124,8 @@ def run_stage(
         last_step_correct=last_step[1] if spec.ema_decay is not None else (),
     )
     if rank == 0:
+        if attempt is not None:
+            attempt.check()
         for name, data in model_files(whole.cpu()).items():
             store.write(f"{layout.stage_model_prefix(spec.name)}/{name}", data)
         store.write(layout.result_key(spec.name), result.model_dump_json().encode())
@@ -145,7 +150,9 @@ def _engine(spec: StageSpec, module: nn.Module, world_size: int) -> Iterator[Eng
         engine.close()
 
 
-def _checkpoints(spec: StageSpec, store: ObjectStore, rank: int, world_size: int) -> Checkpoints:
+def _checkpoints(
+    spec: StageSpec, store: ObjectStore, rank: int, world_size: int, attempt: Attempt | None
+) -> Checkpoints:
     return Checkpoints(
         store,
         spec.name,
@@ -153,6 +160,7 @@ def _checkpoints(spec: StageSpec, store: ObjectStore, rank: int, world_size: int
         fingerprint=spec.fingerprint,
         rank=rank,
         world_size=world_size,
+        attempt=attempt,
     )
 
 

@@ -15,6 +15,7 @@ from dist_tl.cluster.mailbox import open_mailbox, read_positions
 from dist_tl.cluster.trainers import TrainerGroup
 from dist_tl.errors import NonFiniteLossError, NumericsError
 from dist_tl.storage import layout
+from dist_tl.storage.attempts import begin_attempt
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.checkpoints import CheckpointConfig
 from dist_tl.train.engine import OptimizerConfig
@@ -35,10 +36,9 @@ def mailbox(ray_local):
 
 
 @pytest.fixture(scope="module")
-def group(store, mailbox, tmp_path_factory):
-    scratch = str(tmp_path_factory.mktemp("scratch"))
+def group(store, mailbox):
     config = TrainersConfig(workers=2, cpus=0.5)
-    with TrainerGroup(config, store.url, mailbox, scratch) as group:
+    with TrainerGroup(config, begin_attempt(store), mailbox) as group:
         yield group
 
 

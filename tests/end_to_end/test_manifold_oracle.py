@@ -30,6 +30,7 @@ from dist_tl.shards.loader import ShardLoader
 from dist_tl.shards.manifest import read_manifest
 from dist_tl.shards.writer import write_shard
 from dist_tl.storage import layout
+from dist_tl.storage.attempts import begin_attempt
 from dist_tl.storage.model_files import read_model_files
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.telemetry import SilentProgress
@@ -130,7 +131,10 @@ def path(tmp_path_factory):
     )
     source = oracle.shards_of("source-shards", "source", 8000, seed=1, per_shard=500)
     targets = {(n, d): target_shards(n, d) for n in SIZES for d in range(DRAWS)}
-    with open_store(job) as store, open_workers(job, store, SilentProgress()) as workers:
+    with (
+        open_store(job) as store,
+        open_workers(job, begin_attempt(store), SilentProgress()) as workers,
+    ):
         for shards in (source, *targets.values()):
             open_generate_stage(store, shards, None, created_by={})
             workers.generate(shards, batch_size=max(256, shards.num_samples))

@@ -9,11 +9,18 @@ import torch
 from torch import nn
 
 from dist_tl.datasets.images import LabelledImages
-from dist_tl.errors import CheckpointMismatchError, ConfigError, NonFiniteLossError, NumericsError
+from dist_tl.errors import (
+    CheckpointMismatchError,
+    ConfigError,
+    NonFiniteLossError,
+    NumericsError,
+    SupersededError,
+)
 from dist_tl.methods.pseudo.distillation import DistillationConfig
 from dist_tl.methods.pseudo.p_ssl import PSSLConfig
 from dist_tl.models.files import load_network
 from dist_tl.storage import layout
+from dist_tl.storage.attempts import begin_attempt
 from dist_tl.storage.model_files import FILES
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train import rows as rows_module
@@ -440,3 +447,33 @@ def test_a_generator_is_trained_like_a_network_and_ranks_do_not_matter(
     assert result.final_loss < 0.7 * losses_in(place("one"), spec)[0]
     two_ranks(run_mean, spec, place("two"))
     assert losses_in(place("two"), spec) == pytest.approx(losses_in(place("one"), spec), rel=1e-4)
+
+
+# A later start of the run.
+
+
+def test_nothing_is_committed_once_a_later_start_has_the_run(alone, stage_spec, place):
+    spec, store = stage_spec(), ObjectStore(place("run"))
+    attempt = begin_attempt(store)
+    taken = []
+
+    def take_over(step, loss, shard):
+        if step == 3 and not taken:
+            taken.append(begin_attempt(store))
+
+    with pytest.raises(SupersededError, match="attempt 2"):
+        run_stage(
+            spec,
+            store,
+            rank=0,
+            world_size=1,
+            on_progress=take_over,
+            log_every=1,
+            attempt=attempt,
+        )
+    commits = [key for key in store.list() if key.endswith("COMMIT")]
+    assert commits == [layout.commit_key(spec.name, 2)]
+    assert read_result(store, spec) is None
+    run_stage(spec, store, rank=0, world_size=1, attempt=taken[0])
+    run_alone(spec, place("never taken over"))
+    assert model_in(place("run"), spec) == model_in(place("never taken over"), spec)

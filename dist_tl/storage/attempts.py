@@ -1,0 +1,80 @@
+"""Attempts at a run: of several starts that overlap, the latest has the run, and the others stop.
+
+A start writes the next free number below attempts/, create-only, with a word of its own in it, and
+reads it back: so two starts never share a number, even in a store that ignores create-only. What
+an attempt commits carries its number, and nothing is committed once a later number exists.
+"""
+
+import secrets
+import socket
+import time
+from typing import Any
+
+from dist_tl.errors import SupersededError
+from dist_tl.storage import layout
+from dist_tl.storage.objects import ObjectStore
+
+LOOK_EVERY_S = 5.0
+SETTLE_S = 0.2  # longer than a second writer needs between looking and writing
+
+
+class Attempt:
+    """One start of a run.
+
+    Attributes:
+        store: of the run.
+        number: from 1; a later one takes the run over.
+    """
+
+    def __init__(self, store: ObjectStore, number: int) -> None:
+        self.store, self.number = store, number
+        self._looked_at = time.monotonic()
+
+    def check(self) -> None:
+        """Raise if a later attempt has the run. Always looks: for use before a commit.
+
+        Raises:
+            SupersededError: naming the later attempt and its machine.
+        """
+        self._looked_at = time.monotonic()
+        latest = latest_attempt(self.store)
+        if latest > self.number:
+            told = self.store.read_json(layout.attempt_key(latest))
+            raise SupersededError(
+                f"attempt {latest} at this run was started on {told.get('host', 'another machine')}"
+                f" and took it over; this one, attempt {self.number}, stops. Nothing is lost: what "
+                "was committed is what the other goes on from"
+            )
+
+    def poll(self) -> None:
+        """The same, looking every few seconds only: for use in a loop."""
+        if time.monotonic() - self._looked_at > LOOK_EVERY_S:
+            self.check()
+
+
+def latest_attempt(store: ObjectStore) -> int:
+    """The highest number; 0 where none was started."""
+    numbers = map(layout.parse_attempt, store.list(layout.ATTEMPTS))
+    return max((number for number in numbers if number is not None), default=0)
+
+
+def begin_attempt(store: ObjectStore) -> Attempt:
+    """Take the next free number, and with it the run.
+
+    Raises:
+        StorageError: the store refused.
+    """
+    mine = {"word": secrets.token_hex(8), "host": socket.gethostname(), "started": time.time()}
+    number = latest_attempt(store) + 1
+    while not _taken(store, number, mine):
+        number += 1
+    return Attempt(store, number)
+
+
+def _taken(store: ObjectStore, number: int, mine: dict[str, Any]) -> bool:
+    key = layout.attempt_key(number)
+    if store.exists(key) or not store.write_json(key, mine, create_only=True):
+        return False
+    # A store that ignores create-only keeps the last writer's word.
+    time.sleep(SETTLE_S)
+    return store.read_json(key)["word"] == mine["word"]
