@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from dist_tl.cli_remote import logs, scale, status, stop, submit
 from dist_tl.display import TerminalProgress, console, errors, show_table
 from dist_tl.errors import ConfigError, DataError, DistTLError
 from dist_tl.telemetry import configure_logging, redact
@@ -36,7 +37,10 @@ app = typer.Typer(
     dist-tl run JOB.yaml      run it; the same command goes on after an interruption\n
     dist-tl forecast JOB.yaml how much labelled data each feature map would need\n
     dist-tl report RUN        make the page of a finished run again\n
-    dist-tl doctor            what this machine has, and what would not work on it
+    dist-tl doctor            what this machine has, and what would not work on it\n
+    dist-tl submit JOB.yaml   hand it to Kubernetes (--kube) or to a Ray cluster (--address URL)\n
+    dist-tl status RUN        how far it is; also: logs [-f] RUN, stop RUN\n
+    dist-tl scale RUN generators=4     change the generator pool while it runs
 
     Exit codes: 0 done, 2 bad input, 3 failed and can be started again, 130 interrupted.""",
     rich_markup_mode="rich",
@@ -226,6 +230,10 @@ def doctor(
         show_table("What this machine has", ("what", "state", "finding"), rows)
     if any(check.state == "fails" for check in checks):
         raise typer.Exit(FAILED)
+
+
+for verb in (submit, status, logs, stop, scale):
+    app.command()(verb)
 
 
 def main() -> NoReturn:

@@ -17,6 +17,7 @@ FLOORS = [
     {"jobs", "report"},
     {"deploy"},
     {"display"},
+    {"cli_remote"},
     {"cli"},
     {"__main__"},
 ]

@@ -163,7 +163,7 @@ class RaySession:
         while time.monotonic() < deadline:
             if self._head.poll() is not None:
                 break
-            if ready.exists() and _answers("127.0.0.1", port):
+            if ready.exists() and answers("127.0.0.1", port):
                 return
             time.sleep(0.1)
         raise WorkerError(
@@ -208,7 +208,7 @@ def _wait_for_answer(address: str) -> None:
     if "://" in address or not port.isdecimal():
         return  # "auto" or a URL: Ray knows what it stands for
     deadline = time.monotonic() + CONNECT_TIMEOUT_S
-    while not _answers(host.strip("[]"), int(port)):
+    while not answers(host.strip("[]"), int(port)):
         if time.monotonic() > deadline:
             raise _unreachable(address, "nobody listens there")
         time.sleep(0.5)
@@ -256,7 +256,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _answers(host: str, port: int) -> bool:
+def answers(host: str, port: int) -> bool:
+    """Whether somebody listens there, asked for two seconds at most."""
     try:
         socket.create_connection((host, port), timeout=2).close()
     except OSError:

@@ -1,0 +1,279 @@
+"""Verbs of `dist-tl` for jobs on other machines: hand in, look, scale, stop.
+
+Where a run was handed in stands in the run itself, so these verbs take the run and nothing else.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dist_tl.display import console, errors, show_table
+from dist_tl.errors import ConfigError
+
+if TYPE_CHECKING:  # these take seconds to import, and --help needs none of them
+    from dist_tl.deploy.options import KubeOptions
+    from dist_tl.jobs.specs import Job
+    from dist_tl.jobs.submissions import Submission
+
+INTERRUPTED = 130
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the job, e.g. trainers.workers=1."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Folder or URL of the run.")]
+Options = Annotated[
+    Path | None,
+    typer.Option("--options", help="How jobs run on your cluster; see k8s/options.yaml."),
+]
+
+
+def submit(
+    job: JobFile,
+    overrides: Overrides = None,
+    kube: Annotated[
+        bool, typer.Option("--kube", help="A RayJob on the Kubernetes of your kubectl context.")
+    ] = False,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="A Ray cluster that runs, by its dashboard's URL."),
+    ] = None,
+    options: Options = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be handed in; start nothing.")
+    ] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Do not wait; see `dist-tl logs -f RUN`.")
+    ] = False,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Stop an earlier attempt that still runs.")
+    ] = False,
+) -> None:
+    """Hand a job to a cluster, follow it, and end with its exit code.
+
+    Handing in the same run again goes on from what is committed. Ctrl-C leaves the job running.
+    """
+    from dist_tl.jobs.specs import read_job
+
+    spec = read_job(job, overrides or [])
+    if kube == (address is not None):
+        raise ConfigError("submit: expected exactly one of --kube and --address URL")
+    if kube:
+        _submit_kube(spec, _options(options), dry_run, detach, take_over)
+    else:
+        _submit_ray(spec, str(address), dry_run, detach, take_over)
+
+
+def _options(path: Path | None) -> "KubeOptions":
+    from dist_tl.deploy.options import read_options
+
+    if path is None:
+        raise ConfigError(
+            "--kube: expected --options FILE, which names the image and the nodes of your cluster; "
+            "k8s/options.yaml is an example"
+        )
+    return read_options(path)
+
+
+def _submit_ray(spec: "Job", address: str, dry_run: bool, detach: bool, take_over: bool) -> None:
+    from dist_tl.cluster.submission import ENTRYPOINT, RayJobs
+    from dist_tl.deploy.manifests import run_label
+    from dist_tl.jobs.submissions import Submission, write_submission
+    from dist_tl.storage.objects import ObjectStore
+
+    _check_reachable(spec)
+    text, label = _job_text(spec), run_label(spec)
+    if dry_run:
+        print(f"# {ENTRYPOINT}\n{text}", end="")
+        return
+    cluster = RayJobs(address)
+    for name in cluster.running(label):
+        if not take_over:
+            raise ConfigError(
+                f"{name} still runs: follow it with `dist-tl logs -f {spec.run}`, stop it with "
+                f"`dist-tl stop {spec.run}`, or submit with --take-over"
+            )
+        cluster.stop(name)
+    name = cluster.submit(text, label)
+    write_submission(ObjectStore(spec.run), Submission(where="ray", name=name, address=address))
+    _say(f"{name} was handed in to {address}")
+    if not detach:
+        sys.exit(_unless_interrupted(spec, lambda: cluster.follow(name, on_line=_print_line)))
+
+
+def _submit_kube(
+    spec: "Job", options: "KubeOptions", dry_run: bool, detach: bool, take_over: bool
+) -> None:
+    import yaml
+
+    from dist_tl.deploy.kube import connect, follow_attempts
+    from dist_tl.deploy.manifests import render
+    from dist_tl.jobs.submissions import Submission, write_submission
+    from dist_tl.storage.objects import ObjectStore
+
+    if dry_run:
+        print(yaml.safe_dump_all(render(spec, options), sort_keys=False), end="")
+        return
+    kube = connect()
+    job = kube.submit(spec, options, take_over=take_over)
+    while True:
+        submission = Submission(
+            where="kubernetes", name=job.name, namespace=job.namespace, attempt=job.attempt
+        )
+        write_submission(ObjectStore(spec.run), submission)
+        _say(f"RayJob {job.name} was handed in to namespace {job.namespace}")
+        if detach:
+            return
+        sys.exit(follow_attempts(kube, job, spec, options))
+
+
+def _unless_interrupted(spec: "Job", follow: Callable[[], int]) -> int:
+    try:
+        return follow()
+    except KeyboardInterrupt:
+        _say(f"the job goes on; see it with `dist-tl logs -f {spec.run}`")
+        return INTERRUPTED
+
+
+def _check_reachable(spec: "Job") -> None:
+    if spec.store != "direct" or not ("://" in spec.run or spec.run.startswith("/")):
+        raise ConfigError(
+            "store: the cluster must reach the run: expected store: direct and a URL (or, on one "
+            f"machine or a shared disk, an absolute path), got store: {spec.store} and run: "
+            f"{spec.run}; e.g. run=s3://bucket/runs/birds store=direct"
+        )
+
+
+def _job_text(spec: "Job") -> str:
+    import yaml
+
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def status(run: Run, as_json: AsJson = False) -> None:
+    """Say how far a run is: what is committed, who started it, where it was handed in."""
+    from dist_tl.jobs.status import age, run_status
+    from dist_tl.jobs.submissions import read_submission
+    from dist_tl.storage.objects import ObjectStore
+
+    store = ObjectStore(run)
+    found, submission = run_status(store), read_submission(store)
+    if as_json:
+        print(found.model_dump_json(indent=1))
+        return
+    started = f", last {age(found.last_started)} on {found.last_host}" if found.last_started else ""
+    _say(f"{found.run}: {found.kind}, {found.state}; {found.attempts} starts{started}")
+    if found.generators is not None:
+        _say(f"generators scaled to {found.generators.min}..{found.generators.max}")
+    if found.stages:
+        rows = [(row.stage, row.state, row.progress) for row in found.stages]
+        show_table("Stages that have begun", ("stage", "state", "progress"), rows)
+    if submission is not None:
+        _say(f"{submission.where} job {submission.name}: {_state(submission)}")
+
+
+def _state(submission: "Submission") -> str:
+    if submission.where == "ray":
+        from dist_tl.cluster.submission import RayJobs
+
+        return RayJobs(str(submission.address)).state(submission.name)
+    from dist_tl.deploy.kube import connect
+
+    found = connect().status(_kube_job(submission))
+    return f"{found.state} {found.job_status} {found.message}".strip()
+
+
+def _kube_job(submission: "Submission") -> object:
+    from dist_tl.deploy.kube import KubeJob
+
+    return KubeJob(
+        namespace=str(submission.namespace), name=submission.name, attempt=submission.attempt
+    )
+
+
+def logs(
+    run: Run,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Until the job ends.")] = False,
+) -> None:
+    """Show what a submitted job printed; with -f until it ends, and with its exit code."""
+    submission = _submission(run)
+    if submission.where == "ray":
+        from dist_tl.cluster.submission import RayJobs
+
+        cluster = RayJobs(str(submission.address))
+        if follow:
+            sys.exit(cluster.follow(submission.name, on_line=_print_line))
+        print(cluster.log(submission.name), end="")
+        return
+    from dist_tl.deploy.kube import connect
+
+    kube, job = connect(), _kube_job(submission)
+    if follow:
+        sys.exit(kube.follow(job, on_line=_print_line, on_state=_say))
+    kube.logs(job, follow=False, on_line=_print_line)
+
+
+def stop(run: Run) -> None:
+    """End a submitted job; what is committed stays, and submitting it again goes on from there."""
+    submission = _submission(run)
+    if submission.where == "ray":
+        from dist_tl.cluster.submission import RayJobs
+
+        RayJobs(str(submission.address)).stop(submission.name)
+    else:
+        from dist_tl.deploy.kube import connect
+
+        connect().stop(_kube_job(submission))
+    _say(f"{submission.name} has stopped; what is committed stays")
+
+
+def scale(
+    run: Run,
+    sizes: Annotated[
+        list[str], typer.Argument(metavar="generators=N", help="Or generators=MIN..MAX.")
+    ],
+) -> None:
+    """Change how many generator workers a running job has; trainers do not notice.
+
+    Holds for later starts of the run too. On Kubernetes the bounds of the pods' group follow.
+    """
+    from dist_tl.cluster.scaling import Scale, parse_sizes, write_scale
+    from dist_tl.jobs.status import run_status
+    from dist_tl.jobs.submissions import read_submission
+    from dist_tl.storage.objects import ObjectStore
+
+    bounds, store = parse_sizes(sizes), ObjectStore(run)
+    run_status(store)  # there must be a run
+    write_scale(store, Scale(**bounds))
+    submission = read_submission(store)
+    if submission is not None and submission.where == "kubernetes":
+        from dist_tl.deploy.kube import connect
+
+        low, high = bounds["generators"].min, bounds["generators"].max
+        connect().scale(_kube_job(submission), "generators", low, high)
+    _say(f"generators: {bounds['generators'].min} to {bounds['generators'].max}, in a few seconds")
+
+
+def _submission(run: str) -> "Submission":
+    from dist_tl.jobs.submissions import read_submission
+    from dist_tl.storage.objects import ObjectStore
+
+    found = read_submission(ObjectStore(run))
+    if found is None:
+        raise ConfigError(
+            f"{run} was not handed in by `dist-tl submit`; a job that `dist-tl run` started is "
+            "stopped and watched where it runs"
+        )
+    return found
+
+
+def _print_line(line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _say(text: str) -> None:
+    errors.print(text, highlight=False, markup=False)

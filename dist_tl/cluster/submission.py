@@ -1,0 +1,174 @@
+"""Jobs handed to a Ray cluster that runs already, by its Jobs API.
+
+What travels is the resolved job file, as the only file of the working directory; the package is in
+the cluster's image. The token of Ray's authentication is taken from the environment by Ray itself.
+"""
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import ray
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from dist_tl.cluster.session import answers
+from dist_tl.errors import ConfigError, WorkerError
+from dist_tl.telemetry import redact
+
+POLL_S = 1.0
+JOB_FILE = "job.yaml"
+ENTRYPOINT = f"python -m dist_tl run {JOB_FILE}"
+ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+LOST_EXIT = 3  # of a job that ended without an exit code: it can be started again
+
+
+class RayJobs:
+    """The Jobs API of one cluster.
+
+    Args:
+        address: e.g. http://127.0.0.1:8265, the cluster's dashboard.
+
+    Raises:
+        ConfigError: nobody answers there, the token is wrong, or its Ray is another version.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(
+                f"--address: expected the URL of Ray's dashboard, e.g. http://127.0.0.1:8265, got "
+                f"{redact(address)!r}"
+            )
+        if not answers(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)):
+            raise ConfigError(
+                f"nobody answers at {redact(address)}; is the cluster up, and its dashboard in "
+                "reach (kubectl port-forward service/...-head-svc 8265)?"
+            )
+        logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
+        self._client = _connected(address)
+        self._check_version()
+
+    def _check_version(self) -> None:
+        answer = self._client._do_request("GET", "/api/version")
+        theirs = answer.json().get("ray_version", "")
+        if theirs.split(".")[:2] != ray.__version__.split(".")[:2]:
+            raise ConfigError(
+                f"the cluster at {redact(self.address)} runs Ray {theirs}, this is "
+                f"{ray.__version__}; install the same version on both sides"
+            )
+
+    def running(self, label: str) -> list[str]:
+        """Submissions of a run that have not ended, by id."""
+        return [
+            job.submission_id
+            for job in self._client.list_jobs()
+            if _belongs(job.submission_id, label) and job.status not in ENDED
+        ]
+
+    def submit(self, job_text: str, label: str) -> str:
+        """Hand in a job; returns its id, the label with a number of its own.
+
+        Raises:
+            WorkerError: the cluster refused.
+        """
+        taken = [job.submission_id for job in self._client.list_jobs()]
+        number = 1 + sum(_belongs(name, label) for name in taken)
+        while f"{label}--{number}" in taken:
+            number += 1
+        with tempfile.TemporaryDirectory(prefix="dist_tl-submit-") as folder:
+            (Path(folder) / JOB_FILE).write_text(job_text)
+            try:
+                return self._client.submit_job(
+                    entrypoint=ENTRYPOINT,
+                    submission_id=f"{label}--{number}",
+                    runtime_env={"working_dir": folder},
+                    metadata={"dist-tl/run": label},
+                )
+            except (RuntimeError, ValueError) as error:
+                raise WorkerError(f"the cluster refused the job: {redact(str(error))}") from None
+
+    def follow(self, name: str, *, on_line: Callable[[str], None]) -> int:
+        """Show the job's log until it ends; returns its exit code.
+
+        Raises:
+            WorkerError: the cluster is gone.
+        """
+        shown = 0
+        while True:
+            about = self._ask(lambda: self._client.get_job_info(name))
+            log = self._ask(lambda: self._client.get_job_logs(name))
+            # The last line may still be written to.
+            lines = log.splitlines()
+            whole = len(lines) if about.status in ENDED or log.endswith("\n") else len(lines) - 1
+            for line in lines[shown:whole]:
+                on_line(line)
+            shown = max(shown, whole)
+            if about.status in ENDED:
+                return _exit_code(about)
+            time.sleep(POLL_S)
+
+    def state(self, name: str) -> str:
+        """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED, with the reason where there is one.
+
+        Raises:
+            WorkerError: the cluster does not know the job, or is gone.
+        """
+        about = self._ask(lambda: self._client.get_job_info(name))
+        message = f": {about.message}" if about.message and about.status == "FAILED" else ""
+        return f"{about.status.value}{message}"
+
+    def log(self, name: str) -> str:
+        """What the job has printed so far.
+
+        Raises:
+            WorkerError: the cluster does not know the job, or is gone.
+        """
+        return self._ask(lambda: self._client.get_job_logs(name))
+
+    def stop(self, name: str) -> None:
+        """End the job; returns when it has ended.
+
+        Raises:
+            WorkerError: the cluster does not know the job, or is gone.
+        """
+        self._ask(lambda: self._client.stop_job(name))
+        while self._ask(lambda: self._client.get_job_status(name)) not in ENDED:
+            time.sleep(POLL_S)
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        try:
+            return question()
+        except (RuntimeError, ConnectionError) as error:
+            raise WorkerError(
+                f"the cluster at {redact(self.address)} gave no answer: {redact(str(error))[:300]}"
+            ) from None
+
+
+def _connected(address: str) -> JobSubmissionClient:
+    try:
+        return JobSubmissionClient(address)
+    except Exception as error:  # Ray raises whatever its transport raised
+        text = redact(str(error))
+        if any(word in text.lower() for word in ("auth", "token", "401", "403")):
+            raise ConfigError(
+                f"the cluster at {redact(address)} refused the token; set RAY_AUTH_MODE=token and "
+                "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's own"
+            ) from None
+        raise ConfigError(f"{redact(address)} is no Ray dashboard: {text[:300]}") from None
+
+
+def _belongs(name: str | None, label: str) -> bool:
+    return name is not None and name.rpartition("--")[0] == label
+
+
+def _exit_code(about: Any) -> int:
+    if about.status == JobStatus.SUCCEEDED:
+        return 0
+    code = about.driver_exit_code
+    # A negative code is the signal that killed the driver.
+    return code if code is not None and code > 0 else LOST_EXIT

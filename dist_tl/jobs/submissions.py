@@ -1,0 +1,46 @@
+"""Where a run was handed in: kept with the run, so that its other verbs find it. No secrets."""
+
+import time
+from typing import Literal
+
+from pydantic import Field
+
+from dist_tl.config import StrictModel
+from dist_tl.errors import ConfigError
+from dist_tl.storage import layout
+from dist_tl.storage.objects import ObjectStore
+
+
+class Submission(StrictModel):
+    """submission.json of a run: its latest."""
+
+    where: Literal["ray", "kubernetes"]
+    name: str = Field(description="Of the job: its id, or the RayJob's name.")
+    address: str | None = Field(None, description="Of Ray's dashboard.")
+    namespace: str | None = Field(None, description="Of the RayJob.")
+    attempt: int = Field(1, ge=1)
+    submitted: float = Field(default_factory=time.time, description="Unix time.")
+
+
+def write_submission(store: ObjectStore, submission: Submission) -> None:
+    """Remember where the run was handed in last.
+
+    Raises:
+        StorageError: the store refused.
+    """
+    store.write(layout.SUBMISSION, submission.model_dump_json(indent=1).encode())
+
+
+def read_submission(store: ObjectStore) -> Submission | None:
+    """Where the run was handed in last; None where it was started by hand.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    data = store.read_or_none(layout.SUBMISSION)
+    if data is None:
+        return None
+    try:
+        return Submission.model_validate_json(data)
+    except ValueError as error:
+        raise ConfigError(f"{layout.SUBMISSION} is damaged: {error}; submit again") from None
