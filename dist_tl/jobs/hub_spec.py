@@ -21,7 +21,7 @@ from dist_tl.methods.hub.pathway import BatchNorm
 from dist_tl.methods.hub.routes import RouteConfig
 from dist_tl.models.inputs import InputConfig
 from dist_tl.models.networks import NetworkConfig
-from dist_tl.train.hub_model import EXPERT_NAME
+from dist_tl.train.hub_model import ExpertName
 
 HubRoute = Literal["best_single", "ensemble", "distilled", "pathway"]
 BASELINE = "best_single"
@@ -30,7 +30,7 @@ BASELINE = "best_single"
 class ExpertConfig(StrictModel):
     """One pre-trained network of the hub; give exactly one of `model`, `network` and `train`."""
 
-    name: str = Field(pattern=EXPERT_NAME, description="Its name in tables and checkpoints.")
+    name: ExpertName = Field(description="Its name in tables and checkpoints.")
     model: str | None = Field(
         None, description="Folder or URL with model.safetensors and config.json."
     )

@@ -13,6 +13,8 @@ FILES = (layout.MODEL_TENSORS, layout.MODEL_CONFIG)
 def read_model_files(store: ObjectStore, place: str) -> dict[str, bytes]:
     """The two files of a network: a key of the run's store, or a URL or path of its own.
 
+    "." is the store itself.
+
     Raises:
         ConfigError: a file is missing.
     """
@@ -25,8 +27,11 @@ def read_named_files(store: ObjectStore, place: str, names: Sequence[str]) -> di
     Raises:
         ConfigError: a file is missing.
     """
-    own = not ("://" in place or place.startswith(("/", "./", "../")))
-    folder = store.child(place) if own else ObjectStore(place)
+    if place == ".":
+        folder = store
+    else:
+        own = not ("://" in place or place.startswith(("/", "./", "../")))
+        folder = store.child(place) if own else ObjectStore(place)
     found = {name: folder.read_or_none(name) for name in names}
     missing = [name for name, data in found.items() if data is None]
     if missing:
