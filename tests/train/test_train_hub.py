@@ -33,7 +33,7 @@ from dist_tl.train.hub_model import (
     load_router,
 )
 from dist_tl.train.models import build_model, model_files
-from dist_tl.train.objectives import HubSpec
+from dist_tl.train.objectives import HubSpec, SupervisedSpec
 from dist_tl.train.rows import load_rows
 
 SHAPE, CLASSES, EXPERTS = (1, 8, 8), 3, ("plain", "wide", "deep")
@@ -236,9 +236,12 @@ def statistics(store, place):
     return {name: b for name, b in network.named_buffers() if "running" in name}
 
 
-def test_frozen_statistics_are_those_of_the_experts_files_bit_for_bit(ranks, hub_stage, place):
+@pytest.mark.parametrize("engine", [{}, {"zero_stage": 3, "precision": "bf16"}])
+def test_frozen_statistics_are_those_of_the_experts_files_bit_for_bit(
+    ranks, hub_stage, place, engine
+):
     url = place("run", norm="batch")
-    spec = hub_stage(new_hub(k=1))
+    spec = hub_stage(new_hub(k=1), engine=engine, ema_decay=0.5)
     ranks(run_on, spec, url)
     store, model = ObjectStore(url), layout.stage_model_prefix(spec.name)
     for name in EXPERTS:
@@ -257,6 +260,24 @@ def test_trained_statistics_move(alone, hub_stage, place):
     before = statistics(store, "experts/plain")
     after = statistics(store, f"{layout.stage_model_prefix(spec.name)}/experts/plain")
     assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("by", ["input", "static", "random"])
+def test_a_hub_learns_in_half_precision_with_accumulated_micro_batches(ranks, hub_stage, place, by):
+    engine = {"precision": "bf16", "zero_stage": 3, "accumulation": 2}
+    fields = {"batch_size": 16, "steps": 30, "every_steps": 0, "engine": engine}
+    spec = hub_stage(new_hub(k=2, by=by), objective=HubSpec(loss=HubLossConfig()), **fields)
+    url = place("run")
+    ranks(run_on, spec, url)
+    losses = losses_in(url, spec)
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+
+
+def test_a_hub_is_trained_by_the_objective_of_its_kind_and_no_other_model_is(hub_stage):
+    with pytest.raises(ValueError, match="objective hub goes with a model of kind hub"):
+        hub_stage(new_hub(k=1), objective=SupervisedSpec())
+    with pytest.raises(ValueError, match="objective hub goes with a model of kind hub"):
+        hub_stage(NewExpert(expert=source("plain"), num_classes=CLASSES))
 
 
 # Files.
