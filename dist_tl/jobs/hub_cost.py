@@ -35,13 +35,14 @@ def hub_rows(plan: HubPlan) -> tuple[HubRow, ...]:
     ]
     router_cost = multiply_adds(router, shape)
     rows.append(_row(plan, "router", parameter_count(router), float(router_cost)))
+    router_sizes = {"input": parameter_count(router), "static": 2 * len(costs), "random": 0}
     for arm in job.arms:
         if arm.route == "pathway":
             by_input = arm.routes.by == "input"
             even = [arm.routes.k / len(costs)] * len(costs)
             classes = plan.target.num_classes
             cost = routed_multiply_adds(router_cost * by_input, costs, even, classes)
-            size = sum(sizes.values()) + parameter_count(router) * by_input
+            size = sum(sizes.values()) + router_sizes[arm.routes.by]
             size += (len(costs) * classes + 1) * classes
             rows.append(_row(plan, f"{arm.name} (k = {arm.routes.k})", size, cost))
     return tuple(rows)

@@ -73,9 +73,9 @@ class HubPlan:
         assert expert.train is not None, "asked for experts that the run trains"
         try:
             data = load_rows(RowsSpec(data=expert.train.data))
+            adapted = expert.inputs.adapted_shape(self.target.image_shape)
         except (ConfigError, DataError) as error:
             raise type(error)(f"expert {expert.name}: {error}") from None
-        adapted = expert.inputs.adapted_shape(self.target.image_shape)
         if adapted != data.image_shape:
             raise ConfigError(
                 f"expert {expert.name}: it is trained on images of (channels, height, width) "

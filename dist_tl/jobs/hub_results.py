@@ -251,12 +251,12 @@ def _findings(outcome: HubOutcome, scores: tuple[Score, ...]) -> Iterator[str]:
     for arm in _hubs(outcome):
         same = [n for n in controls if _k(outcome, n) == arm.routes.k]
         gains = [paired_gain(arm.name, other, by_arm) for other in same]
+        won = all(gain.excludes_zero and gain.mean > 0 for gain in gains)
         if gains:
-            won = all(gain.excludes_zero and gain.mean > 0 for gain in gains)
-            yield (
-                f"Choosing by input {'beat' if won else 'did not clearly beat'} "
-                f"{' and '.join(same)} at k = {arm.routes.k}."
-            )
+            words = f"{'beat' if won else 'did not clearly beat'} {' and '.join(same)}"
+        else:
+            words = "was not compared with static or random routes"
+        yield f"Choosing by input ({arm.name}) {words} at k = {arm.routes.k}."
     yield (
         "All seeds share one hub and one test split; the intervals cover labels, fresh weights "
         "and order, not those."

@@ -14,24 +14,35 @@ from dist_tl.cluster.config import TrialsConfig
 from dist_tl.config import StrictModel, parse_yaml
 from dist_tl.datasets.spec import DataConfig
 from dist_tl.errors import ConfigError
-from dist_tl.jobs.run_spec import NAME, BudgetConfig, RunConfig
+from dist_tl.jobs.run_spec import NAME, BudgetConfig, ModelPlace, RunConfig
 from dist_tl.jobs.teacher_spec import TeacherConfig
 from dist_tl.methods.hub.losses import HubLossConfig
 from dist_tl.methods.hub.pathway import BatchNorm
 from dist_tl.methods.hub.routes import RouteConfig
 from dist_tl.models.inputs import InputConfig
 from dist_tl.models.networks import NetworkConfig
-from dist_tl.train.hub_model import EXPERT_NAME
+from dist_tl.train.hub_model import ExpertName
 
 HubRoute = Literal["best_single", "ensemble", "distilled", "pathway"]
 BASELINE = "best_single"
+# What the names of a run's own stages and tasks begin with; an arm's stages begin with its name.
+OWN_STAGES = (
+    "expert-",
+    "single-",
+    "pick-",
+    "warm-",
+    "features-",
+    "rows-",
+    "cached-",
+    "evaluate-",
+)
 
 
 class ExpertConfig(StrictModel):
     """One pre-trained network of the hub; give exactly one of `model`, `network` and `train`."""
 
-    name: str = Field(pattern=EXPERT_NAME, description="Its name in tables and checkpoints.")
-    model: str | None = Field(
+    name: ExpertName = Field(description="Its name in tables and checkpoints.")
+    model: ModelPlace | None = Field(
         None, description="Folder or URL with model.safetensors and config.json."
     )
     network: NetworkConfig | None = Field(
@@ -141,6 +152,11 @@ class HubJob(RunConfig):
             name, count = Counter(names).most_common(1)[0]
             if count > 1:
                 raise ValueError(f"{what} called {name}; names must differ")
+        for arm in self.arms:
+            if arm.name.startswith(OWN_STAGES):
+                raise ValueError(
+                    f"arm {arm.name}: the run's own stages are called so; use another name"
+                )
         return self
 
     @model_validator(mode="after")

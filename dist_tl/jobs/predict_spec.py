@@ -10,16 +10,14 @@ from pydantic import Field, model_validator
 from dist_tl.cluster.config import ExpertsConfig
 from dist_tl.cluster.inputs import StageInput
 from dist_tl.datasets.spec import DataConfig
-from dist_tl.jobs.run_spec import JobConfig
+from dist_tl.jobs.run_spec import JobConfig, ModelPlace
 
 
 class PredictJob(JobConfig):
     """Have a stored hub answer samples; give exactly one of `data` and `shards`."""
 
     kind: Literal["predict"]
-    model: str = Field(
-        min_length=1, description="Folder or URL of a hub, e.g. RUN/models/hub_k2-seed0."
-    )
+    model: ModelPlace = Field(description="Folder or URL of a hub, e.g. RUN/models/hub_k2-seed0.")
     data: DataConfig | None = Field(None, description="Samples that fit into memory.")
     shards: StageInput | None = Field(
         None, description="Shards of a stage: any number of samples in bounded memory."

@@ -3,16 +3,19 @@
 Imports neither ray nor deepspeed, so that reading a job is quick.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from dist_tl.cluster.config import SessionConfig, TrainersConfig
 from dist_tl.config import StrictModel
+from dist_tl.storage.model_files import from_here
 from dist_tl.train.checkpoints import CheckpointConfig
 from dist_tl.train.engine import EngineConfig, OptimizerConfig
 
 NAME = r"^[a-z0-9][a-z0-9_-]{0,39}$"
+# A folder of the user's, not a key of the run.
+ModelPlace = Annotated[str, Field(min_length=1), AfterValidator(from_here)]
 
 
 class BudgetConfig(StrictModel):

@@ -237,13 +237,18 @@ def on_one_block(network: Network, block: int, num_classes: int, rng: torch.Gene
     """A fresh head on the pooled output of one block of `network`, whose trunk is copied.
 
     Raises:
-        ConfigError: there is no such block.
+        ConfigError: there is no such block, or the network is itself made from another.
     """
     trunk, width = _layer_set(network, (block,), cells=1)
     return _on_layer_set(network, trunk, fresh_head(width, num_classes, rng))
 
 
 def _layer_set(network: Network, blocks: tuple[int, ...], cells: int) -> tuple[LayerSetTrunk, int]:
+    if isinstance(network.portable_config, LayerSetConfig | AdaptedConfig):
+        raise ConfigError(
+            f"a network of kind {network.portable_config.kind} cannot be cut open at a block; use "
+            "the one that it was made from"
+        )
     base = copy.deepcopy(network.trunk)
     config = LayerSetConfig(base=network.portable_config, blocks=blocks, cells=cells)
     trunk = LayerSetTrunk(config, base, count_blocks(base, network.image_shape))
@@ -264,7 +269,8 @@ def behind_inputs(network: Network, inputs: InputConfig, image_shape: ImageShape
     """`network` itself, given images of `image_shape` through `inputs`; nothing is copied.
 
     Raises:
-        ConfigError: what comes out of `inputs` is not what the network takes.
+        ConfigError: what comes out of `inputs` is not what the network takes, or it has such
+            inputs already.
     """
     adapted = inputs.adapted_shape(image_shape)
     if adapted != network.image_shape:
@@ -274,6 +280,8 @@ def behind_inputs(network: Network, inputs: InputConfig, image_shape: ImageShape
         )
     if inputs == InputConfig():
         return network
+    if isinstance(network.portable_config, AdaptedConfig):
+        raise ConfigError("is adapted already, by inputs of its own; leave out these inputs")
     config = AdaptedConfig(base=network.portable_config, inputs=inputs)
     return Network(
         AdaptedTrunk(config, network.trunk),

@@ -13,6 +13,8 @@ FILES = (layout.MODEL_TENSORS, layout.MODEL_CONFIG)
 def read_model_files(store: ObjectStore, place: str) -> dict[str, bytes]:
     """The two files of a network: a key of the run's store, or a URL or path of its own.
 
+    "." is the store itself.
+
     Raises:
         ConfigError: a file is missing.
     """
@@ -25,13 +27,23 @@ def read_named_files(store: ObjectStore, place: str, names: Sequence[str]) -> di
     Raises:
         ConfigError: a file is missing.
     """
-    own = not ("://" in place or place.startswith(("/", "./", "../")))
-    folder = store.child(place) if own else ObjectStore(place)
+    folder = store
+    if place != ".":
+        folder = store.child(place) if _is_key(place) else ObjectStore(place)
     found = {name: folder.read_or_none(name) for name in names}
     missing = [name for name, data in found.items() if data is None]
     if missing:
         raise ConfigError(f"no model at {folder.url}: {' and '.join(missing)} not found there")
     return {name: data for name, data in found.items() if data is not None}
+
+
+def _is_key(place: str) -> bool:
+    return not ("://" in place or place.startswith(("/", "./", "../")))
+
+
+def from_here(place: str) -> str:
+    """A folder as a user names it, relative to where the job is started, or a URL."""
+    return f"./{place}" if _is_key(place) else place
 
 
 def files_fingerprint(files: Mapping[str, bytes]) -> str:

@@ -4,10 +4,11 @@ Every expert and the router stay networks of their own, in files of their own, s
 which runs one expert reads that one only.
 """
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
 import safetensors.torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import nn
 
 from dist_tl.config import StrictModel
@@ -29,13 +30,24 @@ from dist_tl.storage.model_files import read_model_files, read_named_files
 from dist_tl.storage.objects import ObjectStore
 
 HUB, HUB_TENSORS = "hub.json", "hub.safetensors"
-EXPERT_NAME = r"^[a-z0-9][a-z0-9_-]{0,39}$"
+_WARM = re.compile(r"(router|aggregator|head|experts\.[^.]+\.head)\.")
+
+
+def _free_in_torch(name: str) -> str:
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"{name} is a word that torch keeps for itself; use another name")
+    return name
+
+
+ExpertName = Annotated[
+    str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$"), AfterValidator(_free_in_torch)
+]
 
 
 class ExpertSource(StrictModel):
     """A pre-trained network of the hub, and how it is used."""
 
-    name: str = Field(pattern=EXPERT_NAME)
+    name: ExpertName
     model: str | None = Field(None, description="Where its files are: a key of the run, or a URL.")
     network: NetworkConfig | None = Field(None, description="Or what a library loads it from.")
     inputs: InputConfig = Field(
@@ -219,6 +231,11 @@ def _own_tensors(hub: HubPathway) -> bytes:
     return safetensors.torch.save(tensors)
 
 
+def _below(place: str, part: str) -> str:
+    # Not "./part", which would be a path of the process and not of the store.
+    return part if place == "." else f"{place}/{part}"
+
+
 def read_description(store: ObjectStore, place: str) -> HubFile:
     """What a stored hub consists of.
 
@@ -241,7 +258,7 @@ def load_expert(store: ObjectStore, place: str, name: str) -> Network:
     about = read_description(store, place)
     if name not in about.experts:
         raise ConfigError(f"{place} has no expert {name}; it has {', '.join(about.experts)}")
-    return load_network(read_model_files(store, f"{place}/experts/{name}")).eval()
+    return load_network(read_model_files(store, _below(place, f"experts/{name}"))).eval()
 
 
 class RouterAndAggregator(nn.Module):
@@ -266,7 +283,7 @@ def load_router(store: ObjectStore, place: str) -> RouterAndAggregator:
     count = len(about.experts)
     router: nn.Module | None = None
     if about.routes.by == "input":
-        router = load_network(read_model_files(store, f"{place}/router"))
+        router = load_network(read_model_files(store, _below(place, "router")))
     elif about.routes.by == "static":
         router = Preference(count)
     parts = RouterAndAggregator(
@@ -299,9 +316,7 @@ def load_hub(store: ObjectStore, place: str) -> HubPathway:
 
 def _warm_up(module: nn.Module, store: ObjectStore, place: str) -> None:
     """Take heads, and a hub's router and aggregator, from a warm start."""
-    parts = ("router.", "aggregator.", "head.")
-    names = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
-    expected = {name for name in names if name.startswith(parts) or ".head." in name}
+    expected = {name for name in module.state_dict() if _WARM.match(name)}
     data = read_named_files(store, place, [HUB_TENSORS])[HUB_TENSORS]
     _take(module, data, place, expected=expected)
 
@@ -311,7 +326,7 @@ def _take(module: nn.Module, data: bytes, place: str, *, expected: set[str]) -> 
         tensors = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise ConfigError(f"{place}/{HUB_TENSORS} is damaged: {error}") from None
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    own = module.state_dict(keep_vars=True)
     wrong = sorted(set(tensors) ^ set(expected))
     wrong += [name for name in set(tensors) & set(own) if tensors[name].shape != own[name].shape]
     if wrong:

@@ -1,0 +1,186 @@
+"""A hub as files: what comes back, what is read alone, and experts that cannot be used."""
+
+import pytest
+import torch
+from small_hubs import (
+    CLASSES,
+    SHAPE,
+    build,
+    images,
+    new_hub,
+    pretrained,
+    put,
+    source,
+    stirred,
+    store_experts,
+)
+from torch.nn import functional
+
+from dist_tl.errors import ConfigError
+from dist_tl.methods.hub.pathway import Paths
+from dist_tl.models.inputs import InputConfig
+from dist_tl.models.resnet import ResNetConfig
+from dist_tl.storage.objects import ObjectStore
+from dist_tl.train.hub_model import (
+    NewExpert,
+    build_expert,
+    hub_files,
+    load_expert,
+    load_hub,
+    load_router,
+)
+from dist_tl.train.models import model_files
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Places of runs that hold the experts, by name."""
+
+    def with_experts(name, *, norm="group"):
+        url = str(tmp_path / name)
+        store_experts(url, norm=norm)
+        return url
+
+    return with_experts
+
+
+def some_hub(url, **routes):
+    """A hub of a plain expert, one for coloured larger images, and one cut open at a block."""
+    coloured = pretrained("wide", shape=(3, 10, 10))
+    put(ObjectStore(url), "coloured", model_files(coloured))
+    inputs = InputConfig(resize=10, grey_to_rgb=True)
+    sources = (
+        source("plain"),
+        source("coloured", model="coloured", inputs=inputs),
+        source("cut", model="experts/deep", tap=0),
+        source("library", model=None, network=ResNetConfig(width=2, blocks=(1,))),
+    )
+    return stirred(build(new_hub(sources=sources, **routes), url))
+
+
+@pytest.mark.parametrize("by", ["input", "static", "random"])
+def test_a_stored_hub_comes_back_with_the_same_routes_and_logits_bit_for_bit(place, by):
+    url = place("run")
+    hub = some_hub(url, k=2, by=by).eval()
+    put(ObjectStore(url), "hub", hub_files(hub))
+    again = load_hub(ObjectStore(url), "hub")
+    assert (again.routes, again.batchnorm, list(again.experts)) == (
+        hub.routes,
+        "frozen",
+        ["plain", "coloured", "cut", "library"],
+    )
+    with torch.no_grad():
+        left, right = (Paths(*module(images(), detailed=True)) for module in (hub, again))
+    for one, two in zip(left, right, strict=True):
+        assert torch.equal(one, two)
+    assert by == "static" or len(left.active_BM.unique(dim=0)) > 1
+    assert hub_files(again) == hub_files(hub)
+
+
+def test_preprocessing_and_the_tap_do_what_they_say(place):
+    hub = some_hub(place("run"), k=2).eval()
+    x = images(5)
+    wanted = functional.interpolate(x, size=(10, 10), mode="bilinear", antialias=True)
+    coloured, cut = hub.experts["coloured"], hub.experts["cut"]
+    base = coloured.trunk.base(wanted.expand(-1, 3, -1, -1))
+    assert torch.equal(coloured.features(x), base)
+    block = pretrained("deep").eval().blocks(x)[0].mean(dim=(2, 3))
+    assert cut.num_features == block.shape[1]
+    fresh = build_expert(
+        source("cut", model="experts/deep", tap=0),
+        ObjectStore(place("run")),
+        num_classes=CLASSES,
+        image_shape=SHAPE,
+        seed=0,
+    ).eval()
+    torch.testing.assert_close(fresh.features(x), functional.normalize(block))
+
+
+def test_one_expert_is_read_without_the_others_and_the_router_without_any(place):
+    url = place("run")
+    hub, store = some_hub(url, k=2).eval(), ObjectStore(url)
+    put(store, "hub", hub_files(hub))
+    for name in ("plain", "coloured", "library"):
+        store.delete_all(f"hub/experts/{name}/")
+    cut = load_expert(store, "hub", "cut")
+    assert not cut.training
+    assert torch.equal(cut(images()), hub.experts["cut"](images()))
+    store.delete_all("hub/experts/cut/")
+    rest = load_router(store, "hub")
+    assert torch.equal(rest.router(images()), hub.router(images()))
+    assert torch.equal(rest.aggregator.weight, hub.aggregator.weight)
+    with pytest.raises(ConfigError, match="no expert tree; it has plain, coloured, cut, library"):
+        load_expert(store, "hub", "tree")
+    with pytest.raises(ConfigError, match="no model at"):
+        load_hub(store, "hub")
+
+
+@pytest.mark.parametrize("where", [".", "url", "relative"])
+def test_a_hub_is_found_in_the_folder_itself_and_by_url(place, tmp_path, monkeypatch, where):
+    """As the card beside every exported hub says: load_hub(ObjectStore(FOLDER), '.')."""
+    url = place("run")
+    hub = build(new_hub(k=2), url).eval()
+    put(ObjectStore(tmp_path), "hub", hub_files(hub))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    store, at = {
+        ".": (ObjectStore(tmp_path / "hub"), "."),
+        "url": (ObjectStore(url), f"file://{tmp_path}/hub"),
+        "relative": (ObjectStore(url), "../hub"),
+    }[where]
+    assert torch.equal(load_hub(store, at)(images()), hub(images()))
+
+
+def test_a_hub_that_is_damaged_or_another_is_refused_by_name(place):
+    store = ObjectStore(place("run"))
+    hub = build(new_hub(k=2), store.url)
+    put(store, "hub", hub_files(hub))
+    small = build(new_hub(("plain", "wide"), k=2), store.url)
+    store.write("hub/hub.safetensors", hub_files(small)["hub.safetensors"])
+    with pytest.raises(ConfigError, match=r"another hub: aggregator\.weight differs"):
+        load_hub(store, "hub")
+    store.write("hub/hub.safetensors", b"junk")
+    with pytest.raises(ConfigError, match=r"hub\.safetensors is damaged"):
+        load_hub(store, "hub")
+    store.write("hub/hub.json", b"{}")
+    with pytest.raises(ConfigError, match=r"hub\.json is damaged"):
+        load_hub(store, "hub")
+
+
+# Experts that cannot be used.
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"model": "experts/none"}, "no model at .*experts/none"),
+        ({"model": None}, "exactly one of model"),
+        ({"network": ResNetConfig()}, "exactly one of model"),
+        ({"tap": 40}, "blocks .40.: there are blocks 0 to"),
+        ({"inputs": InputConfig(resize=16)}, r"\(1, 8, 8\), and is given \(1, 16, 16\)"),
+        ({"inputs": InputConfig(grey_to_rgb=True)}, r"\(1, 8, 8\), and is given \(3, 8, 8\)"),
+        ({"model": "coloured"}, r"\(3, 10, 10\), and is given \(1, 8, 8\)"),
+        ({"model": "adapted", "inputs": InputConfig(resize=8)}, "adapted already"),
+        ({"model": "adapted", "tap": 0}, "kind adapted cannot be cut"),
+        ({"model": "cut", "tap": 0}, "kind layer_set cannot be cut"),
+        ({"model": None, "network": ResNetConfig(blocks=(1, 1, 1, 1, 1))}, "fewer stages"),
+    ],
+)
+def test_an_expert_that_cannot_be_used_is_named_with_the_reason(place, fields, told):
+    url = place("run")
+    hub = some_hub(url, k=2)
+    for name, kind in (("coloured", "adapted"), ("cut", "cut")):
+        put(ObjectStore(url), kind, model_files(hub.experts[name]))
+    bad = source("plain").model_copy(update=fields)
+    for spec in (
+        new_hub(sources=(source("wide"), bad), k=1),
+        NewExpert(expert=bad, num_classes=CLASSES),
+    ):
+        with pytest.raises(ConfigError, match=rf"expert plain: .*{told}"):
+            build(spec, url)
+
+
+@pytest.mark.parametrize("name", ["values", "half", "cpu", "train", "training", "pop"])
+def test_a_name_that_torch_keeps_for_itself_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name}.*another name"):
+        source(name)
