@@ -24,6 +24,7 @@ from dist_tl.storage.objects import ObjectStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 TRUNK, SHARDS = "pp-trunk-seed0", "pp-shards"
+STEPS = 6000  # long enough for all that happens meanwhile
 
 
 def job_file(folder, source_folder):
@@ -44,15 +45,15 @@ def job_file(folder, source_folder):
         "target": {
             "data": {"source": "digits", "classes": ["5", "6", "7"]},
             "labels_per_class": 3,
-            "network": {"kind": "resnet", "width": 8, "blocks": [1, 1], "norm": "group"},
+            "network": {"kind": "resnet", "width": 16, "blocks": [1, 1], "norm": "group"},
             "training": training,
         },
         "arms": ["scratch", "pp"],
-        "pp": {"samples": 24000, "training": {**training, "steps": 1500}},
-        "shards": {"samples_per_shard": 32, "lanes": 2},
+        "pp": {"samples": 16 * STEPS, "training": {**training, "steps": STEPS}},
+        "shards": {"samples_per_shard": 64, "lanes": 2},
         "generators": {"min": 1, "max": 1, "window": 8, "cpus": 0.5},
         "trainers": {"cpus": 0.5},
-        "checkpoints": {"every_steps": 50},
+        "checkpoints": {"every_steps": 200},
         "session": {"num_cpus": 4},
     }
     path = folder / "job.yaml"
@@ -109,7 +110,7 @@ def losses(run, stage):
     return {row["step"]: row["loss"] for row in map(json.loads, data.splitlines())}
 
 
-def wait_until(true, what, timeout_s=240):
+def wait_until(true, what, timeout_s=90):
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, what
@@ -191,7 +192,7 @@ def test_scaled_and_with_nodes_killed_the_job_ends_with_the_very_numbers(cluster
     alone = cluster.command("run", str(job), f"run={cluster.alone}", "--json")
     assert alone.returncode == 0, alone.stderr[-3000:]
     assert losses(run, TRUNK) == losses(cluster.alone, TRUNK)
-    assert len(losses(run, TRUNK)) == 1500
+    assert len(losses(run, TRUNK)) == STEPS
     mine = json.loads(ObjectStore(run).read(layout.RESULTS))
     theirs = json.loads(alone.stdout)
     assert [s["correct"] for s in mine["scores"]] == [s["correct"] for s in theirs["scores"]]
