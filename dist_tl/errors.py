@@ -46,6 +46,14 @@ class WorkerError(DistTLError, RuntimeError):
     """A Ray worker died more often than it may be restarted, or could not start."""
 
 
+class HeadLost(WorkerError):
+    """The head of a job's cluster died; another attempt goes on from the last COMMIT."""
+
+
+class JobDeleted(WorkerError):
+    """Somebody deleted the job while it was followed: no reason to start it again."""
+
+
 class NumericsError(DistTLError, ArithmeticError):
     """A computation left the finite numbers or its domain."""
 

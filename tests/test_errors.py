@@ -23,6 +23,8 @@ BUILT_IN = {
     "CheckpointNotFoundError": RuntimeError,
     "CheckpointMismatchError": RuntimeError,
     "WorkerError": RuntimeError,
+    "HeadLost": RuntimeError,
+    "JobDeleted": RuntimeError,
     "NumericsError": ArithmeticError,
     "NonFiniteLossError": ArithmeticError,
     "NotConvergedError": ArithmeticError,

@@ -1,6 +1,6 @@
 """What a job asks of a Kubernetes cluster, one row a group of pods. Pure.
 
-Not covered: the pod that hands the job in, which is small and short of rights.
+Not covered: the pod that hands the job in, which is small.
 """
 
 from pydantic import Field
