@@ -84,6 +84,7 @@ class Kube:
             ConfigError: there is none, or another run has its name.
         """
         namespace = namespace or self.namespace
+        self._check_operator()
         attempts = self._attempts(run, namespace)
         if not attempts:
             raise ConfigError(
@@ -144,7 +145,7 @@ class Kube:
             ConfigError: it is gone.
         """
         ray_job = self._get(job)
-        pods = self._api.list(PODS, job.namespace, f"app.kubernetes.io/instance={job.name}")
+        pods = self._api.select(PODS, job.namespace, f"app.kubernetes.io/instance={job.name}")
         return read_status(ray_job, pods)
 
     def logs(self, job: KubeJob, follow: bool, on_line: Tell) -> None:
@@ -241,7 +242,7 @@ class Kube:
     def _attempts(self, run: str, namespace: str) -> dict[int, Object]:
         """RayJobs of a run by number, the first one first."""
         label = label_of(run)
-        found = self._api.list(RAY_JOBS, namespace, f"app.kubernetes.io/part-of={label}")
+        found = self._api.select(RAY_JOBS, namespace, f"app.kubernetes.io/part-of={label}")
         attempts: dict[int, Object] = {}
         for ray_job in found:
             name = ray_job["metadata"]["name"]

@@ -80,11 +80,10 @@ class KubeApi:
         # The client's own three retries would take minutes where packets vanish.
         configuration.retries = Retry(total=1, read=0, redirect=0, other=0)
         self.host, self.namespace = redact(configuration.host), namespace
-        self._client = client.ApiClient(configuration)
-        self._custom = client.CustomObjectsApi(self._client)
-        self._core = client.CoreV1Api(self._client)
+        plain = client.ApiClient(configuration)
+        self._custom, self._core = client.CustomObjectsApi(plain), client.CoreV1Api(plain)
         named = client.ApiClient(configuration, "Accept", METADATA_ONLY)
-        self._named = client.CoreV1Api(named)
+        self._metadata = client.CoreV1Api(named)
         patches = client.ApiClient(configuration, "Content-Type", "application/json-patch+json")
         self._patches = client.CustomObjectsApi(patches)
 
@@ -97,13 +96,17 @@ class KubeApi:
         """
         try:
             with self._named_errors("list", resource, ""):
-                found = self._custom.get_api_resources(
-                    resource.group, resource.version, _request_timeout=(CONNECT_S, CONNECT_S)
+                found = _answer(
+                    self._custom.get_api_resources(
+                        resource.group,
+                        resource.version,
+                        _request_timeout=(CONNECT_S, CONNECT_S),
+                        _preload_content=False,
+                    )
                 )
         except _Missing:
             return False
-        kinds = self._client.sanitize_for_serialization(found)["resources"]
-        return any(kind["name"] == resource.plural for kind in kinds)
+        return any(kind["name"] == resource.plural for kind in found.get("resources", []))
 
     def get(self, resource: Resource, namespace: str, name: str) -> Object | None:
         """An object, of Secrets and accounts its metadata only; None where there is none.
@@ -114,27 +117,25 @@ class KubeApi:
         """
         with self._none_if_missing() as found, self._named_errors("get", resource, namespace):
             if resource.group:
-                found.append(
-                    self._custom.get_namespaced_custom_object(
-                        **_where(resource, namespace, name), **_limits()
-                    )
-                )
+                where = _where(resource, namespace, name)
+                response = self._custom.get_namespaced_custom_object(**where, **_limits())
             else:
-                read = getattr(self._named, f"read_namespaced_{resource.core}")
-                found.append(read(name, namespace, **_limits()))
-        return self._plain(found[0]) if found else None
+                read = getattr(self._metadata, f"read_namespaced_{resource.core}")
+                response = read(name, namespace, **_limits())
+            found.append(_answer(response))
+        return found[0] if found else None
 
-    def list(self, resource: Resource, namespace: str, labels: str) -> "list[Object]":
+    def select(self, resource: Resource, namespace: str, labels: str) -> list[Object]:
         """Objects with labels; raises as `get` does."""
         with self._named_errors("list", resource, namespace):
             if resource.group:
-                found = self._custom.list_namespaced_custom_object(
+                response = self._custom.list_namespaced_custom_object(
                     **_where(resource, namespace), label_selector=labels, **_limits()
                 )
             else:
                 ask = getattr(self._core, f"list_namespaced_{resource.core}")
-                found = ask(namespace, label_selector=labels, **_limits())
-        return self._plain(found)["items"]
+                response = ask(namespace, label_selector=labels, **_limits())
+            return _answer(response)["items"]
 
     def create(
         self, resource: Resource, namespace: str, body: Object, *, dry_run: bool = False
@@ -150,30 +151,28 @@ class KubeApi:
         name = body["metadata"]["name"]
         with self._named_errors("create", resource, namespace, name):
             if resource.group:
-                made = self._custom.create_namespaced_custom_object(
+                response = self._custom.create_namespaced_custom_object(
                     **_where(resource, namespace), body=body, **how
                 )
             else:
                 make = getattr(self._core, f"create_namespaced_{resource.core}")
-                made = make(namespace, body, **how)
-        return self._plain(made)
+                response = make(namespace, body, **how)
+            return _answer(response)
 
     def delete(self, resource: Resource, namespace: str, name: str) -> bool:
         """Ask for an object's end after that of all it owns; False where there is none."""
         how = {"propagation_policy": "Foreground", **_limits()}
         with self._none_if_missing() as done, self._named_errors("delete", resource, namespace):
             if resource.group:
-                self._custom.delete_namespaced_custom_object(
-                    **_where(resource, namespace, name), **how
-                )
+                where = _where(resource, namespace, name)
+                response = self._custom.delete_namespaced_custom_object(**where, **how)
             else:
-                getattr(self._core, f"delete_namespaced_{resource.core}")(name, namespace, **how)
-            done.append(True)
+                end = getattr(self._core, f"delete_namespaced_{resource.core}")
+                response = end(name, namespace, **how)
+            done.append(_answer(response))
         return bool(done)
 
-    def patch(
-        self, resource: Resource, namespace: str, name: str, changes: "list[Object]"
-    ) -> Object:
+    def patch(self, resource: Resource, namespace: str, name: str, changes: list[Object]) -> Object:
         """Change an object by the steps of a JSON patch, all of them or none.
 
         Raises:
@@ -181,7 +180,7 @@ class KubeApi:
             WorkerError: the server does not answer.
         """
         with self._named_errors("patch", resource, namespace, name):
-            return self._plain(
+            return _answer(
                 self._patches.patch_namespaced_custom_object(
                     **_where(resource, namespace, name), body=changes, **_limits()
                 )
@@ -205,15 +204,10 @@ class KubeApi:
                 _preload_content=False,
                 _request_timeout=(CONNECT_S, STREAM_S),
             )
-            if response.status >= 300:
-                raise _refused(response.status, response.data)
-            return response
-
-    def _plain(self, found: Any) -> Object:
-        return self._client.sanitize_for_serialization(found)
+            return _accepted(response)
 
     @contextmanager
-    def _none_if_missing(self) -> "Iterator[list[Any]]":
+    def _none_if_missing(self) -> Iterator[list[Any]]:
         found: list[Any] = []
         try:
             yield found
@@ -236,6 +230,8 @@ class KubeApi:
             raise self._named(error.status, _message(error.body), verb, what) from None
         except HTTPError as error:
             raise self._no_answer(str(error)) from None
+        except json.JSONDecodeError:
+            raise self._no_answer("something that is not JSON") from None
 
     def _no_answer(self, said: str) -> NoAnswer:
         return NoAnswer(
@@ -318,15 +314,22 @@ def _where(resource: Resource, namespace: str, name: str | None = None) -> dict[
 
 
 def _limits() -> dict[str, Any]:
-    return {"_request_timeout": (CONNECT_S, READ_S)}
+    """Of every call; answers are read here, as models of the client refuse what is newer."""
+    return {"_request_timeout": (CONNECT_S, READ_S), "_preload_content": False}
 
 
-def _refused(status: int, body: bytes) -> Exception:
+def _accepted(response: Any) -> Any:
     from kubernetes.client.exceptions import ApiException
 
-    error = ApiException(status=status)
-    error.body = body.decode(errors="replace")
-    return error
+    if response.status < 300:
+        return response
+    error = ApiException(status=response.status)
+    error.body = response.data.decode(errors="replace")
+    raise error
+
+
+def _answer(response: Any) -> Object:
+    return json.loads(_accepted(response).data)
 
 
 def _message(body: Any) -> str:

@@ -24,7 +24,7 @@ _LOST = "JobStatusCheckTimeoutExceeded"
 _ENDED = ("Complete", "Failed")
 _HAS_LOG = ("Running", "Succeeded", "Failed")
 # The message goes on with the end of the log, which may speak of other exit codes.
-_EXIT_CODE = re.compile(r"\bexit code (\d+)")
+_EXIT_CODE = re.compile(r"\bexit code (-?\d+)")
 Tell = Callable[[str], None]
 
 
@@ -189,7 +189,7 @@ class SubmitterLog:
             ConfigError: the right to read logs is missing.
             WorkerError: the API does not answer.
         """
-        pods = self._api.list(PODS, self._namespace, self._labels)
+        pods = self._api.select(PODS, self._namespace, self._labels)
         begun = [pod for pod in pods if pod.get("status", {}).get("phase") in _HAS_LOG]
         for pod in sorted(begun, key=lambda pod: str(pod["metadata"].get("creationTimestamp"))):
             log = self._pods.setdefault(pod["metadata"]["name"], _PodLog())
