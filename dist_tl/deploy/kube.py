@@ -225,12 +225,12 @@ class Kube:
             )
 
     def _check_named(self, options: KubeOptions, namespace: str) -> None:
-        wanted: list[tuple[Resource, str | None, str, str]] = [
-            (SECRETS, options.credentials, "credentials", "make it: k8s/README.md, Namespace"),
-        ]
+        secrets = [("credentials", options.credentials)]
+        secrets += [("image_pull_secrets", name) for name in options.image_pull_secrets]
+        wanted = [(SECRETS, *secret, "make it: k8s/README.md, Namespace") for secret in secrets]
         for key in ("head_account", "worker_account", "submitter_account"):
-            wanted.append((ACCOUNTS, getattr(options, key), key, "kubectl apply -k k8s/base"))
-        for resource, name, key, remedy in wanted:
+            wanted.append((ACCOUNTS, key, getattr(options, key), "kubectl apply -k k8s/base"))
+        for resource, key, name, remedy in wanted:
             # Without the right to look, the pods will tell.
             with suppress(NotAllowed):
                 if name is not None and self._api.get(resource, namespace, name) is None:

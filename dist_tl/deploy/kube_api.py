@@ -5,6 +5,7 @@ The only module that knows the `kubernetes` package. Not covered: what the calls
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ IN_CLUSTER = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 RIGHTS = "ask for the role dist-tl-client of k8s/base/accounts.yaml"
 # Of a Secret only its name is wanted: its values stay on the server.
 METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
+# What the client tells of its own objects; host and port are said already.
+_CONNECTION = re.compile(r"<[^>]*>:? ?|\bHTTPS?Connection(Pool)?\([^)]*\):? ?")
 Object = dict[str, Any]
 
 
@@ -229,7 +232,9 @@ class KubeApi:
                 raise self._no_answer(str(error.reason)) from None
             raise self._named(error.status, _message(error.body), verb, what) from None
         except HTTPError as error:
-            raise self._no_answer(str(error)) from None
+            reason = getattr(error, "reason", None) or error
+            said = f"{type(reason).__name__}: {_CONNECTION.sub('', str(reason))}"
+            raise self._no_answer(said) from None
         except json.JSONDecodeError:
             raise self._no_answer("something that is not JSON") from None
 

@@ -5,6 +5,7 @@ sets statuses, makes pods and says what they log. Not covered: TLS, watches, fie
 """
 
 import copy
+import functools
 import importlib.util
 import json
 import threading
@@ -234,7 +235,12 @@ def _problems(manifest):
     kind = manifest.get("kind")
     if kind is None or not SCHEMAS or (kind in KINDS and not (CRDS / KINDS[kind]).exists()):
         return []
-    return problems(manifest)
+    return _judged(json.dumps(manifest))
+
+
+@functools.cache
+def _judged(text):
+    return problems(json.loads(text))
 
 
 def _handler(api):

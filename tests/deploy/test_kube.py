@@ -26,7 +26,7 @@ def api(monkeypatch, tmp_path):
         server.put("serviceaccounts", name)
     server.put("secrets", "s3", data={"AWS_SECRET_ACCESS_KEY": "bm90IHlvdXJz"})
     monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "config")))
-    monkeypatch.setattr(kube_follow, "DRAIN_S", 1.0)
+    monkeypatch.setattr(kube_follow, "DRAIN_S", 0.3)
     yield server
     server.close()
 
@@ -320,6 +320,7 @@ def test_a_cluster_without_the_operator_says_what_to_install(api, kube, job_of, 
     ("changes", "named"),
     [
         ({"credentials": "none-such"}, "credentials: expected none-such among the secrets"),
+        ({"image_pull_secrets": ("s3", "registry")}, "image_pull_secrets: expected registry"),
         ({"head_account": "nobody"}, "head_account: expected nobody"),
         ({"worker_account": "nobody"}, "worker_account: expected nobody"),
     ],
@@ -403,6 +404,18 @@ def test_a_server_that_accepts_and_says_nothing_is_named(
     assert time.monotonic() - began < 2
 
 
+@pytest.mark.parametrize("url", ["https://no-such-host.invalid", "https://{}"])
+def test_a_wrong_address_is_named_without_the_insides_of_the_client(
+    api, tmp_path, monkeypatch, url
+):
+    url = url.format(api.url.removeprefix("http://"))  # TLS asked of a server that has none
+    monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path / "other", url=url)))
+    with pytest.raises(WorkerError, match="expected an answer") as caught:
+        connect().find("s3://bucket/runs/digits")
+    assert "0x" not in str(caught.value)
+    assert "ConnectionPool" not in str(caught.value)
+
+
 def test_a_server_that_is_away_for_a_while_loses_nobody(api, kube, told, job_of, options):
     made = kube.submit(job_of("digits"), options())
     api.failures["get", "rayjobs"] = 503
@@ -433,6 +446,25 @@ def test_no_context_at_all_is_named(tmp_path, monkeypatch):
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(ConfigError, match="kubectl config get-contexts"):
         connect()
+
+
+def test_in_a_pod_its_own_account_is_used(tmp_path, monkeypatch):
+    from kubernetes.config import incluster_config
+
+    from dist_tl.deploy import kube_api
+
+    for name in ("token", "ca.crt", "namespace"):
+        (tmp_path / name).write_text("of-the-pod\n")
+    monkeypatch.setattr(kube_api, "IN_CLUSTER", tmp_path)
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(tmp_path / "ca.crt"))
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    monkeypatch.setattr(kube_api, "KubeApi", lambda settings, namespace: (settings, namespace))
+    configuration, namespace = load_api()
+    assert (configuration.host, namespace) == ("https://10.0.0.1:443", "of-the-pod")
+    assert load_api("mine")[1] == "mine"
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
