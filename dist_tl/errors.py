@@ -50,6 +50,14 @@ class SupersededError(WorkerError):
     """A later start of the same run has taken it over."""
 
 
+class HeadLost(WorkerError):
+    """The head of a job's cluster died; another attempt goes on from the last COMMIT."""
+
+
+class JobDeleted(WorkerError):
+    """Somebody deleted the job while it was followed: no reason to start it again."""
+
+
 class NumericsError(DistTLError, ArithmeticError):
     """A computation left the finite numbers or its domain."""
 

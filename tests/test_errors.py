@@ -24,6 +24,8 @@ BUILT_IN = {
     "CheckpointMismatchError": RuntimeError,
     "WorkerError": RuntimeError,
     "SupersededError": RuntimeError,
+    "HeadLost": RuntimeError,
+    "JobDeleted": RuntimeError,
     "NumericsError": ArithmeticError,
     "NonFiniteLossError": ArithmeticError,
     "NotConvergedError": ArithmeticError,

@@ -37,7 +37,7 @@ class WorkerGroup:
 
 
 def worker_groups(job: JobConfig, options: KubeOptions) -> list[WorkerGroup]:
-    """The groups of a job, trainers first.
+    """The groups of a job, the one with most of its work first.
 
     Raises:
         ConfigError: the job says nothing that a group could be sized by.
@@ -46,12 +46,14 @@ def worker_groups(job: JobConfig, options: KubeOptions) -> list[WorkerGroup]:
         groups = [_trainers(job, options.trainers)]
     elif hasattr(job, "trials"):
         groups = [_tasks(job, options.trainers)]
+    elif hasattr(job, "experts"):
+        groups = [_experts(job, options.experts)]
     else:
-        raise ConfigError(f"expected a job with trainers or trials, got {type(job).__name__}")
-    for role in ("generators", "experts"):
-        pool = getattr(job, role, None)
-        if pool is not None:
-            groups.append(_pool(role, pool, getattr(options, role)))
+        raise ConfigError(
+            f"expected a job with trainers, trials or experts, got {type(job).__name__}"
+        )
+    if getattr(job, "generators", None) is not None:
+        groups.append(_generators(job.generators, options.generators))
     return groups
 
 
@@ -69,19 +71,33 @@ def _trainers(job: Any, options: GroupOptions) -> WorkerGroup:
 
 
 def _tasks(job: Any, options: GroupOptions) -> WorkerGroup:
-    """One group for jobs of independent tasks, with at least the CPUs that the session asks."""
-    trials, total = job.trials, job.session.num_cpus
-    at_least = math.ceil(trials.cpus)
+    """One group for jobs of independent tasks."""
+    trials = job.trials
+    return _shared(job, "trainers", options, trials.cpus, trials.cpus, trials.gpus)
+
+
+def _experts(job: Any, options: GroupOptions) -> WorkerGroup:
+    """One group for experts and routers: how many experts a hub has is not in the job."""
+    experts = job.experts
+    largest = max(experts.cpus, experts.router_cpus)
+    return _shared(job, "experts", options, largest, experts.cpus, experts.gpus)
+
+
+def _shared(
+    job: Any, role: Role, options: GroupOptions, largest: float, cpus_each: float, gpus_each: float
+) -> WorkerGroup:
+    """Pods that together have at least the CPUs of the session, and each room for the largest."""
+    total, at_least = job.session.num_cpus, math.ceil(largest)
     pods = max(1, math.ceil(total / max(options.cpus_per_pod, at_least)))
     cpus = max(at_least, math.ceil(total / pods))
-    gpus = math.ceil(trials.gpus * math.floor(cpus / trials.cpus))
-    return WorkerGroup("trainers", pods, pods, cpus, gpus, options)
+    gpus = math.ceil(gpus_each * math.floor(cpus / cpus_each))
+    return WorkerGroup(role, pods, pods, cpus, gpus, options)
 
 
-def _pool(role: Role, pool: Any, options: GroupOptions) -> WorkerGroup:
+def _generators(pool: Any, options: GroupOptions) -> WorkerGroup:
     each = options.workers_per_pod
     return WorkerGroup(
-        name=role,
+        name="generators",
         min_pods=math.ceil(pool.min / each),
         max_pods=math.ceil(pool.max / each),
         cpus=math.ceil(each * pool.cpus),

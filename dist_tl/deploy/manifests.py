@@ -45,12 +45,21 @@ def run_label(job: JobConfig) -> str:
     Raises:
         ConfigError: nothing is left of that part, or it is too long.
     """
-    last = job.run.rstrip("/").rsplit("/", 1)[-1]
+    return label_of(job.run)
+
+
+def label_of(run: str) -> str:
+    """The name on Kubernetes of the run at a URL.
+
+    Raises:
+        ConfigError: nothing is left of its last part, or it is too long.
+    """
+    last = run.rstrip("/").rsplit("/", 1)[-1]
     label = re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")
     if not label:
         raise ConfigError(
             f"run: expected a last part with letters a-z or digits, to name the run on Kubernetes; "
-            f"got {job.run!r}; e.g. s3://bucket/runs/birds"
+            f"got {redact(run)!r}; e.g. s3://bucket/runs/birds"
         )
     if not label[0].isalpha():
         label = f"run-{label}"
@@ -90,7 +99,7 @@ def render(job: JobConfig, options: KubeOptions, *, attempt: int = 1) -> list[Ma
         _config_map(job, context),
         _ray_job(job, context, groups),
         _budget(context, "head", 1),
-        _budget(context, "trainers", groups[0].min_pods),
+        *(_budget(context, g.name, g.min_pods) for g in groups if g.name == "trainers"),
     ]
     check(manifests, ray_version=options.ray_version)
     return manifests

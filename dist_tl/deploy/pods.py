@@ -14,6 +14,8 @@ from dist_tl.deploy.options import KubeOptions, PlaceOptions, Toleration
 JOB_FOLDER = "/etc/dist_tl"
 HOME = "/home/dist_tl"
 ROLE_AMOUNT = 1000  # of a role's resource in a pod; an actor asks for a thousandth
+DRAINING_VARIABLE = "DIST_TL_DRAINING"
+DRAINING_FILE = "/tmp/dist_tl-draining"  # there as soon as the pod is to end
 DRAIN_MARGIN_S = 20  # left to Ray after the drain, before the pod is killed
 SUBMITTER = {"cpu": "500m", "memory": "1Gi", "ephemeral-storage": "1Gi"}
 ENVIRONMENT = {
@@ -115,6 +117,7 @@ def worker_template(context: PodContext, group: WorkerGroup) -> dict[str, Any]:
     if group.gpus:
         size[place.gpu_resource] = str(group.gpus)
     container = _ray_container(context, "ray-worker", size)
+    container["env"].append({"name": DRAINING_VARIABLE, "value": DRAINING_FILE})
     container["lifecycle"] = {"preStop": {"exec": {"command": _drain(place.grace_s)}}}
     account = context.options.worker_account
     spec = _spec(context, place, place.accepted(), place.shm_gb, account)
@@ -139,9 +142,10 @@ def _pod_labels(context: PodContext, component: str) -> dict[str, str]:
 
 
 def _drain(grace_s: int) -> list[str]:
-    """Let no more work in, then wait until what runs is done and Ray has left."""
+    """Say so to the actors, let no more work in, wait until what runs is done and Ray has left."""
     seconds = grace_s - DRAIN_MARGIN_S
     script = (
+        f"touch {DRAINING_FILE}; "
         "timeout 15 ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION "
         f"--reason-message 'pod ends' --deadline-remaining-seconds {seconds} || exit 0; "
         f"for i in $(seq {seconds}); do "

@@ -21,6 +21,19 @@ def job_of():
 
 
 @pytest.fixture
+def predict_job(tmp_path):
+    def read(*overrides):
+        path = tmp_path / "predict.yaml"
+        path.write_text(
+            "kind: predict\nrun: s3://bucket/runs/answers\n"
+            "model: s3://bucket/runs/hub/models/hub_k2-seed0\ndata: {source: digits}\n"
+        )
+        return read_job(path, overrides)
+
+    return read
+
+
+@pytest.fixture
 def options():
     def make(**changes):
         return KubeOptions(**{"image": "registry.example/dist-tl:1", "credentials": "s3"} | changes)

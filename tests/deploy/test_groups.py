@@ -53,14 +53,25 @@ def test_a_task_with_many_cpus_fits_one_pod(job_of, options):
     assert (group.min_pods, group.cpus, group.gpus) == (2, 6, 1)
 
 
-def test_experts_get_a_group_where_a_job_has_them(options):
-    pool = SimpleNamespace(min=2, max=5, cpus=1.5, gpus=1.0)
-    trials = SimpleNamespace(cpus=1.0, gpus=0.0)
-    job = SimpleNamespace(trials=trials, session=SimpleNamespace(num_cpus=4), experts=pool)
-    experts = by_name(worker_groups(job, options()))["experts"]
-    assert (experts.min_pods, experts.max_pods, experts.cpus, experts.gpus) == (2, 5, 2, 1)
+@pytest.mark.parametrize(("cpus", "pods", "each"), [(4, 1, 4), (9, 3, 3)])
+def test_a_predict_job_gets_one_group_of_experts(predict_job, options, cpus, pods, each):
+    job = predict_job(f"session.num_cpus={cpus}", "experts.max=7", "experts.gpus=0.5")
+    [experts] = worker_groups(job, options())
+    assert (experts.name, experts.min_pods, experts.max_pods) == ("experts", pods, pods)
+    assert (experts.cpus, experts.gpus) == (each, -(-each // 2))
+
+
+def test_a_router_with_many_cpus_fits_one_pod(predict_job, options):
+    job = predict_job("session.num_cpus=12", "experts.router_cpus=6")
+    [experts] = worker_groups(job, options())
+    assert (experts.min_pods, experts.cpus) == (2, 6)
+
+
+def test_a_hub_job_trains_and_has_no_pool_of_experts(job_of, options):
+    groups = worker_groups(job_of("hub"), options())
+    assert [group.name for group in groups] == ["trainers"]
 
 
 def test_a_job_of_neither_kind_is_refused(options):
-    with pytest.raises(ConfigError, match="trainers or trials"):
+    with pytest.raises(ConfigError, match="trainers, trials or experts"):
         worker_groups(SimpleNamespace(), options())

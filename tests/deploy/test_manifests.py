@@ -17,6 +17,7 @@ JOBS = (
     "digits_disjoint",
     "forecast",
     "geometric_labels",
+    "hub",
     "layer_search",
     "manifold",
     "manifold_phase",
@@ -53,7 +54,7 @@ def containers(manifests):
 
 
 @pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["defaults", "everything"])
-@pytest.mark.parametrize("preset", ["digits", "layer_search"])
+@pytest.mark.parametrize("preset", ["digits", "hub", "layer_search"])
 def test_the_schemas_have_nothing_to_say(rendered, preset, changes):
     gpus = ("generators.gpus=0.5", "trainers.gpus=1") if preset == "digits" else ()
     for manifest in rendered(preset, *gpus, **changes):
@@ -67,6 +68,14 @@ def test_the_job_in_the_config_map_is_the_job(tmp_path, job_of, options, preset)
     path = tmp_path / "job.yaml"
     path.write_text(config_map["data"]["job.yaml"])
     assert read_job(path) == job
+
+
+def test_a_predict_job_has_experts_and_no_budget_of_trainers(predict_job, options):
+    manifests = render(predict_job(), options())
+    assert [problems(manifest) for manifest in manifests] == [[]] * len(manifests)
+    assert list(groups(manifests)) == ["experts"]
+    budgets = [m for m in manifests if m["kind"] == "PodDisruptionBudget"]
+    assert [m["metadata"]["name"] for m in budgets] == ["answers-head"]
 
 
 def test_rendering_is_pure(job_of, options):
@@ -167,8 +176,15 @@ def test_generators_drain_and_accept_spot_nodes(rendered):
     assert pod["priorityClassName"] == "low"
     assert {t["key"] for t in pod["tolerations"]} >= {"cloud.google.com/gke-spot"}
     command = " ".join(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"])
-    assert "ray drain-node" in command
+    assert command.index("touch /tmp/dist_tl-draining") < command.index("ray drain-node")
     assert "--deadline-remaining-seconds 580" in command
+
+
+def test_workers_know_where_to_look_for_the_end_of_their_pod(rendered):
+    for place, container in containers(rendered()):
+        env = {v["name"]: v["value"] for v in container["env"]}
+        told = env.get("DIST_TL_DRAINING") == "/tmp/dist_tl-draining"
+        assert told == (place not in ("head", "submitter")), place
 
 
 def test_one_version_of_ray_and_a_token(rendered):
