@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from dist_tl.cli_remote import logs, scale, status, stop, submit
+from dist_tl.cli_remote import Options, logs, scale, show_kube_plan, status, stop, submit
 from dist_tl.display import TerminalProgress, console, errors, show_table
 from dist_tl.errors import ConfigError, DataError, DistTLError
 from dist_tl.telemetry import configure_logging, redact
@@ -58,7 +58,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 
 
 @app.command()
-def plan(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    job: JobFile,
+    overrides: Overrides = None,
+    kube: Annotated[
+        bool, typer.Option("--kube", help="Also what it asks of Kubernetes, checked offline.")
+    ] = False,
+    options: Options = None,
+    as_json: AsJson = False,
+) -> None:
     """Check a job against its data; show its stages, shards, actors and checkpoints.
 
     Starts nothing and writes nothing.
@@ -66,7 +74,8 @@ def plan(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> 
     from dist_tl.jobs.planning import plan_job
     from dist_tl.jobs.specs import read_job
 
-    table = plan_job(read_job(job, overrides or []))
+    spec = read_job(job, overrides or [])
+    table = plan_job(spec)
     if as_json:
         print(table.model_dump_json(indent=1))
         return
@@ -90,6 +99,8 @@ def plan(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> 
         _show_training(table.train)
     if table.trials:
         console.print(f"and {table.trials} short trials for the lambda guards", highlight=False)
+    if kube:
+        show_kube_plan(spec, options)
 
 
 def _show_hub(hub: "Sequence[HubRow]") -> None:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dist_tl.display import console, errors, show_table
-from dist_tl.errors import ConfigError
+from dist_tl.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:  # these take seconds to import, and --help needs none of them
+    from dist_tl.deploy.kube import Kube, KubeJob
     from dist_tl.deploy.options import KubeOptions
     from dist_tl.jobs.specs import Job
     from dist_tl.jobs.submissions import Submission
@@ -26,6 +27,10 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Folder or URL of the run.")]
+OnKube = Annotated[
+    bool,
+    typer.Option("--kube", help="Ask Kubernetes alone, where the run's store is out of reach."),
+]
 Options = Annotated[
     Path | None,
     typer.Option("--options", help="How jobs run on your cluster; see k8s/options.yaml."),
@@ -63,12 +68,12 @@ def submit(
     if kube == (address is not None):
         raise ConfigError("submit: expected exactly one of --kube and --address URL")
     if kube:
-        _submit_kube(spec, _options(options), dry_run, detach, take_over)
+        _submit_kube(spec, cluster_options(options), dry_run, detach, take_over)
     else:
         _submit_ray(spec, str(address), dry_run, detach, take_over)
 
 
-def _options(path: Path | None) -> "KubeOptions":
+def cluster_options(path: Path | None) -> "KubeOptions":
     from dist_tl.deploy.options import read_options
 
     if path is None:
@@ -110,25 +115,44 @@ def _submit_kube(
 ) -> None:
     import yaml
 
-    from dist_tl.deploy.kube import connect, follow_attempts
+    from dist_tl.deploy.kube import connect, submit_and_follow
     from dist_tl.deploy.manifests import render
-    from dist_tl.jobs.submissions import Submission, write_submission
-    from dist_tl.storage.objects import ObjectStore
 
     if dry_run:
         print(yaml.safe_dump_all(render(spec, options), sort_keys=False), end="")
         return
-    kube = connect()
-    job = kube.submit(spec, options, take_over=take_over)
-    while True:
-        submission = Submission(
-            where="kubernetes", name=job.name, namespace=job.namespace, attempt=job.attempt
+    kube = connect(options.namespace)
+    if detach:
+        made = kube.submit(spec, options, take_over=take_over)
+        _remember(spec, made.name, made.namespace)
+        _say(f"RayJob {made.name} was handed in to namespace {made.namespace}")
+        return
+    _remember(spec, "", options.namespace or kube.namespace)
+
+    def follow() -> int:
+        return submit_and_follow(
+            kube,
+            spec,
+            options,
+            max_attempts=options.backoff_limit + 1,
+            on_line=_print_line,
+            on_state=_say,
+            take_over=take_over,
         )
+
+    sys.exit(_unless_interrupted(spec, follow))
+
+
+def _remember(spec: "Job", name: str, namespace: str) -> None:
+    """Best effort: a store inside the cluster may be out of reach from here."""
+    from dist_tl.jobs.submissions import Submission, write_submission
+    from dist_tl.storage.objects import ObjectStore
+
+    submission = Submission(where="kubernetes", name=name, namespace=namespace)
+    try:
         write_submission(ObjectStore(spec.run), submission)
-        _say(f"RayJob {job.name} was handed in to namespace {job.namespace}")
-        if detach:
-            return
-        sys.exit(follow_attempts(kube, job, spec, options))
+    except StorageError as error:
+        _say(f"the run's store is out of reach from here ({error}); status, logs, stop: add --kube")
 
 
 def _unless_interrupted(spec: "Job", follow: Callable[[], int]) -> int:
@@ -154,12 +178,15 @@ def _job_text(spec: "Job") -> str:
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, width=100)
 
 
-def status(run: Run, as_json: AsJson = False) -> None:
+def status(run: Run, kube: OnKube = False, as_json: AsJson = False) -> None:
     """Say how far a run is: what is committed, who started it, where it was handed in."""
     from dist_tl.jobs.status import age, run_status
     from dist_tl.jobs.submissions import read_submission
     from dist_tl.storage.objects import ObjectStore
 
+    if kube:
+        _say(f"kubernetes: {_kube_state(run, None)}")
+        return
     store = ObjectStore(run)
     found, submission = run_status(store), read_submission(store)
     if as_json:
@@ -173,34 +200,44 @@ def status(run: Run, as_json: AsJson = False) -> None:
         rows = [(row.stage, row.state, row.progress) for row in found.stages]
         show_table("Stages that have begun", ("stage", "state", "progress"), rows)
     if submission is not None:
-        _say(f"{submission.where} job {submission.name}: {_state(submission)}")
+        _say(f"{submission.where}: {_state(run, submission)}")
 
 
-def _state(submission: "Submission") -> str:
-    if submission.where == "ray":
-        from dist_tl.cluster.submission import RayJobs
+def _state(run: str, submission: "Submission") -> str:
+    if submission.where == "kubernetes":
+        return _kube_state(run, submission.namespace)
+    from dist_tl.cluster.submission import RayJobs
 
-        return RayJobs(str(submission.address)).state(submission.name)
+    state = RayJobs(str(submission.address)).state(submission.name)
+    return f"{submission.name} {state}"
+
+
+def _kube_state(run: str, namespace: str | None) -> str:
+    kube, job = _kube_job(run, namespace)
+    found = kube.status(job)
+    pods = ", ".join(
+        f"{component} {count} {phase}"
+        for component, phases in sorted(found.pods.items())
+        for phase, count in sorted(phases.items())
+    )
+    words = (job.name, found.state, found.job_status, found.message, pods and f"({pods})")
+    return " ".join(word for word in words if word)
+
+
+def _kube_job(run: str, namespace: str | None) -> "tuple[Kube, KubeJob]":
     from dist_tl.deploy.kube import connect
 
-    found = connect().status(_kube_job(submission))
-    return f"{found.state} {found.job_status} {found.message}".strip()
-
-
-def _kube_job(submission: "Submission") -> object:
-    from dist_tl.deploy.kube import KubeJob
-
-    return KubeJob(
-        namespace=str(submission.namespace), name=submission.name, attempt=submission.attempt
-    )
+    kube = connect(namespace)
+    return kube, kube.find(run)
 
 
 def logs(
     run: Run,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Until the job ends.")] = False,
+    kube: OnKube = False,
 ) -> None:
     """Show what a submitted job printed; with -f until it ends, and with its exit code."""
-    submission = _submission(run)
+    submission = _submission(run, kube)
     if submission.where == "ray":
         from dist_tl.cluster.submission import RayJobs
 
@@ -209,26 +246,61 @@ def logs(
             sys.exit(cluster.follow(submission.name, on_line=_print_line))
         print(cluster.log(submission.name), end="")
         return
-    from dist_tl.deploy.kube import connect
-
-    kube, job = connect(), _kube_job(submission)
+    found, job = _kube_job(run, submission.namespace)
     if follow:
-        sys.exit(kube.follow(job, on_line=_print_line, on_state=_say))
-    kube.logs(job, follow=False, on_line=_print_line)
+        sys.exit(found.follow(job, on_line=_print_line, on_state=_say))
+    found.logs(job, False, _print_line)
 
 
-def stop(run: Run) -> None:
+def stop(run: Run, kube: OnKube = False) -> None:
     """End a submitted job; what is committed stays, and submitting it again goes on from there."""
-    submission = _submission(run)
+    submission = _submission(run, kube)
     if submission.where == "ray":
         from dist_tl.cluster.submission import RayJobs
 
         RayJobs(str(submission.address)).stop(submission.name)
     else:
-        from dist_tl.deploy.kube import connect
+        found, job = _kube_job(run, submission.namespace)
+        found.stop(job)
+    _say(f"{run} has stopped; what is committed stays")
 
-        connect().stop(_kube_job(submission))
-    _say(f"{submission.name} has stopped; what is committed stays")
+
+def show_kube_plan(spec: "Job", options: Path | None) -> None:
+    """The pods of `dist-tl plan --kube`, after KubeRay's own rules were checked.
+
+    Raises:
+        ConfigError: the job cannot run on Kubernetes, or KubeRay would refuse it.
+    """
+    from dist_tl.deploy.manifests import render
+    from dist_tl.deploy.summary import kube_rows
+
+    chosen = cluster_options(options)
+    render(spec, chosen)
+    found = kube_rows(spec, chosen)
+    rows = [
+        (
+            row.group + (" (spot)" if row.spot else ""),
+            f"{row.pods_min}..{row.pods_max}" if row.pods_max > row.pods_min else f"{row.pods_min}",
+            f"{row.cpus:g}",
+            f"{row.gpus}",
+            f"{row.memory_gb:g}",
+            f"{row.disk_gb:g}",
+        )
+        for row in found
+    ]
+    most = [row.pods_max for row in found]
+    total = [
+        sum(n * value for n, value in zip(most, values, strict=True))
+        for values in (
+            [row.cpus for row in found],
+            [row.gpus for row in found],
+            [row.memory_gb for row in found],
+            [row.disk_gb for row in found],
+        )
+    ]
+    rows.append(("all, at most", f"{sum(most)}", *(f"{value:g}" for value in total)))
+    header = ("group", "pods", "CPUs a pod", "GPUs", "memory GiB", "disk GiB")
+    show_table("Pods (Kubernetes)", header, rows)
 
 
 def scale(
@@ -249,20 +321,18 @@ def scale(
     bounds, store = parse_sizes(sizes), ObjectStore(run)
     run_status(store)  # there must be a run
     write_scale(store, Scale(**bounds))
-    submission = read_submission(store)
+    submission, wanted = read_submission(store), bounds["generators"]
     if submission is not None and submission.where == "kubernetes":
-        from dist_tl.deploy.kube import connect
-
-        low, high = bounds["generators"].min, bounds["generators"].max
-        connect().scale(_kube_job(submission), "generators", low, high)
-    _say(f"generators: {bounds['generators'].min} to {bounds['generators'].max}, in a few seconds")
+        kube, job = _kube_job(run, submission.namespace)
+        kube.scale(job, "generators", wanted.min, max(1, wanted.max))
+    _say(f"generators: {wanted.min} to {wanted.max}, in a few seconds")
 
 
-def _submission(run: str) -> "Submission":
-    from dist_tl.jobs.submissions import read_submission
+def _submission(run: str, kube: bool) -> "Submission":
+    from dist_tl.jobs.submissions import Submission, read_submission
     from dist_tl.storage.objects import ObjectStore
 
-    found = read_submission(ObjectStore(run))
+    found = Submission(where="kubernetes", name="") if kube else read_submission(ObjectStore(run))
     if found is None:
         raise ConfigError(
             f"{run} was not handed in by `dist-tl submit`; a job that `dist-tl run` started is "
