@@ -113,13 +113,11 @@ def _submit_ray(spec: "Job", address: str, dry_run: bool, detach: bool, take_ove
 def _submit_kube(
     spec: "Job", options: "KubeOptions", dry_run: bool, detach: bool, take_over: bool
 ) -> None:
-    import yaml
-
     from dist_tl.deploy.kube import connect, submit_and_follow
-    from dist_tl.deploy.manifests import render
+    from dist_tl.deploy.manifests import as_yaml, render
 
     if dry_run:
-        print(yaml.safe_dump_all(render(spec, options), sort_keys=False), end="")
+        print(as_yaml(render(spec, options)), end="")
         return
     kube = connect(options.namespace)
     if detach:

@@ -105,6 +105,23 @@ def render(job: JobConfig, options: KubeOptions, *, attempt: int = 1) -> list[Ma
     return manifests
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines, such as a job, as they are."""
+
+
+def _block(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _block)
+
+
+def as_yaml(manifests: list[Manifest]) -> str:
+    """Manifests as people and kubectl read them."""
+    return yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False)
+
+
 def render_cluster(name: str, job: JobConfig, options: KubeOptions) -> Manifest:
     """A RayCluster that jobs like this one can be handed to, by the Ray Jobs API.
 
