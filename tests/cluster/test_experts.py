@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from small_hubs import NAMES, PLACE, ROWS, SOURCE, predictions, small_hub, store_hub
+from stored_hubs import NAMES, PLACE, ROWS, SOURCE, predictions, small_hub, store_hub
 
 from dist_tl.cluster.config import ExpertsConfig
 from dist_tl.cluster.experts import ExpertPool
