@@ -137,7 +137,7 @@ def test_each_verb_explains_itself(command, verb, lessons):
         ),
         (
             "kind=transmute",
-            "kind: expected one of source, transfer, manifold, forecast, layer_search",
+            "kind: expected one of source, transfer, hub, predict, manifold",
         ),
         ("lanes=3", "3 lanes cannot be shared by 2 workers"),
         ("seed", "expected key=value"),
@@ -240,3 +240,69 @@ def test_the_module_is_the_command():
     assert done.returncode == cli.BAD_INPUT
     assert "cannot read the job file absent.yaml" in done.stderr
     assert done.stdout == ""
+
+
+# Jobs on other machines.
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("submit", "{job}"), "exactly one of --kube and --address"),
+        (("submit", "{job}", "--kube", "--address", "http://a:1"), "exactly one of"),
+        (("submit", "{job}", "--kube"), "expected --options FILE"),
+        (("submit", "{job}", "--kube", "--options", "nowhere.yaml"), "nowhere.yaml"),
+        (("submit", "{job}", "--address", "127.0.0.1:8265"), "expected the URL of Ray's dashboard"),
+        (("submit", "{job}", "--address", "http://a:1", "run=runs/x"), "must reach the run"),
+        (("status", "{run}"), "holds no run"),
+        (("logs", "{run}"), "was not handed in"),
+        (("stop", "{run}"), "was not handed in"),
+        (("scale", "{run}", "generators=two"), "generators=N or generators=MIN..MAX"),
+        (("scale", "{run}", "generators=2"), "holds no run"),
+    ],
+)
+def test_verbs_for_other_machines_refuse_what_cannot_work(
+    command, job, nothing_starts, tmp_path, words, complaint
+):
+    places = {"{job}": str(job()), "{run}": str(tmp_path / "nowhere")}
+    code, out, err = command(*[places.get(word, word) for word in words])
+    assert code == cli.BAD_INPUT
+    assert complaint in " ".join(err.split())
+    assert out == ""
+
+
+def test_a_dry_run_prints_what_kubernetes_would_be_given(command, job, nothing_starts, tmp_path):
+    options = tmp_path / "options.yaml"
+    options.write_text("image: example/dist-tl:1\n")
+    where = ("run=s3://bucket/runs/birds", "store=direct")
+    code, out, _ = command("submit", job(), "--kube", "--options", options, "--dry-run", *where)
+    assert code == 0
+    kinds = [manifest["kind"] for manifest in yaml.safe_load_all(out)]
+    assert kinds[:2] == ["ConfigMap", "RayJob"]
+    assert "    kind: transfer" in out, "the job stands there as it is"
+    code, out, _ = command("plan", job(), "--kube", "--options", options, *where)
+    assert code == 0
+    assert "generators" in out
+    assert "Pods (Kubernetes)" in out
+
+
+def test_a_dry_run_prints_what_a_ray_cluster_would_be_given(command, job, nothing_starts):
+    code, out, _ = command(
+        "submit", job(), "--address", "http://nowhere:1", "--dry-run", "session.roles=true"
+    )
+    assert code == 0
+    assert out.startswith("# python -m dist_tl run job.yaml")
+    assert yaml.safe_load(out)["session"]["roles"] is True
+
+
+def test_scaling_leaves_a_word_in_the_run(command, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "job.json").write_text('{"job": {"kind": "transfer"}}')
+    code, _, err = command("scale", tmp_path / "run", "generators=1..8")
+    assert code == 0
+    assert "1 to 8" in err
+    written = json.loads((tmp_path / "run" / "scale.json").read_text())
+    assert written == {"generators": {"min": 1, "max": 8}}
+    code, out, _ = command("status", tmp_path / "run", "--json")
+    assert code == 0
+    assert json.loads(out)["generators"] == {"min": 1, "max": 8}

@@ -8,7 +8,9 @@ os.environ.update(TORCHDYNAMO_DISABLE="1", DS_ACCELERATOR="cpu", OMP_NUM_THREADS
 
 import pytest
 import torch
+from small_stages import RayOfThreads
 
+from dist_tl.cluster import generators
 from dist_tl.cluster.config import SessionConfig
 from dist_tl.cluster.session import RaySession
 from dist_tl.storage.objects import ObjectStore
@@ -50,3 +52,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Generator pools whose actors are threads of this process."""
+    stand_in = RayOfThreads()
+    monkeypatch.setattr(generators, "ray", stand_in)
+    monkeypatch.setattr(generators, "POLL_S", 0.01)
+    return stand_in

@@ -2,7 +2,6 @@
 
 import pytest
 from small_stages import (
-    RayOfThreads,
     contents,
     generating_stage,
     make_shards,
@@ -98,14 +97,6 @@ def test_a_worker_that_dies_too_often_ends_the_job_with_a_way_on(ray_local, stor
 
 
 # In threads: what the pool decides.
-
-
-@pytest.fixture
-def threads(monkeypatch):
-    stand_in = RayOfThreads()
-    monkeypatch.setattr(generators, "ray", stand_in)
-    monkeypatch.setattr(generators, "POLL_S", 0.01)
-    return stand_in
 
 
 @pytest.mark.parametrize("workers", [1, 3])

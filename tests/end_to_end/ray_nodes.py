@@ -4,6 +4,7 @@ Every node is a process group of its own with its own resources; the head has no
 have roles; token authentication is on.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import dist_tl
@@ -96,6 +98,18 @@ class RayNodes:
                 total = names[row["node_id"]]["resources_total"]
                 found.append(next((n for n in self._nodes if n in total), "head"))
         return sorted(found)
+
+    def metrics(self):
+        """What all nodes tell Prometheus, as text."""
+        place = self._folder / "prom_metrics_service_discovery.json"
+        targets = [t for group in json.loads(place.read_text()) for t in group["targets"]]
+        found = []
+        for target in targets:
+            # A node that was killed stays on the list for a while.
+            with contextlib.suppress(OSError):
+                answer = urllib.request.urlopen(f"http://{target}/metrics", timeout=5)
+                found.append(answer.read().decode())
+        return "\n".join(found)
 
     def _start(self, name, *arguments):
         log = (self._folder / f"{name}.log").open("wb")

@@ -4,6 +4,7 @@ What it computes is compared bit for bit with the same job on one machine where 
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -174,6 +175,10 @@ def test_scaled_and_with_nodes_killed_the_job_ends_with_the_very_numbers(cluster
     workers = nodes.actors("RayTrainWorker")
     assert len(workers) == 2
     assert set(workers) <= {"trainers-a", "trainers-b"}
+
+    told = nodes.metrics()
+    for name in ("shards_committed_total", "backlog_shards", "generator_workers", "step_seconds"):
+        assert re.search(rf'ray_dist_tl_{name}{{.*run="{run}".*}} [1-9.]', told), name
 
     before = entries(run)
     nodes.kill("generators-b")

@@ -255,3 +255,24 @@ def test_another_job_in_the_same_folder_is_refused_by_the_names_of_its_fields(
     _, err = process.communicate(timeout=100)
     assert process.returncode == 2
     assert "target.labels_per_class" in err
+
+
+def test_a_second_start_takes_the_run_over_and_the_first_stops(
+    undisturbed, source_folder, tmp_path
+):
+    job = job_file(tmp_path, source_folder, "run", seeds=1, arms=["scratch", "pp"], p_ssl=None)
+    first = start(job, "pp.training.steps=400")
+    wait_for(tmp_path / "run" / layout.commit_key("pp-trunk-seed0", 5), first)
+    second = start(job, "pp.training.steps=400")
+    _, err = first.communicate(timeout=120)
+    assert first.returncode == 3
+    assert "attempt 2 at this run was started" in " ".join(err.split())
+    results = finish(second)
+    assert {s["arm"] for s in results["scores"]} == {"scratch", "pp"}
+    run, _ = undisturbed
+    mine, theirs = (losses(r, "pp-trunk-seed0") for r in (tmp_path / "run", run))
+    assert len(mine) == 400
+    # The same first samples: warm-up is as long a share of another length, so not for ever.
+    assert mine[1] == theirs[1]
+    marks = (tmp_path / "run" / "attempts").iterdir()
+    assert sorted(path.name for path in marks) == ["000001.json", "000002.json"]

@@ -1,0 +1,115 @@
+"""How far a run is, read from its store alone."""
+
+import time
+
+import pytest
+
+from dist_tl.cluster.scaling import Bounds, Scale, write_scale
+from dist_tl.errors import ConfigError
+from dist_tl.jobs.status import age, run_status
+from dist_tl.jobs.submissions import Submission, read_submission, write_submission
+from dist_tl.shards.manifest import StageManifest, open_stage
+from dist_tl.shards.order import ShardPlan
+from dist_tl.storage import layout
+from dist_tl.storage.attempts import begin_attempt
+from dist_tl.storage.objects import ObjectStore
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = ObjectStore(tmp_path / "run")
+    store.write_json(layout.JOB, {"job": {"kind": "transfer"}})
+    return store
+
+
+def shards(store, done):
+    plan = ShardPlan(
+        stage="pp-shards",
+        fingerprint="0",
+        purpose="p",
+        seed=0,
+        num_samples=40,
+        samples_per_shard=10,
+        lanes=1,
+        window=1,
+    )
+    manifest = StageManifest(
+        plan=plan,
+        kind="pp",
+        condition="none",
+        image_shape=(1, 2, 2),
+        num_classes=2,
+        generator="g",
+    )
+    open_stage(store, manifest)
+    for index in range(done):
+        store.write(layout.entry_key("pp-shards", index), b"{}")
+
+
+def stages(store):
+    return {row.stage: (row.state, row.progress) for row in run_status(store).stages}
+
+
+def test_a_place_without_a_run_is_a_named_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no run \(no job.json\)"):
+        run_status(ObjectStore(tmp_path / "nowhere"))
+
+
+def test_a_run_that_has_just_begun(store):
+    found = run_status(store)
+    assert (found.kind, found.state, found.attempts, found.stages) == (
+        "transfer",
+        "unfinished",
+        0,
+        (),
+    )
+
+
+def test_stages_say_how_far_they_are(store):
+    shards(store, 3)
+    store.write(layout.metrics_key("begun"), b"")
+    store.write(
+        layout.metrics_key("trunk"), b'{"step": 1, "loss": 2.0}\n{"step": 7, "loss": 0.5}\n'
+    )
+    store.write(layout.commit_key("trunk", 5), b"{}")
+    store.write(layout.rank_tensors_key("trunk", 6, 0, 2), b"")  # not committed
+    store.write(layout.result_key("done"), b"{}")
+    assert stages(store) == {
+        "pp-shards": ("shards", "3 of 4 shards"),
+        "begun": ("training", "checkpoint at step 0"),
+        "trunk": ("training", "step 7, loss 0.500, checkpoint at step 5"),
+        "done": ("done", ""),
+    }
+    shards(store, 4)
+    store.write(layout.RESULTS, b"{}")
+    assert stages(store)["pp-shards"] == ("done", "4 of 4 shards")
+    assert run_status(store).state == "done"
+
+
+def test_starts_and_sizes_are_told(store):
+    begin_attempt(store)
+    begin_attempt(store)
+    write_scale(store, Scale(generators=Bounds(min=1, max=4)))
+    found = run_status(store)
+    assert found.attempts == 2
+    assert found.last_host
+    assert time.time() - found.last_started < 60
+    assert found.generators == Bounds(min=1, max=4)
+
+
+def test_where_a_run_was_handed_in_is_kept_without_secrets(store):
+    assert read_submission(store) is None
+    submission = Submission(where="ray", name="run--1", address="http://127.0.0.1:8265")
+    write_submission(store, submission)
+    assert read_submission(store) == submission
+    assert b"token" not in store.read(layout.SUBMISSION)
+    store.write(layout.SUBMISSION, b"[]")
+    with pytest.raises(ConfigError, match=r"submission.json is damaged"):
+        read_submission(store)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3, "3 seconds"), (200, "3 minutes"), (9500, "3 hours"), (1e6, "12 days")]
+)
+def test_ages_are_said_as_people_say_them(seconds, text):
+    assert age(time.time() - seconds) == f"{text} ago"
