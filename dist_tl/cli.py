@@ -13,9 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from dist_tl.cli_remote import Options, logs, scale, show_kube_plan, status, stop, submit
+from dist_tl.cli_remote import (
+    Options,
+    StoppedWatching,
+    logs,
+    scale,
+    show_kube_plan,
+    status,
+    stop,
+    submit,
+)
 from dist_tl.display import TerminalProgress, console, errors, show_table
-from dist_tl.errors import ConfigError, DataError, DistTLError
+from dist_tl.errors import ConfigError, DataError, DistTLError, SupersededError
 from dist_tl.telemetry import configure_logging, redact
 
 if TYPE_CHECKING:  # these take seconds to import, and --help needs none of them
@@ -254,7 +263,7 @@ def main() -> NoReturn:
         sys.exit(app(standalone_mode=False) or 0)
     except (typer.Exit, SystemExit) as leaving:
         code: Any = getattr(leaving, "exit_code", getattr(leaving, "code", 0))
-        if code == INTERRUPTED:
+        if code == INTERRUPTED and not isinstance(leaving, StoppedWatching):
             errors.print(GOES_ON)
         sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
@@ -268,7 +277,8 @@ def main() -> NoReturn:
         sys.exit(BAD_INPUT)
     except DistTLError as error:
         _explain(error)
-        errors.print(GOES_ON)
+        if not isinstance(error, SupersededError):  # another start goes on already
+            errors.print(GOES_ON)
         sys.exit(FAILED)
 
 

@@ -3,15 +3,16 @@
 Where a run was handed in stands in the run itself, so these verbs take the run and nothing else.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from dist_tl.display import console, errors, show_table
-from dist_tl.errors import ConfigError, StorageError
+from dist_tl.errors import ConfigError, DistTLError, StorageError
 
 if TYPE_CHECKING:  # these take seconds to import, and --help needs none of them
     from dist_tl.deploy.kube import Kube, KubeJob
@@ -35,6 +36,10 @@ Options = Annotated[
     Path | None,
     typer.Option("--options", help="How jobs run on your cluster; see k8s/options.yaml."),
 ]
+
+
+class StoppedWatching(SystemExit):
+    """Ctrl-C ended the watching; the job goes on."""
 
 
 def submit(
@@ -86,79 +91,104 @@ def cluster_options(path: Path | None) -> "KubeOptions":
 
 def _submit_ray(spec: "Job", address: str, dry_run: bool, detach: bool, take_over: bool) -> None:
     from dist_tl.cluster.submission import ENTRYPOINT, RayJobs
-    from dist_tl.deploy.manifests import run_label
-    from dist_tl.jobs.submissions import Submission, write_submission
-    from dist_tl.storage.objects import ObjectStore
+    from dist_tl.deploy.manifests import check_no_secret, run_label
+    from dist_tl.jobs.submissions import Submission
 
     _check_reachable(spec)
+    check_no_secret(spec)
     text, label = _job_text(spec), run_label(spec)
     if dry_run:
         print(f"# {ENTRYPOINT}\n{text}", end="")
         return
     cluster = RayJobs(address)
-    for name in cluster.running(label):
+    for name in cluster.running(spec.run):
         if not take_over:
             raise ConfigError(
                 f"{name} still runs: follow it with `dist-tl logs -f {spec.run}`, stop it with "
                 f"`dist-tl stop {spec.run}`, or submit with --take-over"
             )
         cluster.stop(name)
-    name = cluster.submit(text, label)
-    write_submission(ObjectStore(spec.run), Submission(where="ray", name=name, address=address))
+    name = cluster.submit(text, spec.run, label)
     _say(f"{name} was handed in to {address}")
+    remedy = f"see the job with `ray job logs -f {name} --address {address}`"
+    _remember(spec, Submission(where="ray", name=name, address=address), remedy)
     if not detach:
-        sys.exit(_unless_interrupted(spec, lambda: cluster.follow(name, on_line=_print_line)))
+        _watch(spec.run, lambda: cluster.follow(name, on_line=_print_line))
 
 
 def _submit_kube(
     spec: "Job", options: "KubeOptions", dry_run: bool, detach: bool, take_over: bool
 ) -> None:
-    from dist_tl.deploy.kube import connect, submit_and_follow
+    from dist_tl.deploy.kube import connect, follow_to_the_end
     from dist_tl.deploy.manifests import as_yaml, render
+    from dist_tl.jobs.submissions import Submission
 
+    spec = _as_scaled(spec)
     if dry_run:
         print(as_yaml(render(spec, options)), end="")
         return
     kube = connect(options.namespace)
+    made = kube.submit(spec, options, take_over=take_over)
+    submission = Submission(
+        where="kubernetes",
+        name=made.name,
+        namespace=made.namespace,
+        generators_per_pod=options.generators.workers_per_pod,
+    )
+    _remember(spec, submission, "status, logs and stop: add --kube")
     if detach:
-        made = kube.submit(spec, options, take_over=take_over)
-        _remember(spec, made.name, made.namespace)
         _say(f"RayJob {made.name} was handed in to namespace {made.namespace}")
         return
-    _remember(spec, "", options.namespace or kube.namespace)
 
     def follow() -> int:
-        return submit_and_follow(
+        return follow_to_the_end(
             kube,
+            made,
             spec,
             options,
             max_attempts=options.backoff_limit + 1,
             on_line=_print_line,
             on_state=_say,
-            take_over=take_over,
         )
 
-    sys.exit(_unless_interrupted(spec, follow))
+    _watch(spec.run, follow)
 
 
-def _remember(spec: "Job", name: str, namespace: str) -> None:
-    """Best effort: a store inside the cluster may be out of reach from here."""
-    from dist_tl.jobs.submissions import Submission, write_submission
+def _as_scaled(spec: "Job") -> "Job":
+    """With the generators that `dist-tl scale` asked for in an earlier start of the run."""
+    from dist_tl.cluster.scaling import read_scale
     from dist_tl.storage.objects import ObjectStore
 
-    submission = Submission(where="kubernetes", name=name, namespace=namespace)
+    pool = getattr(spec, "generators", None)
+    if pool is None:
+        return spec
+    try:
+        scale = read_scale(ObjectStore(spec.run))
+    except StorageError:  # out of reach from here: the job reads it, the pods' bounds are its own
+        return spec
+    if scale is None:
+        return spec
+    bounds = {"min": scale.generators.min, "max": max(1, scale.generators.max)}
+    return spec.model_copy(update={"generators": pool.model_copy(update=bounds)})
+
+
+def _remember(spec: "Job", submission: "Submission", remedy: str) -> None:
+    """Best effort: the job has been handed in, and a store may be in the cluster's reach only."""
+    from dist_tl.jobs.submissions import write_submission
+    from dist_tl.storage.objects import ObjectStore
+
     try:
         write_submission(ObjectStore(spec.run), submission)
     except StorageError as error:
-        _say(f"the run's store is out of reach from here ({error}); status, logs, stop: add --kube")
+        _say(f"the run's store is out of reach from here ({error}); {remedy}")
 
 
-def _unless_interrupted(spec: "Job", follow: Callable[[], int]) -> int:
+def _watch(run: str, follow: Callable[[], int]) -> NoReturn:
     try:
-        return follow()
+        sys.exit(follow())
     except KeyboardInterrupt:
-        _say(f"the job goes on; see it with `dist-tl logs -f {spec.run}`")
-        return INTERRUPTED
+        _say(f"the job goes on; see it with `dist-tl logs -f {run}`, end it with `dist-tl stop`")
+        raise StoppedWatching(INTERRUPTED) from None
 
 
 def _check_reachable(spec: "Job") -> None:
@@ -198,7 +228,10 @@ def status(run: Run, kube: OnKube = False, as_json: AsJson = False) -> None:
         rows = [(row.stage, row.state, row.progress) for row in found.stages]
         show_table("Stages that have begun", ("stage", "state", "progress"), rows)
     if submission is not None:
-        _say(f"{submission.where}: {_state(run, submission)}")
+        try:
+            _say(f"{submission.where}: {_state(run, submission)}")
+        except DistTLError as error:  # the store has told what counts; the cluster may be gone
+            _say(f"{submission.where}: {error}")
 
 
 def _state(run: str, submission: "Submission") -> str:
@@ -241,12 +274,12 @@ def logs(
 
         cluster = RayJobs(str(submission.address))
         if follow:
-            sys.exit(cluster.follow(submission.name, on_line=_print_line))
+            _watch(run, lambda: cluster.follow(submission.name, on_line=_print_line))
         print(cluster.log(submission.name), end="")
         return
     found, job = _kube_job(run, submission.namespace)
     if follow:
-        sys.exit(found.follow(job, on_line=_print_line, on_state=_say))
+        _watch(run, lambda: found.follow(job, on_line=_print_line, on_state=_say))
     found.logs(job, False, _print_line)
 
 
@@ -312,17 +345,19 @@ def scale(
     Holds for later starts of the run too. On Kubernetes the bounds of the pods' group follow.
     """
     from dist_tl.cluster.scaling import Scale, parse_sizes, write_scale
-    from dist_tl.jobs.status import run_status
+    from dist_tl.jobs.status import check_has_generators
     from dist_tl.jobs.submissions import read_submission
     from dist_tl.storage.objects import ObjectStore
 
     bounds, store = parse_sizes(sizes), ObjectStore(run)
-    run_status(store)  # there must be a run
+    check_has_generators(store)
     write_scale(store, Scale(**bounds))
     submission, wanted = read_submission(store), bounds["generators"]
     if submission is not None and submission.where == "kubernetes":
         kube, job = _kube_job(run, submission.namespace)
-        kube.scale(job, "generators", wanted.min, max(1, wanted.max))
+        each = submission.generators_per_pod
+        pods = [math.ceil(workers / each) for workers in (wanted.min, max(1, wanted.max))]
+        kube.scale(job, "generators", *pods)
     _say(f"generators: {wanted.min} to {wanted.max}, in a few seconds")
 
 

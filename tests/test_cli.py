@@ -253,7 +253,12 @@ def test_the_module_is_the_command():
         (("submit", "{job}", "--kube"), "expected --options FILE"),
         (("submit", "{job}", "--kube", "--options", "nowhere.yaml"), "nowhere.yaml"),
         (("submit", "{job}", "--address", "127.0.0.1:8265"), "expected the URL of Ray's dashboard"),
+        (("submit", "{job}", "--address", "http://me:word@a:1"), "a URL without a login"),
         (("submit", "{job}", "--address", "http://a:1", "run=runs/x"), "must reach the run"),
+        (
+            ("submit", "{job}", "--address", "http://a:1", "run=s3://k:" + 20 * "s" + "@b/r"),
+            "expected no secret in a job",
+        ),
         (("status", "{run}"), "holds no run"),
         (("logs", "{run}"), "was not handed in"),
         (("stop", "{run}"), "was not handed in"),
@@ -297,7 +302,7 @@ def test_a_dry_run_prints_what_a_ray_cluster_would_be_given(command, job, nothin
 
 def test_scaling_leaves_a_word_in_the_run(command, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "job.json").write_text('{"job": {"kind": "transfer"}}')
+    (tmp_path / "run" / "job.json").write_text('{"job": {"kind": "transfer", "generators": {}}}')
     code, _, err = command("scale", tmp_path / "run", "generators=1..8")
     assert code == 0
     assert "1 to 8" in err

@@ -66,7 +66,9 @@ class ExpertsConfig(StrictModel):
     batch_size: int = Field(256, ge=1, description="Samples that an expert is sent at a time.")
     max_restarts: int = Field(3, ge=0, description="Restarts of an actor before it is lost.")
     timeout_s: float = Field(
-        120.0, gt=0, description="How long an expert may take for a shard before it is lost."
+        120.0,
+        gt=0,
+        description="How long an expert may take to come up, and for a shard, before it is lost.",
     )
     resources: dict[str, dict[str, float]] = Field(
         default_factory=dict,

@@ -6,6 +6,7 @@ of them the more samples come. Whatever dies is restarted, and its batch run aga
 committed is never made twice.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -48,6 +49,7 @@ class Replicas:
     """The actors of one expert.
 
     Attributes:
+        starting: those that may still wait for a place on the cluster; they get no samples yet.
         load: moving average of its share of all (sample, expert) pairs.
         pairs: samples it was sent in all.
         most: actors at most at one time.
@@ -55,6 +57,7 @@ class Replicas:
 
     name: str
     actors: list[ActorHandle] = field(default_factory=list)
+    starting: dict[ray.ObjectRef, ActorHandle] = field(default_factory=dict)
     load: float = 0.0
     pairs: int = 0
     most: int = 0
@@ -68,6 +71,7 @@ class ExpertPool:
         experts: their names, in the order of the hub.
         degrade: leave an expert out that stays away, instead of giving up.
         roles: whether the cluster's nodes have roles.
+        attempt: the start of the run; nothing is committed after a later one. 0 does not look.
     """
 
     def __init__(
@@ -79,13 +83,16 @@ class ExpertPool:
         *,
         degrade: bool,
         roles: bool = False,
+        attempt: int = 0,
     ) -> None:
         self._config, self._store, self._place = config, store, place
-        self._degrade, self._roles = degrade, roles
+        self._degrade, self._roles, self._attempt = degrade, roles, attempt
         self.replicas = [Replicas(name) for name in experts]
         self.lost: frozenset[int] = frozenset()
         self._routers: list[ActorHandle] = []
-        self._retired: list[ActorHandle] = []
+        self._running: dict[ray.ObjectRef, tuple[ActorHandle, int]] = {}
+        # Replicas that get no more orders, each with the orders that still know of it.
+        self._retired: list[tuple[ActorHandle, set[ray.ObjectRef]]] = []
 
     def __enter__(self) -> "ExpertPool":
         for replicas in self.replicas:
@@ -96,8 +103,8 @@ class ExpertPool:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:  # the session ends the actors with everything else
             return
-        actors = [actor for replicas in self.replicas for actor in replicas.actors]
-        for actor in [*self._routers, *actors, *self._retired]:
+        actors = [a for r in self.replicas for a in (*r.actors, *r.starting.values())]
+        for actor in [*self._routers, *actors, *(actor for actor, _ in self._retired)]:
             ray.kill(actor)
 
     def answer(
@@ -120,22 +127,41 @@ class ExpertPool:
         """
         committed = committed_indices(self._store, plan.stage)
         todo = [i for i in range(plan.num_shards) if i not in committed]
+        if todo:
+            self.wait_until_up(on_poll)
         done, idle = plan.num_shards - len(todo), list(self._routers)
-        running: dict[ray.ObjectRef, tuple[ActorHandle, int]] = {}
-        while todo or running:
+        while todo or self._running:
             while todo and idle:
                 router, index = idle.pop(), todo.pop(0)
-                running[self._order(router, source, plan, index)] = (router, index)
-            ready, _ = ray.wait(list(running), timeout=POLL_S)
+                self._running[self._order(router, source, plan, index)] = (router, index)
+            ready, _ = ray.wait(list(self._running), timeout=POLL_S)
             on_poll()
             for ticket in ready:
-                router, index = running.pop(ticket)
+                router, index = self._running.pop(ticket)
                 idle.append(router)
                 self._take(collect(ticket, f"the router of shard {index}"))
                 done += 1
                 on_done(done, plan.num_shards)
             if ready:
-                self._follow_load(len(running))
+                self._welcome()
+                self._follow_load()
+                self._end_retired()
+
+    def wait_until_up(self, on_poll: Callable[[], None] = lambda: None) -> None:
+        """Until every expert has a replica that is up, or has taken too long; `answer` begins so.
+
+        Raises:
+            WorkerError: an expert did not come up and none may be left out.
+        """
+        deadline = time.monotonic() + self._config.timeout_s
+        reasons: dict[int, str] = {}
+        while absent := self._absent() - reasons.keys():
+            on_poll()
+            reasons |= self._welcome(pause_s=POLL_S)
+            if time.monotonic() > deadline:
+                waited = f"not up after {self._config.timeout_s:g} s; has the cluster room for it?"
+                reasons |= dict.fromkeys(absent - reasons.keys(), waited)
+        self._lose(reasons)
 
     def _order(
         self, router: ActorHandle, source: StageInput | RowsInput, plan: ShardPlan, index: int
@@ -146,18 +172,11 @@ class ExpertPool:
             degrade=self._degrade,
             missing=self.lost,
         )
-        experts = [list(replicas.actors) for replicas in self.replicas]
+        experts = [list(replicas.actors) for replicas in self.replicas]  # empty where lost
         return router.answer.remote(source, plan, index, experts, settings)
 
     def _take(self, found: ShardAnswer) -> None:
-        self.lost |= found.lost
-        if found.entry is None:
-            names = ", ".join(self.replicas[i].name for i in sorted(found.lost))
-            raise WorkerError(
-                f"expert {names} stayed away: {self._config.max_restarts} restarts, "
-                f"{self._config.timeout_s:g} s; start the same job again to go on from the shards "
-                "that are committed, or set degrade: true to leave it out"
-            )
+        self._lose(found.lost)
         total = sum(found.pairs)
         for replicas, pairs in zip(self.replicas, found.pairs, strict=True):
             replicas.pairs += pairs
@@ -165,7 +184,44 @@ class ExpertPool:
                 share = pairs / total
                 replicas.load = LOAD_MEMORY * replicas.load + (1 - LOAD_MEMORY) * share
 
-    def _follow_load(self, num_running: int) -> None:
+    def _lose(self, reasons: dict[int, str]) -> None:
+        """Leave experts out from now on, if that is allowed.
+
+        Raises:
+            WorkerError: it is not.
+        """
+        self.lost |= reasons.keys()
+        if reasons and not self._degrade:
+            told = "; ".join(f"{self.replicas[i].name} stayed away ({reasons[i]})" for i in reasons)
+            raise WorkerError(
+                f"expert {told}, after {self._config.max_restarts} restarts; start the same job "
+                "again to go on from the shards that are committed, or with degrade: true to leave "
+                "it out"
+            )
+
+    def _absent(self) -> frozenset[int]:
+        up = (i for i, replicas in enumerate(self.replicas) if replicas.actors)
+        return frozenset(range(len(self.replicas))) - self.lost - frozenset(up)
+
+    def _welcome(self, pause_s: float = 0.0) -> dict[int, str]:
+        """Replicas that are up get samples; of those that cannot start, why."""
+        waiting = [ticket for replicas in self.replicas for ticket in replicas.starting]
+        if not waiting:
+            return {}
+        ready = set(ray.wait(waiting, num_returns=len(waiting), timeout=pause_s)[0])
+        reasons = {}
+        for index, replicas in enumerate(self.replicas):
+            for ticket in [t for t in replicas.starting if t in ready]:
+                actor = replicas.starting.pop(ticket)
+                try:
+                    ray.get(ticket)
+                    replicas.actors.append(actor)
+                except ray.exceptions.RayActorError as error:
+                    reasons[index] = str(error).strip().splitlines()[-1]
+            replicas.most = max(replicas.most, len(replicas.actors))
+        return reasons
+
+    def _follow_load(self) -> None:
         """The busiest expert has `max` replicas, the others in proportion."""
         busiest = max(replicas.load for replicas in self.replicas)
         for index, replicas in enumerate(self.replicas):
@@ -173,17 +229,25 @@ class ExpertPool:
                 continue
             wanted = round(self._config.max * replicas.load / busiest)
             self._resize(replicas, min(self._config.max, max(self._config.min, wanted)))
-        if num_running == 0:  # no router holds a retired replica any more
-            for actor in self._retired:
+
+    def _end_retired(self) -> None:
+        """End replicas that no router may still ask."""
+        kept = []
+        for actor, orders in self._retired:
+            if orders & self._running.keys():
+                kept.append((actor, orders))
+            else:
                 ray.kill(actor)
-            self._retired.clear()
+        self._retired = kept
 
     def _resize(self, replicas: Replicas, wanted: int) -> None:
-        while len(replicas.actors) < wanted:
-            replicas.actors.append(self._new_expert(replicas.name))
+        while len(replicas.actors) + len(replicas.starting) < wanted:
+            actor = self._new_expert(replicas.name)
+            replicas.starting[actor.__ray_ready__.remote()] = actor
+        while replicas.starting and len(replicas.actors) + len(replicas.starting) > wanted:
+            ray.kill(replicas.starting.popitem()[1])
         while len(replicas.actors) > wanted:
-            self._retired.append(replicas.actors.pop())
-        replicas.most = max(replicas.most, len(replicas.actors))
+            self._retired.append((replicas.actors.pop(), set(self._running)))
 
     def _new_expert(self, name: str) -> ActorHandle:
         config = self._config
@@ -208,4 +272,4 @@ class ExpertPool:
         actor = ray.remote(RouterActor).options(
             **options, max_restarts=config.max_restarts, max_task_retries=config.max_restarts
         )
-        return actor.remote(self._store.url, self._place, config.threads)
+        return actor.remote(self._store.url, self._place, config.threads, self._attempt)

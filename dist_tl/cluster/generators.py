@@ -19,7 +19,7 @@ from dist_tl.cluster.config import GeneratorsConfig
 from dist_tl.cluster.metrics import GeneratorMetrics
 from dist_tl.cluster.roles import actor_options
 from dist_tl.cluster.scaling import read_scale
-from dist_tl.errors import DistTLError, WorkerError
+from dist_tl.errors import DistTLError, StorageError, WorkerError
 from dist_tl.shards.drawing import (
     GenerateSpec,
     draw_samples,
@@ -127,6 +127,8 @@ class GeneratorPool:
         self._metrics = GeneratorMetrics(store_url)
         self._is_held_back = True
         self._stages: list[StageProgress] = []
+        # Workers that may still wait for a place on the cluster: they get no orders yet.
+        self._starting: dict[ray.ObjectRef, ActorHandle] = {}
         self._idle: list[tuple[ActorHandle, float]] = []  # and since when; the latest is last
         self._running: dict[ray.ObjectRef, tuple[ActorHandle, StageProgress, int]] = {}
         self._failure: Exception | None = None
@@ -143,7 +145,8 @@ class GeneratorPool:
         self._thread.join(timeout=10)
         if kind is not None:  # the session ends the workers with everything else
             return
-        for actor, *_ in [*self._idle, *self._running.values()]:
+        at_work = [actor for actor, *_ in [*self._idle, *self._running.values()]]
+        for actor in [*self._starting.values(), *at_work]:
             ray.kill(actor)
 
     def add(self, spec: GenerateSpec, *, batch_size: int) -> StageProgress:
@@ -176,8 +179,8 @@ class GeneratorPool:
 
     @property
     def num_workers(self) -> int:
-        """Workers alive now."""
-        return len(self._idle) + len(self._running)
+        """Workers alive now, or about to be."""
+        return len(self._starting) + len(self._idle) + len(self._running)
 
     def wait(self, seconds: float) -> None:
         """Pause, less if the pool stops meanwhile."""
@@ -192,7 +195,8 @@ class GeneratorPool:
         """
         if self._failure is None:
             return
-        cause = getattr(self._failure, "cause", None)
+        # Ray's wrapper of a worker's error only looks like the error itself.
+        cause = getattr(self._failure, "cause", None) or self._failure
         if isinstance(cause, DistTLError):
             raise cause
         raise WorkerError(
@@ -206,6 +210,7 @@ class GeneratorPool:
                 self._obey()
                 positions = self._positions()
                 self._tell(positions)
+                self._welcome()
                 self._resize(positions)
                 self._issue(positions)
                 self._collect()
@@ -218,7 +223,10 @@ class GeneratorPool:
         if now - self._asked_at < ASK_EVERY_S:
             return
         self._asked_at = now
-        scale = read_scale(self._store)
+        try:
+            scale = read_scale(self._store)
+        except StorageError:
+            return  # the store may be away for a moment; what was said last still holds
         if scale is not None:
             self._bounds = (scale.generators.min, scale.generators.max)
         if self._roles:
@@ -245,10 +253,23 @@ class GeneratorPool:
         if any(not stage.done for stage in self._stages):
             wanted = min(high, max(1, high if self._backlog_is_low(positions) else low))
         while self.num_workers < wanted:
-            self._idle.append((self._new_worker(), time.monotonic()))
+            actor = self._new_worker()
+            self._starting[actor.__ray_ready__.remote()] = actor
+        while self._starting and self.num_workers > wanted:
+            ray.kill(self._starting.popitem()[1])
         # Shrinking waits for idle workers, so no order is ever taken away from one.
         while self._idle and self._is_too_many(wanted, high):
             ray.kill(self._idle.pop(0)[0])
+
+    def _welcome(self) -> None:
+        """Workers that have found their place may be asked for shards."""
+        if not self._starting:
+            return
+        waiting = list(self._starting)
+        ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+        for ticket in ready:
+            ray.get(ticket)  # raises what kept it from starting
+            self._idle.append((self._starting.pop(ticket), time.monotonic()))
 
     def _is_too_many(self, wanted: int, high: int) -> bool:
         if wanted == 0 or self.num_workers > high:

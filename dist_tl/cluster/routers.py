@@ -10,7 +10,7 @@ import torch
 from ray.actor import ActorHandle
 
 from dist_tl.cluster.inputs import RowsInput, Samples, StageInput, read_samples
-from dist_tl.errors import WorkerError
+from dist_tl.errors import DistTLError, WorkerError
 from dist_tl.methods.hub.controls import chance_logits
 from dist_tl.methods.hub.dispatch import SubBatch, place, sub_batches
 from dist_tl.methods.hub.pathway import combine
@@ -19,6 +19,7 @@ from dist_tl.shards.manifest import ShardEntry, read_entry
 from dist_tl.shards.order import ShardPlan
 from dist_tl.shards.sample import PseudoSample
 from dist_tl.shards.writer import write_shard
+from dist_tl.storage.attempts import Attempt
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.hub_model import load_router
 
@@ -29,22 +30,24 @@ class ShardAnswer:
 
     Attributes:
         pairs: (sample, expert) pairs by expert.
-        lost: experts that stayed away; nothing was committed unless they may be left out.
+        lost: experts that stayed away, and what is known of why; nothing was committed unless they
+            may be left out.
         entry: of the committed predictions; None where an expert is needed that was lost.
     """
 
     index: int
     pairs: tuple[int, ...]
-    lost: frozenset[int]
+    lost: dict[int, str]
     entry: ShardEntry | None
 
 
 class RouterActor:
     """The router and the aggregator of a hub."""
 
-    def __init__(self, store_url: str, place: str, threads: int) -> None:
+    def __init__(self, store_url: str, place: str, threads: int, attempt: int) -> None:
         torch.set_num_threads(threads)
         self._store = ObjectStore(store_url)
+        self._attempt = Attempt(self._store, attempt) if attempt else None
         self._hub = load_router(self._store, place)
 
     def answer(
@@ -63,23 +66,61 @@ class RouterActor:
         """
         done = read_entry(self._store, plan.stage, index)
         if done is not None:
-            return ShardAnswer(index, (0,) * len(experts), frozenset(), done)
+            return ShardAnswer(index, (0,) * len(experts), {}, done)
         samples = read_samples(source, index)
-        missing = settings.missing
+        missing, reasons = settings.missing, dict[int, str]()
         while True:
             routes, wanted = self._routes(samples.images, missing)
-            answers, lost = _ask(samples, routes, experts, index, settings)
+            answers, lost = self._ask(samples, routes, experts, index, settings)
             if not lost:
                 break
-            missing = missing | lost
+            missing, reasons = missing | lost.keys(), reasons | lost
             if not settings.degrade:
-                return ShardAnswer(index, _pairs(routes), missing, None)
+                return ShardAnswer(index, _pairs(routes), reasons, None)
+        if self._attempt is not None:
+            self._attempt.check()
         entry = write_shard(
             plan.order(index),
             self._predictions(samples, routes, wanted, answers, plan.order(index).numbers),
             self._store,
         )
-        return ShardAnswer(index, _pairs(routes), missing, entry)
+        return ShardAnswer(index, _pairs(routes), reasons, entry)
+
+    def _ask(
+        self,
+        samples: Samples,
+        routes: Routes,
+        experts: list[list[ActorHandle]],
+        index: int,
+        settings: "AnswerSettings",
+    ) -> tuple[list[tuple[SubBatch, torch.Tensor]], dict[int, str]]:
+        """Every expert's answers, and of those that gave none in time why."""
+        tickets = []
+        for turn, batch in enumerate(sub_batches(routes.active_BM, settings.batch_size)):
+            # Turns spread over replicas; which of them answers changes nothing.
+            actor = experts[batch.expert][(index + turn) % len(experts[batch.expert])]
+            tickets.append((batch, actor.logits.remote(samples.images[batch.rows_S])))
+        deadline = time.monotonic() + settings.timeout_s
+        answers, lost = [], dict[int, str]()
+        for batch, ticket in tickets:
+            if batch.expert in lost:
+                continue
+            try:
+                left = max(0.1, deadline - time.monotonic())
+                answers.append((batch, ray.get(ticket, timeout=left)))
+            except ray.exceptions.GetTimeoutError:
+                lost[batch.expert] = f"no answer in {settings.timeout_s:g} s"
+            except ray.exceptions.RayActorError as error:
+                lost[batch.expert] = str(error).strip().splitlines()[0]
+            except ray.exceptions.RayTaskError as error:
+                raise self._failed(batch.expert, error) from None
+        return answers, lost
+
+    def _failed(self, expert: int, error: ray.exceptions.RayTaskError) -> DistTLError:
+        if isinstance(error.cause, DistTLError):
+            return error.cause
+        name = self._hub.about.experts[expert]
+        return WorkerError(f"expert {name} failed: {error.cause!r}; start the same job again")
 
     @torch.no_grad()
     def _routes(self, images: torch.Tensor, missing: frozenset[int]) -> tuple[Routes, Routes]:
@@ -140,37 +181,6 @@ class AnswerSettings:
     timeout_s: float
     degrade: bool
     missing: frozenset[int]
-
-
-def _ask(
-    samples: Samples,
-    routes: Routes,
-    experts: list[list[ActorHandle]],
-    index: int,
-    settings: AnswerSettings,
-) -> tuple[list[tuple[SubBatch, torch.Tensor]], frozenset[int]]:
-    """Every expert's answers, and the experts that gave none in time."""
-    tickets = []
-    for turn, batch in enumerate(sub_batches(routes.active_BM, settings.batch_size)):
-        replicas = experts[batch.expert]
-        if replicas:
-            # Turns spread over replicas; which of them answers changes nothing.
-            actor = replicas[(index + turn) % len(replicas)]
-            tickets.append((batch, actor.logits.remote(samples.images[batch.rows_S])))
-        else:
-            tickets.append((batch, None))
-    deadline = time.monotonic() + settings.timeout_s
-    answers, lost = [], set()
-    for batch, ticket in tickets:
-        try:
-            if ticket is None or batch.expert in lost:
-                lost.add(batch.expert)
-                continue
-            left = max(0.1, deadline - time.monotonic())
-            answers.append((batch, ray.get(ticket, timeout=left)))
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-            lost.add(batch.expert)
-    return answers, frozenset(lost)
 
 
 def _pairs(routes: Routes) -> tuple[int, ...]:

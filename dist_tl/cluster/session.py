@@ -5,6 +5,7 @@ share a machine; it dies with us, even on kill -9, and does not see the terminal
 """
 
 import ctypes
+import json
 import os
 import shlex
 import shutil
@@ -20,12 +21,14 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import get_args
 
 import psutil
 import ray
 
 from dist_tl.cluster.config import SessionConfig
-from dist_tl.errors import WorkerError
+from dist_tl.cluster.roles import Role
+from dist_tl.errors import ConfigError, WorkerError
 
 START_TIMEOUT_S = 120.0
 CONNECT_TIMEOUT_S = 10.0
@@ -41,6 +44,8 @@ ENVIRONMENT = {
 }
 
 
+# A private cluster is one node that plays them all; an actor asks for a grain of its role.
+_ALL_ROLES = dict.fromkeys(get_args(Role), 1000)
 # Ray's own code warns; where a user turns warnings into errors, Ray would not even start.
 WARNINGS = {"PYTHONWARNINGS": "ignore::FutureWarning"}
 
@@ -53,6 +58,7 @@ class RaySession:
 
     Raises:
         WorkerError: the cluster did not start, or the one RAY_ADDRESS names is out of reach.
+        ConfigError: the nodes of the one RAY_ADDRESS names have roles, and nobody said so.
     """
 
     def __init__(self, config: SessionConfig, *, watch: Callable[[], None] = lambda: None) -> None:
@@ -73,6 +79,7 @@ class RaySession:
             self._set_environment({"RAY_ADDRESS": address})
             _connect(address)
             self._is_connected = True
+            self._check_roles()
         except BaseException:
             self.close()
             raise
@@ -98,6 +105,14 @@ class RaySession:
             raise WorkerError(
                 "Ray stopped on this machine; start the same job again to go on from what is "
                 f"committed. Its last words:\n{self._last_words()}"
+            )
+
+    def _check_roles(self) -> None:
+        found = sorted(set(get_args(Role)) & set(ray.cluster_resources()))
+        if found and not self._config.roles:
+            raise ConfigError(
+                f"session.roles: the nodes of this cluster have roles ({', '.join(found)}), and "
+                "without true any actor may land on any of them: add session.roles=true"
             )
 
     @property
@@ -239,6 +254,7 @@ def _head_command(config: SessionConfig, port: int, folder: Path) -> list[str]:
         "--no-monitor",
         "--disable-usage-stats",
         f"--temp-dir={folder}",
+        *([f"--resources={json.dumps(_ALL_ROLES)}"] if config.roles else []),
     ]
 
 

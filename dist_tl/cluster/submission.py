@@ -4,12 +4,13 @@ What travels is the resolved job file, as the only file of the working directory
 the cluster's image. The token of Ray's authentication is taken from the environment by Ray itself.
 """
 
+import itertools
 import logging
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import ray
@@ -20,10 +21,17 @@ from dist_tl.errors import ConfigError, WorkerError
 from dist_tl.telemetry import redact
 
 POLL_S = 1.0
+PATIENCE_S = 120.0  # how long a cluster that runs a job may be out of reach
+RUN = "dist-tl/run"  # two runs may share a last part: only this says which one a job is of
 JOB_FILE = "job.yaml"
 ENTRYPOINT = f"python -m dist_tl run {JOB_FILE}"
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+Answer = TypeVar("Answer")
 LOST_EXIT = 3  # of a job that ended without an exit code: it can be started again
+
+
+class _OutOfReach(WorkerError):
+    """Nobody answered; somebody may in a moment."""
 
 
 class RayJobs:
@@ -44,6 +52,11 @@ class RayJobs:
                 f"--address: expected the URL of Ray's dashboard, e.g. http://127.0.0.1:8265, got "
                 f"{redact(address)!r}"
             )
+        if parts.username is not None or parts.password is not None:
+            raise ConfigError(
+                "--address: expected a URL without a login, which is kept with the run; Ray's own "
+                "token goes into RAY_AUTH_TOKEN or a file that RAY_AUTH_TOKEN_PATH names"
+            )
         if not answers(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)):
             raise ConfigError(
                 f"nobody answers at {redact(address)}; is the cluster up, and its dashboard in "
@@ -54,54 +67,72 @@ class RayJobs:
         self._check_version()
 
     def _check_version(self) -> None:
-        answer = self._client._do_request("GET", "/api/version")
-        theirs = answer.json().get("ray_version", "")
+        answer = self._ask(lambda: self._client._do_request("GET", "/api/version").json())
+        theirs = answer.get("ray_version", "")
         if theirs.split(".")[:2] != ray.__version__.split(".")[:2]:
             raise ConfigError(
-                f"the cluster at {redact(self.address)} runs Ray {theirs}, this is "
-                f"{ray.__version__}; install the same version on both sides"
+                f"the cluster at {self.address} runs Ray {theirs}, this is {ray.__version__}; "
+                "install the same version on both sides"
             )
 
-    def running(self, label: str) -> list[str]:
-        """Submissions of a run that have not ended, by id."""
-        return [
-            job.submission_id
-            for job in self._client.list_jobs()
-            if _belongs(job.submission_id, label) and job.status not in ENDED
-        ]
-
-    def submit(self, job_text: str, label: str) -> str:
-        """Hand in a job; returns its id, the label with a number of its own.
+    def running(self, run: str) -> list[str]:
+        """Submissions of the run at a URL that have not ended, by id.
 
         Raises:
-            WorkerError: the cluster refused.
+            WorkerError: the cluster is gone.
         """
-        taken = [job.submission_id for job in self._client.list_jobs()]
-        number = 1 + sum(_belongs(name, label) for name in taken)
-        while f"{label}--{number}" in taken:
-            number += 1
+        return [
+            job.submission_id
+            for job in self._ask(self._client.list_jobs)
+            if job.submission_id is not None
+            and (job.metadata or {}).get(RUN) == run
+            and job.status not in ENDED
+        ]
+
+    def submit(self, job_text: str, run: str, label: str) -> str:
+        """Hand in a job; returns its id, the label with a number of its own.
+
+        Args:
+            job_text: the job file.
+            run: URL of its run.
+            label: a name for people, from the last part of the URL.
+
+        Raises:
+            WorkerError: the cluster refused, or is gone.
+        """
+        taken = {job.submission_id for job in self._ask(self._client.list_jobs)}
+        number = next(n for n in itertools.count(1) if f"{label}--{n}" not in taken)
         with tempfile.TemporaryDirectory(prefix="dist_tl-submit-") as folder:
             (Path(folder) / JOB_FILE).write_text(job_text)
             try:
-                return self._client.submit_job(
-                    entrypoint=ENTRYPOINT,
-                    submission_id=f"{label}--{number}",
-                    runtime_env={"working_dir": folder},
-                    metadata={"dist-tl/run": label},
+                return self._ask(
+                    lambda: self._client.submit_job(
+                        entrypoint=ENTRYPOINT,
+                        submission_id=f"{label}--{number}",
+                        runtime_env={"working_dir": folder},
+                        metadata={RUN: run},
+                    )
                 )
-            except (RuntimeError, ValueError) as error:
+            except ValueError as error:
                 raise WorkerError(f"the cluster refused the job: {redact(str(error))}") from None
 
     def follow(self, name: str, *, on_line: Callable[[str], None]) -> int:
         """Show the job's log until it ends; returns its exit code.
 
         Raises:
-            WorkerError: the cluster is gone.
+            WorkerError: the cluster does not know the job, or stays away.
         """
-        shown = 0
+        shown, seen = 0, time.monotonic()
         while True:
-            about = self._ask(lambda: self._client.get_job_info(name))
-            log = self._ask(lambda: self._client.get_job_logs(name))
+            try:
+                about = self._ask(lambda: self._client.get_job_info(name))
+                log = self._ask(lambda: self._client.get_job_logs(name))
+            except _OutOfReach:
+                if time.monotonic() - seen > PATIENCE_S:
+                    raise
+                time.sleep(POLL_S)
+                continue
+            seen = time.monotonic()
             # The last line may still be written to.
             lines = log.splitlines()
             whole = len(lines) if about.status in ENDED or log.endswith("\n") else len(lines) - 1
@@ -140,12 +171,16 @@ class RayJobs:
         while self._ask(lambda: self._client.get_job_status(name)) not in ENDED:
             time.sleep(POLL_S)
 
-    def _ask(self, question: Callable[[], Any]) -> Any:
+    def _ask(self, question: Callable[[], Answer]) -> Answer:
         try:
             return question()
-        except (RuntimeError, ConnectionError) as error:
+        except OSError as error:  # those of the HTTP library are
+            raise _OutOfReach(
+                f"the cluster at {self.address} gave no answer: {redact(str(error))[:300]}"
+            ) from None
+        except (RuntimeError, ray.exceptions.RayError) as error:
             raise WorkerError(
-                f"the cluster at {redact(self.address)} gave no answer: {redact(str(error))[:300]}"
+                f"the cluster at {self.address} refused: {redact(str(error))[:300]}"
             ) from None
 
 
@@ -160,10 +195,6 @@ def _connected(address: str) -> JobSubmissionClient:
                 "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's own"
             ) from None
         raise ConfigError(f"{redact(address)} is no Ray dashboard: {text[:300]}") from None
-
-
-def _belongs(name: str | None, label: str) -> bool:
-    return name is not None and name.rpartition("--")[0] == label
 
 
 def _exit_code(about: Any) -> int:

@@ -17,6 +17,7 @@ from dist_tl.cluster.roles import actor_options
 from dist_tl.config import StrictModel, fingerprint
 from dist_tl.errors import CheckpointMismatchError
 from dist_tl.storage import layout
+from dist_tl.storage.attempts import Attempt
 from dist_tl.storage.objects import ObjectStore
 
 Asked = TypeVar("Asked", bound=StrictModel)
@@ -32,6 +33,7 @@ def run_tasks(
     *,
     config: TrialsConfig,
     roles: bool = False,
+    attempt: int = 0,
     on_poll: Callable[[], None] = lambda: None,
     on_done: OnDone = lambda done, total, name: None,
 ) -> list[Answer]:
@@ -41,6 +43,7 @@ def run_tasks(
 
     Args:
         work: a module-level function; a task's own named errors reach the caller.
+        attempt: the start of the run; no answer is stored after a later one. 0 does not look.
         roles: whether the cluster's nodes have roles; tasks run on those of trainers.
         on_done: told tasks done, tasks in all, and the name of the last.
 
@@ -54,10 +57,12 @@ def run_tasks(
     done = sum(value is not None for value in found.values())
     options = actor_options("trainers", enabled=roles, cpus=config.cpus, gpus=config.gpus)
     remote = ray.remote(_run_one).options(**options, max_retries=config.max_retries)
+
+    def start(task: Task[Asked]) -> ray.ObjectRef:
+        return remote.remote(work, task, store.url, attempt, config.gpus > 0)
+
     room = max(1, int(4 * ray.cluster_resources().get("CPU", 1) / config.cpus))
-    running = {
-        remote.remote(work, task, store.url, config.gpus > 0): task for task in _take(missing, room)
-    }
+    running = {start(task): task for task in _take(missing, room)}
     while running:
         ready, _ = ray.wait(list(running), timeout=0.2)
         on_poll()
@@ -67,7 +72,7 @@ def run_tasks(
             done += 1
             on_done(done, len(tasks), task.name)
             for following in _take(missing, 1):
-                running[remote.remote(work, following, store.url, config.gpus > 0)] = following
+                running[start(following)] = following
     return [found[task.name] for task in tasks]
 
 
@@ -104,13 +109,19 @@ def _take(tasks: Iterator[Task[Asked]], count: int) -> list[Task[Asked]]:
 
 
 def _run_one(
-    work: Callable[[Asked, ObjectStore], Answer], task: Task[Asked], store_url: str, gpu: bool
+    work: Callable[[Asked, ObjectStore], Answer],
+    task: Task[Asked],
+    store_url: str,
+    attempt: int,
+    gpu: bool,
 ) -> str:
     if not gpu:
         # One thread a task: more would change the rounding, and only wait for each other.
         torch.set_num_threads(1)
     store = ObjectStore(store_url)
     answer = work(task.asked, store).model_dump_json()
+    if attempt:
+        Attempt(store, attempt).check()
     stored = StoredAnswer(asked=_fingerprint(task), answer=answer)
     store.write(layout.result_key(task.name), stored.model_dump_json().encode())
     return answer

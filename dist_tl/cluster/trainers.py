@@ -185,14 +185,14 @@ def _reporter(
     sources = [rows for rows in (spec.labelled, spec.unlabelled) if isinstance(rows, ShardPlan)]
     source = sources[0].stage if sources else None
 
-    last_step, last_time = 0, time.monotonic()
+    last: tuple[int, float] | None = None  # the first report may be of any step: a resumed one
 
     def report(step: int, loss: float, position: int | None) -> None:
-        nonlocal last_step, last_time
+        nonlocal last
         now = time.monotonic()
-        if metrics is not None and step > last_step:
-            metrics.stepped(spec.name, (now - last_time) / (step - last_step))
-            last_step, last_time = step, now
+        if metrics is not None and last is not None and step > last[0]:
+            metrics.stepped(spec.name, (now - last[1]) / (step - last[0]))
+        last = step, now
         mailbox.progress.remote(spec.name, rank, step, loss, source, position)
 
     return report

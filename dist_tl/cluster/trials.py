@@ -8,6 +8,7 @@ import torch
 from dist_tl.cluster.config import TrialsConfig
 from dist_tl.cluster.outcomes import collect
 from dist_tl.cluster.roles import actor_options
+from dist_tl.storage.attempts import Attempt
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.engine import join_group
 from dist_tl.train.spec import StageResult, StageSpec
@@ -17,10 +18,12 @@ from dist_tl.train.stage import run_stage
 class Trials:
     """Trials that have been started; collect them with :meth:`results`."""
 
-    def __init__(self, config: TrialsConfig, store_url: str, *, roles: bool = False) -> None:
+    def __init__(
+        self, config: TrialsConfig, store_url: str, *, roles: bool = False, attempt: int = 0
+    ) -> None:
         options = actor_options("trainers", enabled=roles, cpus=config.cpus, gpus=config.gpus)
         remote = ray.remote(_run_alone).options(**options, max_retries=config.max_retries)
-        self._start = lambda specs: remote.remote(specs, store_url, config.gpus > 0)
+        self._start = lambda specs: remote.remote(specs, store_url, attempt, config.gpus > 0)
 
     def start(self, specs: Sequence[StageSpec]) -> ray.ObjectRef:
         """Start a few stages, one after another in one worker; returns the ticket."""
@@ -40,10 +43,13 @@ class Trials:
         return collect(ticket, "a trial")
 
 
-def _run_alone(specs: list[StageSpec], store_url: str, use_gpu: bool) -> list[StageResult]:
+def _run_alone(
+    specs: list[StageSpec], store_url: str, number: int, use_gpu: bool
+) -> list[StageResult]:
     if not use_gpu:
         torch.set_num_threads(1)
     torch.backends.cudnn.deterministic = True
     join_group(0, 1)
     store = ObjectStore(store_url)
-    return [run_stage(spec, store, rank=0, world_size=1) for spec in specs]
+    attempt = Attempt(store, number) if number else None
+    return [run_stage(spec, store, rank=0, world_size=1, attempt=attempt) for spec in specs]

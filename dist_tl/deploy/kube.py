@@ -3,6 +3,7 @@
 An attempt at a run is a RayJob; the job's file and the budgets belong to it and go with it.
 """
 
+import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ class Kube:
         if alive and not take_over:
             raise _alive(alive[-1], namespace)
         attempt = max(earlier, default=0) + 1
-        manifests = render(job, options, attempt=attempt)
+        manifests = render(job, options, attempt=attempt, submission=secrets.token_hex(8))
         for manifest in manifests:
             self._rehearse(manifest, namespace)
         self._check_named(options, namespace)
@@ -225,9 +226,9 @@ class Kube:
             )
 
     def _check_named(self, options: KubeOptions, namespace: str) -> None:
-        secrets = [("credentials", options.credentials)]
-        secrets += [("image_pull_secrets", name) for name in options.image_pull_secrets]
-        wanted = [(SECRETS, *secret, "make it: k8s/README.md, Namespace") for secret in secrets]
+        keys = [("credentials", options.credentials)]
+        keys += [("image_pull_secrets", name) for name in options.image_pull_secrets]
+        wanted = [(SECRETS, *key, "make it: k8s/README.md, Namespace") for key in keys]
         for key in ("head_account", "worker_account", "submitter_account"):
             wanted.append((ACCOUNTS, key, getattr(options, key), "kubectl apply -k k8s/base"))
         for resource, key, name, remedy in wanted:
@@ -328,17 +329,17 @@ class Kube:
             self._api.create(resource, namespace, manifest)
 
 
-def submit_and_follow(
+def follow_to_the_end(
     kube: Kube,
+    made: KubeJob,
     job: JobConfig,
     options: KubeOptions,
     *,
     max_attempts: int,
     on_line: Tell,
     on_state: Tell,
-    take_over: bool = False,
 ) -> int:
-    """Submit and follow; where the head is lost, submit again, `max_attempts` times in all.
+    """Follow a job just handed in; where its head is lost, submit again, `max_attempts` in all.
 
     Raises:
         ConfigError: as `Kube.submit`.
@@ -348,7 +349,6 @@ def submit_and_follow(
     """
     if max_attempts < 1:
         raise ConfigError(f"max_attempts: expected at least 1, got {max_attempts}")
-    made = kube.submit(job, options, take_over=take_over)
     for left in range(max_attempts - 1, -1, -1):
         on_state(f"submitted {made.name} to namespace {made.namespace}")
         try:

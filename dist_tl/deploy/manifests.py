@@ -83,16 +83,27 @@ def job_name(job: JobConfig, attempt: int = 1) -> str:
     return label if attempt == 1 else f"{label}--{attempt}"
 
 
-def render(job: JobConfig, options: KubeOptions, *, attempt: int = 1) -> list[Manifest]:
+def render(
+    job: JobConfig, options: KubeOptions, *, attempt: int = 1, submission: str | None = None
+) -> list[Manifest]:
     """A ConfigMap with the job, its RayJob, and budgets that keep head and trainers alive.
+
+    Args:
+        attempt: counts the RayJobs of the run; part of their names.
+        submission: a word that no other RayJob has, by which the run knows its retries.
 
     Raises:
         ConfigError: the job cannot work over several pods, or KubeRay would refuse it.
     """
     _check_store(job)
     _check_shared_memory(job, options)
+    _check_resources(job)
     context = PodContext(
-        run_label(job), job_name(job, attempt), options, job.session.object_store_mb
+        run_label(job),
+        job_name(job, attempt),
+        options,
+        job.session.object_store_mb,
+        submission,
     )
     groups = worker_groups(job, options)
     manifests = [
@@ -244,11 +255,19 @@ def _check_store(job: JobConfig) -> None:
             f"store: {job.store} and run: {redact(job.run)}; e.g. "
             "run=s3://bucket/runs/birds store=direct"
         )
+    check_no_secret(job)
+
+
+def check_no_secret(job: JobConfig) -> None:
+    """A job is stored where everybody with access to the cluster can read it.
+
+    Raises:
+        ConfigError: it holds a secret.
+    """
     _check_no_secret(job.model_dump(mode="json"), "")
 
 
 def _check_no_secret(value: Any, path: str) -> None:
-    """The job is stored where everybody with access to the namespace can read it."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             _check_no_secret(inner, f"{path}.{key}" if path else str(key))
@@ -259,6 +278,16 @@ def _check_no_secret(value: Any, path: str) -> None:
         raise ConfigError(
             f"{path}: expected no secret in a job, got {redact(value)}; put it into a Secret and "
             "name that in the options: credentials"
+        )
+
+
+def _check_resources(job: JobConfig) -> None:
+    experts = getattr(job, "experts", None)
+    if experts is not None and experts.resources:
+        raise ConfigError(
+            "experts.resources: expected none on Kubernetes, whose pods offer no Ray resource but "
+            f"their role's, got {', '.join(experts.resources)}; choose nodes with experts: in the "
+            "options"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from dist_tl.deploy.groups import WorkerGroup
 from dist_tl.deploy.options import KubeOptions, PlaceOptions, Toleration
+from dist_tl.storage.attempts import SUBMISSION
 
 JOB_FOLDER = "/etc/dist_tl"
 HOME = "/home/dist_tl"
@@ -37,12 +38,14 @@ class PodContext:
         name: of the RayJob, and of the ConfigMap with its job file.
         options: how jobs run on this cluster.
         object_store_mb: Ray's shared memory in every pod.
+        submission: a word of its own, so that its retries can be told from later submissions.
     """
 
     run: str
     name: str
     options: KubeOptions
     object_store_mb: int
+    submission: str | None = None
 
 
 def selector(context: PodContext, component: str) -> dict[str, str]:
@@ -102,6 +105,8 @@ def head_template(context: PodContext, *, has_job: bool) -> dict[str, Any]:
     container = _ray_container(context, "ray-head", _size(head, _number(head.cpus)))
     container["ports"] = [{"name": k, "containerPort": v} for k, v in PORTS.items()]
     spec = _spec(context, head, head.tolerations, head.shm_gb, options.head_account)
+    if context.submission is not None:
+        container["env"].append({"name": SUBMISSION, "value": context.submission})
     if has_job:
         job = {"name": "job", "mountPath": JOB_FOLDER, "readOnly": True}
         container["volumeMounts"].append(job)

@@ -84,7 +84,7 @@ def run_geometric_labels(
     """
     plan = GeometryPlan(job)
     with open_workers(job, attempt, progress, trials=job.trials) as workers:
-        phases = Phases(job.trials, attempt.store, progress, workers.session)
+        phases = Phases(job.trials, attempt, progress, workers.session)
         run = _Run(plan, attempt.store, workers, phases)
         run.features()
         num_anchors = run.anchors()

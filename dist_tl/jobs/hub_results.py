@@ -206,9 +206,13 @@ def _cost_table(outcome: HubOutcome) -> Table:
         title="What an answer costs",
         header=("arm", "million multiply-adds an image", "microseconds an image"),
         rows=tuple(rows),
-        note="Counted while running; time on one thread in batches of 256, the fastest of five "
-        "passes over the test split.",
+        note=f"Counted while running; time {_timed_on(outcome)} in batches of 256, the fastest of "
+        "five passes over the test split.",
     )
+
+
+def _timed_on(outcome: HubOutcome) -> str:
+    return "on a GPU" if outcome.plan.job.trials.gpus else "on one thread"
 
 
 def _cost_chart(outcome: HubOutcome, scores: tuple[Score, ...]) -> Chart:

@@ -32,9 +32,10 @@ class Phases:
     """
 
     def __init__(
-        self, config: TrialsConfig, store: ObjectStore, progress: Progress, session: RaySession
+        self, config: TrialsConfig, attempt: Attempt, progress: Progress, session: RaySession
     ) -> None:
-        self._config, self._store, self._progress = config, store, progress
+        self._config, self._store, self._progress = config, attempt.store, progress
+        self._attempt = attempt.number
         self._session = session
         self.records: list[StageRecord] = []
 
@@ -49,7 +50,9 @@ class Phases:
         Raises:
             DistTLError: the named error that a stage met.
         """
-        trials = Trials(self._config, self._store.url, roles=self._session.roles)
+        trials = Trials(
+            self._config, self._store.url, roles=self._session.roles, attempt=self._attempt
+        )
         tickets = [trials.start([spec]) for spec in specs]
         results = []
         for done, (spec, ticket) in enumerate(zip(specs, tickets, strict=True)):
@@ -84,6 +87,7 @@ class Phases:
             self._store,
             config=self._config,
             roles=self._session.roles,
+            attempt=self._attempt,
             on_poll=self._session.check,
             on_done=lambda done, total, task: self._progress.update(name, done, total, task),
         )
@@ -107,4 +111,4 @@ def open_phases(
     """Start Ray for a job of phases."""
     progress.say("starting Ray")
     with RaySession(job.session, watch=attempt.poll) as session:
-        yield Phases(config, attempt.store, progress, session)
+        yield Phases(config, attempt, progress, session)

@@ -17,7 +17,7 @@ from dist_tl.shards.reader import read_shard
 from dist_tl.storage.attempts import Attempt
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.telemetry import Progress
-from dist_tl.train.hub_model import HubFile, read_description
+from dist_tl.train.hub_model import HubFile, check_hub, hub_fingerprint
 from dist_tl.train.rows import RowsSpec
 
 STAGE = "predictions"
@@ -67,7 +67,7 @@ def check_predict(job: PredictJob, store: ObjectStore) -> tuple[HubFile, ShardPl
     Raises:
         ConfigError: there is no such hub or input, or they do not fit.
     """
-    about = read_description(store, job.model)
+    about = check_hub(store, job.model)
     source = job_input(job)
     shape = tuple(input_shape(source))
     if shape != tuple(about.image_shape):
@@ -96,7 +96,7 @@ def check_predict(job: PredictJob, store: ObjectStore) -> tuple[HubFile, ShardPl
             "purpose": STAGE,
             "format": "npy",
             "fingerprint": fingerprint(
-                [job.model, about.model_dump(mode="json"), source.model_dump(mode="json")]
+                [hub_fingerprint(store, job.model), source.model_dump(mode="json")]
             ),
         }
     )
@@ -106,7 +106,8 @@ def check_predict(job: PredictJob, store: ObjectStore) -> tuple[HubFile, ShardPl
 def job_input(job: PredictJob) -> StageInput | RowsInput:
     """Where the samples are."""
     if job.shards is not None:
-        return job.shards
+        # Actors have working folders of their own: a path is made absolute here.
+        return job.shards.model_copy(update={"run": ObjectStore(job.shards.run).url})
     assert job.data is not None, "the job has one of both"
     return RowsInput(rows=RowsSpec(data=job.data), samples_per_shard=job.samples_per_shard)
 
@@ -132,6 +133,7 @@ def run_predict(job: PredictJob, attempt: Attempt, progress: Progress) -> Predic
             about.experts,
             degrade=job.degrade,
             roles=job.session.roles,
+            attempt=attempt.number,
         )
         with pool:
             pool.answer(

@@ -34,8 +34,12 @@ KINDS: dict[str, type[Job]] = {
     "geometric_labels": GeometricLabelsJob,
 }
 
-# What may change between two starts of one run: it decides how fast results come, not which.
-MAY_CHANGE = ("generators", "experts", "trials", "session", "checkpoints", "trainers", "store")
+# What may change between two starts of one run: it decides how fast results come, not which; but
+# for `degrade`, whose effects are marked sample by sample.
+MAY_CHANGE = (
+    *("generators", "experts", "degrade", "trials"),
+    *("session", "checkpoints", "trainers", "store"),
+)
 
 
 def read_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:

@@ -1,12 +1,14 @@
 """How far a run is, from its store alone: so it works from anywhere, whatever runs the job."""
 
 import time
+from typing import Any
 
 from pydantic import Field
 
 from dist_tl.cluster.scaling import Bounds, read_scale
 from dist_tl.config import StrictModel
 from dist_tl.errors import ConfigError
+from dist_tl.jobs.source_plan import PHASE
 from dist_tl.shards.manifest import read_manifest
 from dist_tl.storage import layout
 from dist_tl.storage.attempts import latest_attempt
@@ -41,24 +43,45 @@ def run_status(store: ObjectStore) -> RunStatus:
     Raises:
         ConfigError: there is no run at this place.
     """
-    if not store.exists(layout.JOB):
-        raise ConfigError(
-            f"{store.url} holds no run (no {layout.JOB}); check the URL, and that the job has begun"
-        )
-    job = store.read_json(layout.JOB)["job"]
+    job = _job_of(store)
     number = latest_attempt(store)
     start = store.read_json(layout.attempt_key(number)) if number else {}
     scale = read_scale(store)
     return RunStatus(
         run=store.url,
         kind=job["kind"],
-        state="done" if store.exists(layout.RESULTS) else "unfinished",
+        state="done" if _is_done(store, job["kind"]) else "unfinished",
         attempts=number,
         last_started=start.get("started"),
         last_host=start.get("host"),
         generators=scale.generators if scale else None,
         stages=tuple(_stages(store)),
     )
+
+
+def check_has_generators(store: ObjectStore) -> None:
+    """That there is a pool to scale.
+
+    Raises:
+        ConfigError: there is no run at this place, or it draws no pseudo-samples.
+    """
+    job = _job_of(store)
+    if job.get("generators") is None:
+        raise ConfigError(f"{store.url} is of kind {job['kind']} and has no generators to scale")
+
+
+def _job_of(store: ObjectStore) -> dict[str, Any]:
+    if not store.exists(layout.JOB):
+        raise ConfigError(
+            f"{store.url} holds no run (no {layout.JOB}); check the URL, and that the job has begun"
+        )
+    return dict(store.read_json(layout.JOB)["job"])
+
+
+def _is_done(store: ObjectStore, kind: str) -> bool:
+    if kind == "source":  # it makes models, no results
+        return store.exists(layout.result_key(PHASE))
+    return store.exists(layout.RESULTS)
 
 
 def _stages(store: ObjectStore) -> list[StageStatus]:

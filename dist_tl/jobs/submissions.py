@@ -18,7 +18,7 @@ class Submission(StrictModel):
     name: str = Field(description="Of the job: its id, or the RayJob's name.")
     address: str | None = Field(None, description="Of Ray's dashboard.")
     namespace: str | None = Field(None, description="Of the RayJob.")
-    attempt: int = Field(1, ge=1)
+    generators_per_pod: int = Field(1, ge=1, description="On Kubernetes.")
     submitted: float = Field(default_factory=time.time, description="Unix time.")
 
 

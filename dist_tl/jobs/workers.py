@@ -34,6 +34,7 @@ class Workers:
     pool: GeneratorPool
     trials: Trials
     trials_config: TrialsConfig
+    attempt: int
     progress: Progress
     session: RaySession
     generation: list[StageProgress] = field(default_factory=list)
@@ -96,6 +97,7 @@ class Workers:
             self.store,
             config=self.trials_config,
             roles=self.session.roles,
+            attempt=self.attempt,
             on_poll=self._check,
             on_done=lambda done, total, task: self.progress.update(name, done, total, task),
         )
@@ -164,8 +166,9 @@ def open_workers(
             store=store,
             trainers=trainers,
             pool=pool,
-            trials=Trials(trials or TrialsConfig(), store.url, roles=roles),
+            trials=Trials(trials or TrialsConfig(), store.url, roles=roles, attempt=attempt.number),
             trials_config=trials or TrialsConfig(),
+            attempt=attempt.number,
             progress=progress,
             session=session,
         )

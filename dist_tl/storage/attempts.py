@@ -5,16 +5,20 @@ reads it back: so two starts never share a number, even in a store that ignores 
 an attempt commits carries its number, and nothing is committed once a later number exists.
 """
 
+import contextlib
+import os
 import secrets
 import socket
 import time
 from typing import Any
 
-from dist_tl.errors import SupersededError
+from dist_tl.errors import StorageError, SupersededError
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
 
 LOOK_EVERY_S = 5.0
+# A word that all tries of one RayJob share: none of them wins back a run that was taken over.
+SUBMISSION = "DIST_TL_SUBMISSION"
 SETTLE_S = 0.2  # longer than a second writer needs between looking and writing
 
 
@@ -47,9 +51,10 @@ class Attempt:
             )
 
     def poll(self) -> None:
-        """The same, looking every few seconds only: for use in a loop."""
+        """The same, looking every few seconds only, and not minding a store that is away."""
         if time.monotonic() - self._looked_at > LOOK_EVERY_S:
-            self.check()
+            with contextlib.suppress(StorageError):
+                self.check()
 
 
 def latest_attempt(store: ObjectStore) -> int:
@@ -63,12 +68,30 @@ def begin_attempt(store: ObjectStore) -> Attempt:
 
     Raises:
         StorageError: the store refused.
+        SupersededError: this is a new try of a submission that has lost the run to a later one.
     """
-    mine = {"word": secrets.token_hex(8), "host": socket.gethostname(), "started": time.time()}
+    mine = {
+        "word": secrets.token_hex(8),
+        "host": socket.gethostname(),
+        "started": time.time(),
+        "submission": os.environ.get(SUBMISSION, ""),
+    }
     number = latest_attempt(store) + 1
+    if mine["submission"]:
+        _check_not_taken_over(store, mine["submission"], number)
     while not _taken(store, number, mine):
         number += 1
     return Attempt(store, number)
+
+
+def _check_not_taken_over(store: ObjectStore, submission: str, number: int) -> None:
+    earlier = [store.read_json(layout.attempt_key(n)) for n in range(1, number)]
+    submissions = [start.get("submission", "") for start in earlier]
+    if submission in submissions and submissions[-1] != submission:
+        raise SupersededError(
+            f"attempt {number - 1} at this run was started on {earlier[-1].get('host')} and took "
+            "it over from this submission, which tries again in vain; delete this one"
+        )
 
 
 def _taken(store: ObjectStore, number: int, mine: dict[str, Any]) -> bool:

@@ -27,14 +27,31 @@ def read_named_files(store: ObjectStore, place: str, names: Sequence[str]) -> di
     Raises:
         ConfigError: a file is missing.
     """
-    folder = store
-    if place != ".":
-        folder = store.child(place) if _is_key(place) else ObjectStore(place)
+    folder = _folder(store, place)
     found = {name: folder.read_or_none(name) for name in names}
-    missing = [name for name, data in found.items() if data is None]
+    _require(folder, [name for name, data in found.items() if data is None])
+    return {name: data for name, data in found.items() if data is not None}
+
+
+def check_model_files(store: ObjectStore, place: str) -> None:
+    """That the two files of a network are there, without reading them.
+
+    Raises:
+        ConfigError: a file is missing.
+    """
+    folder = _folder(store, place)
+    _require(folder, [name for name in FILES if not folder.exists(name)])
+
+
+def _folder(store: ObjectStore, place: str) -> ObjectStore:
+    if place == ".":
+        return store
+    return store.child(place) if _is_key(place) else ObjectStore(place)
+
+
+def _require(folder: ObjectStore, missing: Sequence[str]) -> None:
     if missing:
         raise ConfigError(f"no model at {folder.url}: {' and '.join(missing)} not found there")
-    return {name: data for name, data in found.items() if data is not None}
 
 
 def _is_key(place: str) -> bool:

@@ -26,7 +26,12 @@ from dist_tl.models.networks import (
     replace_head,
 )
 from dist_tl.seeds import torch_rng
-from dist_tl.storage.model_files import read_model_files, read_named_files
+from dist_tl.storage.model_files import (
+    check_model_files,
+    files_fingerprint,
+    read_model_files,
+    read_named_files,
+)
 from dist_tl.storage.objects import ObjectStore
 
 HUB, HUB_TENSORS = "hub.json", "hub.safetensors"
@@ -247,6 +252,31 @@ def read_description(store: ObjectStore, place: str) -> HubFile:
         return HubFile.model_validate_json(data)
     except ValueError as error:
         raise ConfigError(f"{place}/{HUB} is damaged, or of another version: {error}") from None
+
+
+def check_hub(store: ObjectStore, place: str) -> HubFile:
+    """What a stored hub consists of, all files being there; reads none of the weights.
+
+    Raises:
+        ConfigError: there is no hub at `place`, or files of it are missing.
+    """
+    about = read_description(store, place)
+    parts = [f"experts/{name}" for name in about.experts]
+    parts += ["router"] if about.routes.by == "input" else []
+    for part in parts:
+        check_model_files(store, _below(place, part))
+    return about
+
+
+def hub_fingerprint(store: ObjectStore, place: str) -> str:
+    """16 hexadecimal digits that another hub at the same place would not have.
+
+    From what it consists of and its aggregator, which no two trainings share: cheap for any size.
+
+    Raises:
+        ConfigError: files are missing.
+    """
+    return files_fingerprint(read_named_files(store, place, [HUB, HUB_TENSORS]))
 
 
 def load_expert(store: ObjectStore, place: str, name: str) -> Network:

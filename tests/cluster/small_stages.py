@@ -133,10 +133,12 @@ class RayOfThreads:
         self.most = max(self.most, self.alive)
         thread = ThreadPoolExecutor(1)
         fulfil = SimpleNamespace(remote=lambda *args: thread.submit(instance.fulfil, *args))
-        return SimpleNamespace(fulfil=fulfil)
+        ready = SimpleNamespace(remote=lambda: thread.submit(bool))
+        return SimpleNamespace(fulfil=fulfil, __ray_ready__=ready)
 
-    def wait(self, tickets, timeout):
-        return [list(found) for found in wait(tickets, timeout, "FIRST_COMPLETED")]
+    def wait(self, tickets, timeout, num_returns=1):
+        enough = "FIRST_COMPLETED" if num_returns == 1 else "ALL_COMPLETED"
+        return [list(found) for found in wait(tickets, timeout, enough)]
 
     def get(self, ticket):
         return ticket.result()

@@ -88,6 +88,7 @@ def process_of(actor):
 def test_a_killed_expert_is_restarted_and_nothing_is_lost_or_doubled(stored):
     store, hub, plan = stored
     with pool(store) as experts:
+        experts.wait_until_up()
         victim = experts.replicas[1].actors[0]
         first = process_of(victim)
         killed = []
@@ -150,10 +151,17 @@ def test_with_degrade_it_is_left_out_and_the_samples_that_miss_it_are_marked(sto
 def test_too_few_experts_left_are_a_named_error_even_with_degrade(stored):
     store, _, plan = stored
     with pool(store, degrade=True, max_restarts=0) as experts:
+        experts.wait_until_up()
         for index in (0, 2):
             ray.kill(experts.replicas[index].actors[0], no_restart=True)
         with pytest.raises(WorkerError, match="1 experts are left, 2 are needed"):
             experts.answer(SOURCE, plan)
+
+
+def await_new(experts):
+    """Small shards would be answered before a new replica is up."""
+    new = [ticket for replicas in experts.replicas for ticket in replicas.starting]
+    ray.wait([*new, ray.put(None)], num_returns=len(new) + 1, timeout=60)
 
 
 def test_replicas_follow_the_load(store):
@@ -164,9 +172,46 @@ def test_replicas_follow_the_load(store):
     store_hub(store, hub)
     plan = predictions(store)
     with pool(store, max=3) as experts:
-        experts.answer(SOURCE, plan)
+        experts.answer(SOURCE, plan, on_done=lambda done, total: await_new(experts))
         assert [replicas.most for replicas in experts.replicas] == [1, 1, 3]
         assert [replicas.pairs for replicas in experts.replicas] == [0, 0, ROWS]
+
+
+def test_replicas_that_find_no_room_are_not_waited_for(stored):
+    """The cluster has 8 CPUs: of 2 routers and 3 x 4 replicas of 1.5 each, some never start."""
+    store, hub, plan = stored
+    with pool(store, max=4, routers=2, cpus=1.5, timeout_s=30) as experts:
+        experts.answer(SOURCE, plan)
+        assert not experts.lost
+        assert sum(replicas.most for replicas in experts.replicas) <= 4
+    assert torch.allclose(logits_of(answers(store, plan)), whole(hub).logits_BC, atol=1e-5)
+
+
+def test_an_expert_without_room_is_named_before_anything_is_answered(stored):
+    store, _, plan = stored
+    nowhere = {"second": {"no_such_node": 1}}
+    named = r"second stayed away \(not up after 3 s.*room"
+    with (
+        pytest.raises(WorkerError, match=named),
+        pool(store, resources=nowhere, timeout_s=3) as experts,
+    ):
+        experts.answer(SOURCE, plan)
+    assert not store.list("stages/predictions/entries")
+
+
+def test_while_the_load_swings_nothing_is_asked_of_a_replica_that_went(stored):
+    store, hub, plan = stored
+    with pool(store, max=3, routers=2, cpus=0.25, batch_size=2, timeout_s=30) as experts:
+
+        def swing(done, total):
+            await_new(experts)
+            for index, replicas in enumerate(experts.replicas):
+                replicas.load = 1.0 if index == done % len(NAMES) else 0.1
+
+        experts.answer(SOURCE, plan, on_done=swing)
+        assert not experts.lost
+        assert max(replicas.most for replicas in experts.replicas) > 1
+    assert torch.allclose(logits_of(answers(store, plan)), whole(hub).logits_BC, atol=1e-5)
 
 
 @pytest.fixture
@@ -205,6 +250,7 @@ def test_over_two_nodes_a_killed_expert_changes_nothing(stored):
     store, hub, plan = stored
     resources = {"second": {"second_node": 1}, "third": {"second_node": 1}}
     with pool(store, resources=resources) as experts:
+        experts.wait_until_up()
         nodes = [
             ray.get(replicas.actors[0].__ray_call__.remote(_node_of))
             for replicas in experts.replicas

@@ -11,9 +11,10 @@ from stand_in_api import NAMESPACE, TOKEN, StandInApi, until
 pytest.importorskip("kubernetes", reason="pip install 'dist_tl[kube]'")
 
 from dist_tl.deploy import kube_follow
-from dist_tl.deploy.kube import Kube, KubeJob, connect, submit_and_follow
+from dist_tl.deploy.kube import Kube, KubeJob, connect, follow_to_the_end
 from dist_tl.deploy.kube_api import load_api
 from dist_tl.errors import ConfigError, HeadLost, JobDeleted, WorkerError
+from dist_tl.storage.attempts import SUBMISSION
 
 FAILED = "Job entrypoint command failed with exit code {}, last available logs:\n exit code 7"
 LOST = {"reason": "JobStatusCheckTimeoutExceeded", "message": "timed out"}
@@ -196,6 +197,11 @@ def test_a_lost_head_is_told_apart_and_does_not_wait_for_its_log(api, kube, told
     assert told.lines == ["last words"]
 
 
+def hand_in_and_follow(kube, job, options, told, *, attempts):
+    made = kube.submit(job, options)
+    return follow_to_the_end(kube, made, job, options, max_attempts=attempts, **told.callbacks)
+
+
 def test_a_lost_head_is_followed_by_the_next_attempt(api, kube, told, job_of, options):
     api.deletion_s = 0.05
     found_clusters = []
@@ -208,7 +214,7 @@ def test_a_lost_head_is_followed_by_the_next_attempt(api, kube, told, job_of, op
             runs_and_ends(api)(name)
 
     api.on_ray_job = play
-    code = submit_and_follow(kube, job_of("digits"), options(), max_attempts=3, **told.callbacks)
+    code = hand_in_and_follow(kube, job_of("digits"), options(), told, attempts=3)
     assert code == 0
     assert api.names("rayjobs") == ["digits", "digits--2"]
     assert api.names("configmaps") == ["digits", "digits--2"]
@@ -221,10 +227,11 @@ def test_a_lost_head_is_followed_by_the_next_attempt(api, kube, told, job_of, op
 def test_attempts_run_out(api, kube, told, job_of, options):
     api.on_ray_job = runs_and_ends(api, "Failed", "RUNNING", **LOST)
     with pytest.raises(HeadLost):
-        submit_and_follow(kube, job_of("digits"), options(), max_attempts=2, **told.callbacks)
+        hand_in_and_follow(kube, job_of("digits"), options(), told, attempts=2)
     assert api.names("rayjobs") == ["digits", "digits--2"]
+    made = KubeJob("science", "digits--2", 2)
     with pytest.raises(ConfigError, match="max_attempts"):
-        submit_and_follow(kube, job_of("digits"), options(), max_attempts=0, **told.callbacks)
+        follow_to_the_end(kube, made, job_of("digits"), options(), max_attempts=0, **told.callbacks)
 
 
 def test_a_job_that_was_stopped_is_not_started_again(api, kube, told, job_of, options):
@@ -237,8 +244,24 @@ def test_a_job_that_was_stopped_is_not_started_again(api, kube, told, job_of, op
 
     threading.Thread(target=stop).start()
     with pytest.raises(JobDeleted, match="deleted"):
-        submit_and_follow(kube, job_of("digits"), options(), max_attempts=3, **told.callbacks)
+        hand_in_and_follow(kube, job_of("digits"), options(), told, attempts=3)
     assert api.names("rayjobs") == api.names("configmaps") == []
+
+
+def submission_of(api, name):
+    head = api.get("rayjobs", name)["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"][
+        "containers"
+    ][0]
+    return {each["name"]: each["value"] for each in head["env"]}[SUBMISSION]
+
+
+def test_every_submission_has_a_word_that_its_retries_share(api, kube, job_of, options):
+    api.deletion_s = 0.05
+    kube.submit(job_of("digits"), options())
+    first = submission_of(api, "digits")
+    kube.stop(kube.find("s3://bucket/runs/digits"))
+    kube.submit(job_of("digits"), options())  # of the same name
+    assert submission_of(api, "digits") != first
 
 
 def test_a_living_attempt_is_refused(api, kube, job_of, options):

@@ -78,6 +78,13 @@ def test_a_predict_job_has_experts_and_no_budget_of_trainers(predict_job, option
     assert [m["metadata"]["name"] for m in budgets] == ["answers-head"]
 
 
+def test_places_for_single_experts_are_refused(predict_job, options):
+    """A pod of the group offers its role and nothing else: an expert would wait for ever."""
+    job = predict_job("experts.resources={big: {v100: 1}}")
+    with pytest.raises(ConfigError, match=r"experts.resources: expected none.*got big"):
+        render(job, options())
+
+
 def test_rendering_is_pure(job_of, options):
     job, asked = job_of("digits"), options()
     first, again = render(job, asked), render(job, asked)

@@ -48,14 +48,14 @@ class RayNodes:
         }
         self._folder = folder
         self._nodes = {}
-        self._gcs = f"127.0.0.1:{free_port()}"
+        self.gcs = f"127.0.0.1:{free_port()}"
         self.address = f"http://127.0.0.1:{free_port()}"
 
     def __enter__(self):
         self._start(
             "head",
             "--head",
-            f"--port={self._gcs.rpartition(':')[2]}",
+            f"--port={self.gcs.rpartition(':')[2]}",
             f"--dashboard-port={self.address.rpartition(':')[2]}",
             f"--ray-client-server-port={free_port()}",
             "--include-dashboard=true",
@@ -74,9 +74,7 @@ class RayNodes:
         """Start a node that offers one role; returns once the cluster knows it."""
         before = len(self.nodes())
         resources = json.dumps({role: 1000, name: 1})
-        self._start(
-            name, f"--address={self._gcs}", f"--num-cpus={cpus}", f"--resources={resources}"
-        )
+        self._start(name, f"--address={self.gcs}", f"--num-cpus={cpus}", f"--resources={resources}")
         self._wait(lambda: len(self.nodes()) > before, name)
 
     def kill(self, name):

@@ -6,7 +6,7 @@ import pytest
 
 from dist_tl.cluster.scaling import Bounds, Scale, write_scale
 from dist_tl.errors import ConfigError
-from dist_tl.jobs.status import age, run_status
+from dist_tl.jobs.status import age, check_has_generators, run_status
 from dist_tl.jobs.submissions import Submission, read_submission, write_submission
 from dist_tl.shards.manifest import StageManifest, open_stage
 from dist_tl.shards.order import ShardPlan
@@ -84,6 +84,20 @@ def test_stages_say_how_far_they_are(store):
     store.write(layout.RESULTS, b"{}")
     assert stages(store)["pp-shards"] == ("done", "4 of 4 shards")
     assert run_status(store).state == "done"
+
+
+def test_a_source_job_is_done_with_its_phase(store):
+    store.write_json(layout.JOB, {"job": {"kind": "source"}})
+    assert run_status(store).state == "unfinished"
+    store.write(layout.result_key("source"), b"{}")
+    assert run_status(store).state == "done"
+
+
+def test_only_runs_with_generators_are_scaled(store):
+    with pytest.raises(ConfigError, match="is of kind transfer and has no generators to scale"):
+        check_has_generators(store)
+    store.write_json(layout.JOB, {"job": {"kind": "transfer", "generators": {}}})
+    check_has_generators(store)
 
 
 def test_starts_and_sizes_are_told(store):

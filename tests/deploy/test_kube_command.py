@@ -1,0 +1,184 @@
+"""The command's verbs on Kubernetes, as somebody types them: real client, real S3, no cluster."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from stand_in_api import StandInApi, until
+
+pytest.importorskip("kubernetes", reason="pip install 'dist_tl[kube]'")
+
+from dist_tl import cli
+from dist_tl.deploy import kube as kube_module
+from dist_tl.storage import layout
+from dist_tl.storage.embedded import EmbeddedS3
+from dist_tl.storage.objects import ObjectStore
+
+pytestmark = pytest.mark.s3
+PRESETS = Path(__file__).parents[2] / "launch" / "presets"
+FAILED = "Job entrypoint command failed with exit code 3, last available logs:\n exit code 3"
+
+
+@pytest.fixture
+def api(monkeypatch, tmp_path):
+    server = StandInApi()
+    for name in ("dist-tl-head", "dist-tl-worker", "dist-tl-submitter"):
+        server.put("serviceaccounts", name)
+    monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "config")))
+    quick = {"poll_s": 0.02, "wait_s": 5.0}
+    monkeypatch.setattr(kube_module.Kube.__init__, "__kwdefaults__", quick)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory):
+    with (
+        EmbeddedS3(str(tmp_path_factory.mktemp("store"))) as server,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for key, value in server.environment().items():
+            patch.setenv(key, value)
+        yield server.url
+
+
+@pytest.fixture
+def options(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text("image: registry.example/dist-tl:1\ngenerators: {workers_per_pod: 2}\n")
+    return path
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["dist-tl", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        shown = capsys.readouterr()
+        return left.value.code or 0, shown.out, " ".join(shown.err.split())
+
+    monkeypatch.setattr(cli.console, "_width", 200)
+    monkeypatch.setattr(cli.errors, "_width", 200)
+    return run
+
+
+@pytest.fixture
+def submit(command, options):
+    def hand_in(run, *words):
+        where = (f"run={run}", "store=direct", "generators.min=1", "generators.max=2")
+        job = PRESETS / "digits.yaml"
+        return command("submit", job, "--kube", "--options", options, *words, *where)
+
+    return hand_in
+
+
+def begin(run):
+    """What a job leaves in its store as soon as it runs."""
+    ObjectStore(run).write_json(layout.JOB, {"job": {"kind": "transfer", "generators": {}}})
+
+
+def bounds(group):
+    return group["minReplicas"], group["maxReplicas"]
+
+
+def generators_of(api, name):
+    groups = api.get("rayclusters", f"{name}-abcde")["spec"]["workerGroupSpecs"]
+    return next(group for group in groups if group["groupName"] == "generators")
+
+
+def test_a_job_is_handed_in_scaled_watched_stopped_and_goes_on(api, bucket, command, submit):
+    run = f"{bucket}/birds"
+    api.deletion_s = 0.05
+    code, out, err = submit(run, "--detach")
+    assert (code, out) == (0, "")
+    assert "RayJob birds was handed in to namespace science" in err
+    api.start_cluster("birds")
+    api.set_status("birds", "Running", "RUNNING")
+    begin(run)
+    code, _, err = submit(run)
+    assert code == cli.BAD_INPUT
+    assert "birds (Running: RUNNING); stop it" in err
+
+    assert bounds(generators_of(api, "birds")) == (1, 1)
+    code, _, err = command("scale", run, "generators=3..5")
+    assert code == 0, err
+    assert bounds(generators_of(api, "birds")) == (2, 3), "pods of two workers each"
+
+    api.add_pod("birds", "trainers")
+    api.add_pod("birds", "submitter").say("step 1", "step 2")
+    code, _, err = command("status", run)
+    assert code == 0
+    assert "generators scaled to 3..5" in err
+    assert "kubernetes: birds Running RUNNING (" in err
+    assert "trainers 1 Running" in err
+    code, out, _ = command("logs", run)
+    assert (code, out.split("\n")[:2]) == (0, ["step 1", "step 2"])
+
+    code, _, err = command("stop", run)
+    assert code == 0, err
+    assert api.names("rayjobs") == []
+    code, _, err = command("status", run)
+    assert code == 0, "what the store says stands, whatever the cluster has forgotten"
+    assert "expected a RayJob" in err
+    code, out, _ = submit(run, "--dry-run")
+    [ray_job] = [m for m in yaml.safe_load_all(out) if m["kind"] == "RayJob"]
+    groups = ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert [bounds(g) for g in groups if g["groupName"] == "generators"] == [(2, 3)]
+
+
+def test_without_detach_it_is_followed_to_its_exit_code(api, bucket, submit):
+    def play(name):
+        api.start_cluster(name)
+        log = api.add_pod(name, "submitter")
+        log.say("one", "two")
+        log.close()
+        api.get("pods", f"{name}-submitter")["status"]["phase"] = "Failed"
+        api.set_status(name, "Failed", "FAILED", message=FAILED)
+
+    api.on_ray_job = play
+    code, out, err = submit(f"{bucket}/fish")
+    assert code == cli.FAILED
+    assert out.split("\n")[:2] == ["one", "two"]
+    assert "submitted fish to namespace science" in err
+    kept = json.loads(ObjectStore(f"{bucket}/fish").read(layout.SUBMISSION))
+    assert (kept["name"], kept["namespace"], kept["generators_per_pod"]) == ("fish", "science", 2)
+
+
+def test_what_the_cluster_refuses_leaves_no_word_in_the_run(api, bucket, submit):
+    api.forbidden.add(("create", "rayjobs"))
+    code, _, err = submit(f"{bucket}/mice")
+    assert code == cli.BAD_INPUT
+    assert "right to create rayjobs" in err
+    assert ObjectStore(f"{bucket}/mice").read_or_none(layout.SUBMISSION) is None
+
+
+def test_ctrl_c_leaves_the_job_running_and_says_so(api, bucket, submit, monkeypatch):
+    def interrupt(*_, **__):
+        until(lambda: api.names("rayjobs"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kube_module.Kube, "follow", interrupt)
+    code, _, err = submit(f"{bucket}/newts")
+    assert code == cli.INTERRUPTED
+    assert "the job goes on; see it with" in err
+    assert "stopped" not in err
+    assert api.names("rayjobs") == ["newts"]
+
+
+def test_a_store_out_of_reach_from_here_keeps_no_job_from_starting(
+    api, command, submit, monkeypatch
+):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
+    code, _, err = submit("s3://inside/eels", "--detach")
+    assert code == 0
+    assert "out of reach from here" in err
+    assert "add --kube" in err
+    api.start_cluster("eels")
+    code, _, err = command("status", "s3://inside/eels", "--kube")
+    assert "kubernetes: eels Running PENDING" in err
+    assert command("stop", "s3://inside/eels", "--kube")[0] == 0
