@@ -50,6 +50,10 @@ class SupersededError(WorkerError):
     """A later start of the same run has taken it over."""
 
 
+class WorkerLost(WorkerError):
+    """A worker died, or its node did; what it was asked for may be asked of another."""
+
+
 class HeadLost(WorkerError):
     """The head of a job's cluster died; another attempt goes on from the last COMMIT."""
 

@@ -34,7 +34,9 @@ class GeneratorsConfig(StrictModel):
     threads: int = Field(1, ge=1, description="Torch threads a worker; part of what fixes pixels.")
     window: int = Field(64, ge=1, description="Shards made ahead of the slowest reader at most.")
     low_backlog: int = Field(4, ge=0, description="Committed, unread shards below which to grow.")
-    max_restarts: int = Field(3, ge=0, description="Restarts of a worker before the job fails.")
+    max_restarts: int = Field(
+        3, ge=0, description="Workers lost over one shard, and made anew, before the job fails."
+    )
 
     @model_validator(mode="after")
     def _bounds_are_ordered(self) -> "GeneratorsConfig":

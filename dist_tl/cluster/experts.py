@@ -7,6 +7,7 @@ committed is never made twice.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ from dist_tl.cluster.inputs import RowsInput, StageInput
 from dist_tl.cluster.outcomes import collect
 from dist_tl.cluster.roles import actor_options
 from dist_tl.cluster.routers import AnswerSettings, RouterActor, ShardAnswer
-from dist_tl.errors import WorkerError
+from dist_tl.errors import WorkerError, WorkerLost
 from dist_tl.shards.manifest import committed_indices
 from dist_tl.shards.order import ShardPlan
 from dist_tl.storage.objects import ObjectStore
@@ -130,6 +131,7 @@ class ExpertPool:
         if todo:
             self.wait_until_up(on_poll)
         done, idle = plan.num_shards - len(todo), list(self._routers)
+        losses: Counter[int] = Counter()
         while todo or self._running:
             while todo and idle:
                 router, index = idle.pop(), todo.pop(0)
@@ -138,8 +140,17 @@ class ExpertPool:
             on_poll()
             for ticket in ready:
                 router, index = self._running.pop(ticket)
+                try:
+                    found = collect(ticket, f"the router of shard {index}")
+                except WorkerLost:
+                    losses[index] += 1
+                    if losses[index] > self._config.max_restarts:
+                        raise
+                    todo.insert(0, index)
+                    idle.append(self._replace(router))
+                    continue
                 idle.append(router)
-                self._take(collect(ticket, f"the router of shard {index}"))
+                self._take(found)
                 done += 1
                 on_done(done, plan.num_shards)
             if ready:
@@ -266,10 +277,14 @@ class ExpertPool:
         )
         return actor.remote(self._store.url, self._place, name, config.threads)
 
+    def _replace(self, router: ActorHandle) -> ActorHandle:
+        ray.kill(router)
+        self._routers[self._routers.index(router)] = fresh = self._new_router()
+        return fresh
+
     def _new_router(self) -> ActorHandle:
         config = self._config
         options = actor_options("experts", enabled=self._roles, cpus=config.router_cpus, gpus=0.0)
-        actor = ray.remote(RouterActor).options(
-            **options, max_restarts=config.max_restarts, max_task_retries=config.max_restarts
-        )
+        # A lost one is replaced by the pool, with its shard.
+        actor = ray.remote(RouterActor).options(**options, max_restarts=0, max_task_retries=0)
         return actor.remote(self._store.url, self._place, config.threads, self._attempt)

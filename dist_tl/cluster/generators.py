@@ -8,12 +8,14 @@ follows from its order alone.
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import ray
 import torch
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 
 from dist_tl.cluster.config import GeneratorsConfig
 from dist_tl.cluster.metrics import GeneratorMetrics
@@ -34,6 +36,7 @@ from dist_tl.storage.objects import ObjectStore
 POLL_S = 0.1
 ASK_EVERY_S = 2.0
 DRAINING = "DIST_TL_DRAINING"  # names a file that exists once the worker's pod is to end
+STARTING = "starting"
 IDLE_S = 10.0  # starting a worker anew costs about as long
 
 
@@ -129,6 +132,7 @@ class GeneratorPool:
         self._stages: list[StageProgress] = []
         # Workers that may still wait for a place on the cluster: they get no orders yet.
         self._starting: dict[ray.ObjectRef, ActorHandle] = {}
+        self._losses: Counter[str] = Counter()  # of workers, by what they were at
         self._idle: list[tuple[ActorHandle, float]] = []  # and since when; the latest is last
         self._running: dict[ray.ObjectRef, tuple[ActorHandle, StageProgress, int]] = {}
         self._failure: Exception | None = None
@@ -253,8 +257,7 @@ class GeneratorPool:
         if any(not stage.done for stage in self._stages):
             wanted = min(high, max(1, high if self._backlog_is_low(positions) else low))
         while self.num_workers < wanted:
-            actor = self._new_worker()
-            self._starting[actor.__ray_ready__.remote()] = actor
+            self._await(self._new_worker())
         while self._starting and self.num_workers > wanted:
             ray.kill(self._starting.popitem()[1])
         # Shrinking waits for idle workers, so no order is ever taken away from one.
@@ -268,8 +271,29 @@ class GeneratorPool:
         waiting = list(self._starting)
         ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
         for ticket in ready:
-            ray.get(ticket)  # raises what kept it from starting
-            self._idle.append((self._starting.pop(ticket), time.monotonic()))
+            actor = self._starting.pop(ticket)
+            try:
+                ray.get(ticket)
+            except RayActorError as error:
+                self._lose(actor, STARTING, error)
+            else:
+                self._losses.pop(STARTING, None)
+                self._idle.append((actor, time.monotonic()))
+
+    def _await(self, actor: ActorHandle) -> None:
+        self._starting[actor.__ray_ready__.remote()] = actor
+
+    def _lose(self, actor: ActorHandle, work: str, error: RayActorError) -> None:
+        """Give a worker up that does not answer; what it was asked for goes to another."""
+        ray.kill(actor)
+        self._losses[work] += 1
+        # All of a node's workers are lost at once.
+        at_once = max(1, self._bounds[1]) if work == STARTING else 1
+        if self._losses[work] > self._config.max_restarts * at_once:
+            raise error
+        # Others may have gone with the same node: none is asked for a shard before it answers.
+        while self._idle:
+            self._await(self._idle.pop()[0])
 
     def _is_too_many(self, wanted: int, high: int) -> bool:
         if wanted == 0 or self.num_workers > high:
@@ -291,8 +315,10 @@ class GeneratorPool:
         )
         actor = ray.remote(GeneratorActor).options(
             **options,
-            max_restarts=self._config.max_restarts,
-            max_task_retries=self._config.max_restarts,
+            # The pool replaces a lost worker itself: Ray's own retries are used up while it still
+            # believes in a node that is gone.
+            max_restarts=0,
+            max_task_retries=0,
         )
         return actor.remote(self._store_url, self._config.threads)
 
@@ -324,7 +350,12 @@ class GeneratorPool:
         finished, _ = ray.wait(list(self._running), timeout=POLL_S)
         for ticket in finished:
             actor, stage, index = self._running.pop(ticket)
-            entry = ray.get(ticket)
+            try:
+                entry = ray.get(ticket)
+            except RayActorError as error:
+                stage.todo.insert(0, index)
+                self._lose(actor, f"{stage.spec.name} {index}", error)
+                continue
             if entry is None:
                 stage.todo.insert(0, index)
                 ray.kill(actor)
@@ -337,5 +368,5 @@ class GeneratorPool:
 def _is_leaving(ticket: ray.ObjectRef) -> bool:
     try:
         return ray.get(ticket)
-    except ray.exceptions.RayActorError:
+    except RayActorError:
         return True

@@ -4,7 +4,7 @@ from typing import Any
 
 import ray
 
-from dist_tl.errors import DistTLError, WorkerError
+from dist_tl.errors import DistTLError, WorkerLost
 
 
 def collect(ticket: Any, what: str) -> Any:
@@ -15,7 +15,7 @@ def collect(ticket: Any, what: str) -> Any:
 
     Raises:
         DistTLError: the named error that the work met.
-        WorkerError: its worker died more often than it may start again.
+        WorkerLost: its worker died more often than it may start again.
     """
     try:
         return ray.get(ticket)
@@ -24,4 +24,4 @@ def collect(ticket: Any, what: str) -> Any:
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:
-        raise WorkerError(f"{what} was lost: {error}; start the same job again") from None
+        raise WorkerLost(f"{what} was lost: {error}; start the same job again") from None

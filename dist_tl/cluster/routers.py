@@ -23,6 +23,8 @@ from dist_tl.storage.attempts import Attempt
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.hub_model import load_router
 
+ASK_AGAIN_S = 0.5
+
 
 @dataclass(frozen=True)
 class ShardAnswer:
@@ -95,25 +97,23 @@ class RouterActor:
         settings: "AnswerSettings",
     ) -> tuple[list[tuple[SubBatch, torch.Tensor]], dict[int, str]]:
         """Every expert's answers, and of those that gave none in time why."""
-        tickets = []
-        for turn, batch in enumerate(sub_batches(routes.active_BM, settings.batch_size)):
-            # Turns spread over replicas; which of them answers changes nothing.
-            actor = experts[batch.expert][(index + turn) % len(experts[batch.expert])]
-            tickets.append((batch, actor.logits.remote(samples.images[batch.rows_S])))
         deadline = time.monotonic() + settings.timeout_s
+        questions = [
+            # Turns spread over replicas; which of them answers changes nothing.
+            Question(batch, samples.images[batch.rows_S], experts[batch.expert], turn)
+            for turn, batch in enumerate(sub_batches(routes.active_BM, settings.batch_size), index)
+        ]
         answers, lost = [], dict[int, str]()
-        for batch, ticket in tickets:
-            if batch.expert in lost:
+        for question in questions:
+            expert = question.batch.expert
+            if expert in lost:
                 continue
             try:
-                left = max(0.1, deadline - time.monotonic())
-                answers.append((batch, ray.get(ticket, timeout=left)))
-            except ray.exceptions.GetTimeoutError:
-                lost[batch.expert] = f"no answer in {settings.timeout_s:g} s"
-            except ray.exceptions.RayActorError as error:
-                lost[batch.expert] = str(error).strip().splitlines()[0]
+                answers.append((question.batch, question.answer(deadline)))
             except ray.exceptions.RayTaskError as error:
-                raise self._failed(batch.expert, error) from None
+                raise self._failed(expert, error) from None
+            except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
+                lost[expert] = str(error).strip().splitlines()[0]
         return answers, lost
 
     def _failed(self, expert: int, error: ray.exceptions.RayTaskError) -> DistTLError:
@@ -167,6 +167,44 @@ class RouterActor:
                 label=int(logits_BC[row].argmax()),
                 provenance=provenance,
             )
+
+
+class Question:
+    """Samples put to the replicas of one expert, by turns until one answers."""
+
+    def __init__(
+        self, batch: SubBatch, images: torch.Tensor, replicas: list[ActorHandle], turn: int
+    ) -> None:
+        self.batch = batch
+        self._images, self._replicas, self._turn = images, replicas, turn
+        self._ticket = self._ask()
+
+    def _ask(self) -> ray.ObjectRef:
+        return self._replicas[self._turn % len(self._replicas)].logits.remote(self._images)
+
+    def answer(self, deadline: float) -> torch.Tensor:
+        """Logits of the samples.
+
+        Raises:
+            GetTimeoutError: none in time.
+            RayActorError: every replica is dead, or away until the deadline.
+        """
+        num_dead = 0
+        while True:
+            try:
+                return ray.get(self._ticket, timeout=max(0.1, deadline - time.monotonic()))
+            except ray.exceptions.ActorDiedError:
+                num_dead += 1
+                if num_dead == len(self._replicas):
+                    raise
+            except ray.exceptions.ActorUnavailableError:
+                # It may come up again, once the cluster knows that its node is gone.
+                num_dead = 0
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(ASK_AGAIN_S)
+            self._turn += 1
+            self._ticket = self._ask()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -240,9 +241,33 @@ def second_node(ray_local):
         assert node.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    yield
-    os.killpg(node.pid, signal.SIGKILL)
+    yield node
+    with suppress(ProcessLookupError):
+        os.killpg(node.pid, signal.SIGKILL)
     node.wait()
+
+
+def test_what_a_lost_node_had_goes_on_elsewhere(stored, second_node):
+    """Experts spread over both nodes; the cluster takes a while to know that one is gone."""
+    store, hub, plan = stored
+    with pool(store, cpus=2, routers=2) as experts:
+        experts.wait_until_up()
+        here = ray.get_runtime_context().get_node_id()
+        nodes = {
+            ray.get(actor.__ray_call__.remote(_node_of))
+            for replicas in experts.replicas
+            for actor in replicas.actors
+        }
+        assert len(nodes) == 2
+        assert here in nodes
+
+        def lose_the_node(done, total):
+            if done == 1:
+                os.killpg(second_node.pid, signal.SIGKILL)
+
+        experts.answer(SOURCE, plan, on_done=lose_the_node)
+        assert not experts.lost
+    assert torch.allclose(logits_of(answers(store, plan)), whole(hub).logits_BC, atol=1e-5)
 
 
 @pytest.mark.usefixtures("second_node")
