@@ -143,10 +143,10 @@ def test_bad_ways_of_handing_in_are_named_errors(cluster, job):
     assert refused.returncode == 2
     assert "store: the cluster must reach the run" in refused.stderr
     joined = {**cluster.nodes.environment, "RAY_ADDRESS": cluster.nodes.gcs}
-    refused = cluster.command("run", str(job), f"run={cluster.run}", env=joined)
+    refused = cluster.command("run", str(job), f"run={cluster.run}-joined", env=joined)
     assert refused.returncode == 2
     assert "session.roles: the nodes of this cluster have roles" in refused.stderr
-    refused = cluster.command("status", f"{cluster.run}-not")
+    refused = cluster.command("status", cluster.run)
     assert refused.returncode == 2
     assert "holds no run" in refused.stderr
 
