@@ -8,21 +8,12 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from dist_tl.cli_remote import (
-    Options,
-    StoppedWatching,
-    logs,
-    scale,
-    show_kube_plan,
-    status,
-    stop,
-    submit,
-)
+from dist_tl.cli_remote import AsJson, logs, scale, status, stop
+from dist_tl.cli_submit import JobFile, Options, Overrides, kube_plan, show_kube_plan, submit
 from dist_tl.display import TerminalProgress, console, errors, show_table
 from dist_tl.errors import ConfigError, DataError, DistTLError, SupersededError
 from dist_tl.telemetry import configure_logging, redact
@@ -58,13 +49,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the job, e.g. trainers.workers=1."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-
 
 @app.command()
 def plan(
@@ -85,8 +69,10 @@ def plan(
 
     spec = read_job(job, overrides or [])
     table = plan_job(spec)
+    pods = kube_plan(spec, options) if kube else None
     if as_json:
-        print(table.model_dump_json(indent=1))
+        rows = {} if pods is None else {"pods": [row.model_dump(mode="json") for row in pods]}
+        print(json.dumps({**table.model_dump(mode="json"), **rows}, indent=1))
         return
     console.print(f"run {table.run}, store {table.store}", highlight=False)
     show_table("Actors", ("role", "size"), list(table.actors.items()))
@@ -108,8 +94,8 @@ def plan(
         _show_training(table.train)
     if table.trials:
         console.print(f"and {table.trials} short trials for the lambda guards", highlight=False)
-    if kube:
-        show_kube_plan(spec, options)
+    if pods is not None:
+        show_kube_plan(pods)
 
 
 def _show_hub(hub: "Sequence[HubRow]") -> None:
@@ -263,11 +249,11 @@ def main() -> NoReturn:
         sys.exit(app(standalone_mode=False) or 0)
     except (typer.Exit, SystemExit) as leaving:
         code: Any = getattr(leaving, "exit_code", getattr(leaving, "code", 0))
-        if code == INTERRUPTED and not isinstance(leaving, StoppedWatching):
-            errors.print(GOES_ON)
+        if code == INTERRUPTED:
+            _say_how_to_go_on()
         sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
-        errors.print(GOES_ON)
+        _say_how_to_go_on()
         sys.exit(INTERRUPTED)
     except typer.TyperException as error:
         error.show()
@@ -278,8 +264,14 @@ def main() -> NoReturn:
     except DistTLError as error:
         _explain(error)
         if not isinstance(error, SupersededError):  # another start goes on already
-            errors.print(GOES_ON)
+            _say_how_to_go_on()
         sys.exit(FAILED)
+
+
+def _say_how_to_go_on() -> None:
+    # Of the other verbs nothing goes on: they start nothing, or only watch.
+    if sys.argv[1:2] in (["run"], ["forecast"]):
+        errors.print(GOES_ON)
 
 
 def _explain(error: DistTLError) -> None:

@@ -254,6 +254,8 @@ def test_the_module_is_the_command():
         (("submit", "{job}", "--kube", "--options", "nowhere.yaml"), "nowhere.yaml"),
         (("submit", "{job}", "--address", "127.0.0.1:8265"), "expected the URL of Ray's dashboard"),
         (("submit", "{job}", "--address", "http://me:word@a:1"), "a URL without a login"),
+        (("submit", "{job}", "--address", "http://127.0.0.1:99999"), "is no URL"),
+        (("submit", "{job}", "--address", "http://[::1"), "is no URL"),
         (("submit", "{job}", "--address", "http://a:1", "run=runs/x"), "must reach the run"),
         (
             ("submit", "{job}", "--address", "http://a:1", "run=s3://k:" + 20 * "s" + "@b/r"),
@@ -289,6 +291,11 @@ def test_a_dry_run_prints_what_kubernetes_would_be_given(command, job, nothing_s
     assert code == 0
     assert "generators" in out
     assert "Pods (Kubernetes)" in out
+    code, out, _ = command("plan", job(), "--kube", "--options", options, "--json", *where)
+    assert [row["group"] for row in json.loads(out)["pods"]][:2] == ["head", "trainers"]
+    code, _, err = command("plan", job(), "--kube", "--json", *where)
+    assert code == cli.BAD_INPUT, "checked, not left out"
+    assert "expected --options FILE" in err
 
 
 def test_a_dry_run_prints_what_a_ray_cluster_would_be_given(command, job, nothing_starts):

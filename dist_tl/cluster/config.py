@@ -35,7 +35,9 @@ class GeneratorsConfig(StrictModel):
     window: int = Field(64, ge=1, description="Shards made ahead of the slowest reader at most.")
     low_backlog: int = Field(4, ge=0, description="Committed, unread shards below which to grow.")
     max_restarts: int = Field(
-        3, ge=0, description="Workers lost over one shard, and made anew, before the job fails."
+        3,
+        ge=0,
+        description="Workers lost over one shard, or on their way up, before the job fails.",
     )
 
     @model_validator(mode="after")

@@ -6,7 +6,9 @@ of them the more samples come. Whatever dies is restarted, and its batch run aga
 committed is never made twice.
 """
 
+import logging
 import time
+from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,18 +17,23 @@ import ray
 import torch
 from ray.actor import ActorHandle
 
+from dist_tl.cluster.arrivals import Arrivals
 from dist_tl.cluster.config import ExpertsConfig
 from dist_tl.cluster.inputs import RowsInput, StageInput
+from dist_tl.cluster.metrics import RestartMetrics
 from dist_tl.cluster.outcomes import collect
 from dist_tl.cluster.roles import actor_options
 from dist_tl.cluster.routers import AnswerSettings, RouterActor, ShardAnswer
 from dist_tl.errors import WorkerError, WorkerLost
+from dist_tl.models.networks import Network
 from dist_tl.shards.manifest import committed_indices
 from dist_tl.shards.order import ShardPlan
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.hub_model import load_expert
 
+logger = logging.getLogger(__name__)
 POLL_S = 0.2
+ROUTER = -1  # in the place of an expert's index
 LOAD_MEMORY = 0.7  # share of the past in the moving average of an expert's load
 
 
@@ -37,11 +44,22 @@ class ExpertActor:
         torch.set_num_threads(threads)
         torch.backends.cudnn.deterministic = True
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._expert = load_expert(ObjectStore(store_url), place, name).to(self._device)
+        self._source = (ObjectStore(store_url), place, name)
+        self._expert: Network | None = None
+
+    def open(self) -> None:
+        """Load the expert.
+
+        Raises:
+            ConfigError: its files are missing or damaged.
+        """
+        self._expert = self._expert or load_expert(*self._source).to(self._device)
 
     @torch.no_grad()
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (S, C), float32 on the CPU, of images (S, C, H, W) in [-1, 1]."""
+        self.open()  # after a restart nobody else has
+        assert self._expert is not None, "loaded just now"
         return self._expert(images.to(self._device)).float().cpu()
 
 
@@ -50,15 +68,15 @@ class Replicas:
     """The actors of one expert.
 
     Attributes:
-        starting: those that may still wait for a place on the cluster; they get no samples yet.
+        limit: actors at most; less than was asked for where the cluster could not start them.
         load: moving average of its share of all (sample, expert) pairs.
         pairs: samples it was sent in all.
         most: actors at most at one time.
     """
 
     name: str
+    limit: int
     actors: list[ActorHandle] = field(default_factory=list)
-    starting: dict[ray.ObjectRef, ActorHandle] = field(default_factory=dict)
     load: float = 0.0
     pairs: int = 0
     most: int = 0
@@ -88,24 +106,29 @@ class ExpertPool:
     ) -> None:
         self._config, self._store, self._place = config, store, place
         self._degrade, self._roles, self._attempt = degrade, roles, attempt
-        self.replicas = [Replicas(name) for name in experts]
+        self.replicas = [Replicas(name, config.max) for name in experts]
         self.lost: frozenset[int] = frozenset()
-        self._routers: list[ActorHandle] = []
+        self._arrivals: Arrivals[int] = Arrivals()  # by expert
+        self._restarts = RestartMetrics(store.url, "experts")
+        self._idle: list[ActorHandle] = []  # routers without a shard
         self._running: dict[ray.ObjectRef, tuple[ActorHandle, int]] = {}
         # Replicas that get no more orders, each with the orders that still know of it.
         self._retired: list[tuple[ActorHandle, set[ray.ObjectRef]]] = []
 
     def __enter__(self) -> "ExpertPool":
-        for replicas in self.replicas:
-            self._resize(replicas, self._config.min)
-        self._routers = [self._new_router() for _ in range(self._config.routers)]
+        for index in range(len(self.replicas)):
+            self._resize(index, self._config.min)
+        for _ in range(self._config.routers):
+            self._arrivals.add(ROUTER, self._new_router())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:  # the session ends the actors with everything else
             return
-        actors = [a for r in self.replicas for a in (*r.actors, *r.starting.values())]
-        for actor in [*self._routers, *actors, *(actor for actor, _ in self._retired)]:
+        experts = [actor for replicas in self.replicas for actor in replicas.actors]
+        routers = [*self._idle, *(router for router, _ in self._running.values())]
+        retired = [actor for actor, _ in self._retired]
+        for actor in (*self._arrivals.actors, *experts, *routers, *retired):
             ray.kill(actor)
 
     def answer(
@@ -128,13 +151,14 @@ class ExpertPool:
         """
         committed = committed_indices(self._store, plan.stage)
         todo = [i for i in range(plan.num_shards) if i not in committed]
+        done, losses = plan.num_shards - len(todo), Counter[int]()
         if todo:
             self.wait_until_up(on_poll)
-        done, idle = plan.num_shards - len(todo), list(self._routers)
-        losses: Counter[int] = Counter()
         while todo or self._running:
-            while todo and idle:
-                router, index = idle.pop(), todo.pop(0)
+            if not self._idle and not self._running:
+                self.wait_until_up(on_poll)  # every router was lost
+            while todo and self._idle:
+                router, index = self._idle.pop(), todo.pop(0)
                 self._running[self._order(router, source, plan, index)] = (router, index)
             ready, _ = ray.wait(list(self._running), timeout=POLL_S)
             on_poll()
@@ -142,33 +166,31 @@ class ExpertPool:
                 router, index = self._running.pop(ticket)
                 try:
                     found = collect(ticket, f"the router of shard {index}")
-                except WorkerLost:
+                except WorkerLost as error:
+                    insort(todo, index)
                     losses[index] += 1
-                    if losses[index] > self._config.max_restarts:
-                        raise
-                    todo.insert(0, index)
-                    idle.append(self._replace(router))
+                    self._replace(router, losses[index], error)
                     continue
-                idle.append(router)
+                self._idle.append(router)
                 self._take(found)
                 done += 1
                 on_done(done, plan.num_shards)
+            self._lose(self._welcome())
             if ready:
-                self._welcome()
                 self._follow_load()
                 self._end_retired()
 
     def wait_until_up(self, on_poll: Callable[[], None] = lambda: None) -> None:
-        """Until every expert has a replica that is up, or has taken too long; `answer` begins so.
+        """Until a router and a replica of every expert are up; `answer` begins so.
 
         Raises:
-            WorkerError: an expert did not come up and none may be left out.
+            WorkerError: one of them did not come up, unless it is an expert that may be left out.
         """
         deadline = time.monotonic() + self._config.timeout_s
         reasons: dict[int, str] = {}
         while absent := self._absent() - reasons.keys():
             on_poll()
-            reasons |= self._welcome(pause_s=POLL_S)
+            reasons |= self._welcome(POLL_S)
             if time.monotonic() > deadline:
                 waited = f"not up after {self._config.timeout_s:g} s; has the cluster room for it?"
                 reasons |= dict.fromkeys(absent - reasons.keys(), waited)
@@ -199,8 +221,10 @@ class ExpertPool:
         """Leave experts out from now on, if that is allowed.
 
         Raises:
-            WorkerError: it is not.
+            WorkerError: it is not, or all routers are among them.
         """
+        if ROUTER in reasons:
+            raise WorkerError(f"no router: {reasons[ROUTER]}; start the same job again")
         self.lost |= reasons.keys()
         if reasons and not self._degrade:
             told = "; ".join(f"{self.replicas[i].name} stayed away ({reasons[i]})" for i in reasons)
@@ -211,26 +235,37 @@ class ExpertPool:
             )
 
     def _absent(self) -> frozenset[int]:
-        up = (i for i, replicas in enumerate(self.replicas) if replicas.actors)
-        return frozenset(range(len(self.replicas))) - self.lost - frozenset(up)
+        found = {i for i, replicas in enumerate(self.replicas) if not replicas.actors} - self.lost
+        return frozenset(found if self._idle or self._running else {ROUTER, *found})
 
-    def _welcome(self, pause_s: float = 0.0) -> dict[int, str]:
-        """Replicas that are up get samples; of those that cannot start, why."""
-        waiting = [ticket for replicas in self.replicas for ticket in replicas.starting]
-        if not waiting:
-            return {}
-        ready = set(ray.wait(waiting, num_returns=len(waiting), timeout=pause_s)[0])
+    def _welcome(self, timeout_s: float = 0.0) -> dict[int, str]:
+        """Who is up gets work; of those that nobody is left to stand in for, why they are not."""
         reasons = {}
-        for index, replicas in enumerate(self.replicas):
-            for ticket in [t for t in replicas.starting if t in ready]:
-                actor = replicas.starting.pop(ticket)
-                try:
-                    ray.get(ticket)
-                    replicas.actors.append(actor)
-                except ray.exceptions.RayActorError as error:
+        for index, actor, error in self._arrivals.poll(timeout_s):
+            if error is not None:
+                self._restarts.count()
+                logger.warning("%s did not come up: %s", self._name(index), error)
+                if not self._stand_in(index):
                     reasons[index] = str(error).strip().splitlines()[-1]
-            replicas.most = max(replicas.most, len(replicas.actors))
+            elif index == ROUTER:
+                self._idle.append(actor)
+            else:
+                replicas = self.replicas[index]
+                replicas.actors.append(actor)
+                replicas.most = max(replicas.most, len(replicas.actors))
         return reasons
+
+    def _stand_in(self, index: int) -> bool:
+        """Whether others of its kind are there or on their way; no more of them are started."""
+        if index == ROUTER:
+            return bool(self._idle or self._running or self._arrivals.count(ROUTER))
+        replicas = self.replicas[index]
+        left = len(replicas.actors) + self._arrivals.count(index)
+        replicas.limit = max(1, left)
+        return left > 0
+
+    def _name(self, index: int) -> str:
+        return "a router" if index == ROUTER else f"a replica of {self.replicas[index].name}"
 
     def _follow_load(self) -> None:
         """The busiest expert has `max` replicas, the others in proportion."""
@@ -238,8 +273,8 @@ class ExpertPool:
         for index, replicas in enumerate(self.replicas):
             if index in self.lost or busiest == 0:
                 continue
-            wanted = round(self._config.max * replicas.load / busiest)
-            self._resize(replicas, min(self._config.max, max(self._config.min, wanted)))
+            wanted = max(self._config.min, round(self._config.max * replicas.load / busiest))
+            self._resize(index, min(replicas.limit, wanted))
 
     def _end_retired(self) -> None:
         """End replicas that no router may still ask."""
@@ -251,12 +286,15 @@ class ExpertPool:
                 ray.kill(actor)
         self._retired = kept
 
-    def _resize(self, replicas: Replicas, wanted: int) -> None:
-        while len(replicas.actors) + len(replicas.starting) < wanted:
-            actor = self._new_expert(replicas.name)
-            replicas.starting[actor.__ray_ready__.remote()] = actor
-        while replicas.starting and len(replicas.actors) + len(replicas.starting) > wanted:
-            ray.kill(replicas.starting.popitem()[1])
+    def _resize(self, index: int, wanted: int) -> None:
+        replicas = self.replicas[index]
+        while len(replicas.actors) + self._arrivals.count(index) < wanted:
+            self._arrivals.add(index, self._new_expert(replicas.name))
+        while (
+            self._arrivals.count(index)
+            and len(replicas.actors) + self._arrivals.count(index) > wanted
+        ):
+            self._arrivals.drop(index)
         while len(replicas.actors) > wanted:
             self._retired.append((replicas.actors.pop(), set(self._running)))
 
@@ -277,10 +315,14 @@ class ExpertPool:
         )
         return actor.remote(self._store.url, self._place, name, config.threads)
 
-    def _replace(self, router: ActorHandle) -> ActorHandle:
+    def _replace(self, router: ActorHandle, times: int, error: WorkerLost) -> None:
+        """Start another router in the place of one that was lost over the same shard."""
+        if times > self._config.max_restarts:
+            raise error
         ray.kill(router)
-        self._routers[self._routers.index(router)] = fresh = self._new_router()
-        return fresh
+        self._restarts.count()
+        logger.warning("%s", error)
+        self._arrivals.add(ROUTER, self._new_router())
 
     def _new_router(self) -> ActorHandle:
         config = self._config

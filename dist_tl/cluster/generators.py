@@ -5,9 +5,11 @@ and grows and shrinks between its bounds on backlog. Trainers never notice: what
 follows from its order alone.
 """
 
+import logging
 import os
 import threading
 import time
+from bisect import insort
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,11 +19,12 @@ import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
+from dist_tl.cluster.arrivals import Arrivals
 from dist_tl.cluster.config import GeneratorsConfig
-from dist_tl.cluster.metrics import GeneratorMetrics
+from dist_tl.cluster.metrics import GeneratorMetrics, RestartMetrics
 from dist_tl.cluster.roles import actor_options
 from dist_tl.cluster.scaling import read_scale
-from dist_tl.errors import DistTLError, StorageError, WorkerError
+from dist_tl.errors import ConfigError, DistTLError, StorageError, WorkerError
 from dist_tl.shards.drawing import (
     GenerateSpec,
     draw_samples,
@@ -33,10 +36,12 @@ from dist_tl.shards.order import DataOrder
 from dist_tl.shards.writer import write_shard
 from dist_tl.storage.objects import ObjectStore
 
+logger = logging.getLogger(__name__)
 POLL_S = 0.1
 ASK_EVERY_S = 2.0
 DRAINING = "DIST_TL_DRAINING"  # names a file that exists once the worker's pod is to end
-STARTING = "starting"
+NEW, AGAIN = "new", "again"  # workers on their way; those that were lost sight of
+MAX_PAUSE_S = 60.0
 IDLE_S = 10.0  # starting a worker anew costs about as long
 
 
@@ -48,6 +53,9 @@ class GeneratorActor:
         torch.backends.cudnn.deterministic = True
         self._store = ObjectStore(store_url)
         self._spec: GenerateSpec | None = None
+
+    def open(self) -> None:
+        """Answer: what it works with is loaded with the first shard, and may change with each."""
 
     def is_leaving(self) -> bool:
         """Whether this node is being drained: the pod's preStop hook leaves a file behind."""
@@ -130,9 +138,10 @@ class GeneratorPool:
         self._metrics = GeneratorMetrics(store_url)
         self._is_held_back = True
         self._stages: list[StageProgress] = []
-        # Workers that may still wait for a place on the cluster: they get no orders yet.
-        self._starting: dict[ray.ObjectRef, ActorHandle] = {}
-        self._losses: Counter[str] = Counter()  # of workers, by what they were at
+        self._arrivals: Arrivals[str] = Arrivals()
+        self._lost_on_the_way, self._start_after = 0, 0.0
+        self._losses: Counter[tuple[str, int]] = Counter()  # of workers, by stage and shard
+        self._restarts = RestartMetrics(store_url, "generators")
         self._idle: list[tuple[ActorHandle, float]] = []  # and since when; the latest is last
         self._running: dict[ray.ObjectRef, tuple[ActorHandle, StageProgress, int]] = {}
         self._failure: Exception | None = None
@@ -150,7 +159,7 @@ class GeneratorPool:
         if kind is not None:  # the session ends the workers with everything else
             return
         at_work = [actor for actor, *_ in [*self._idle, *self._running.values()]]
-        for actor in [*self._starting.values(), *at_work]:
+        for actor in [*self._arrivals.actors, *at_work]:
             ray.kill(actor)
 
     def add(self, spec: GenerateSpec, *, batch_size: int) -> StageProgress:
@@ -184,7 +193,7 @@ class GeneratorPool:
     @property
     def num_workers(self) -> int:
         """Workers alive now, or about to be."""
-        return len(self._starting) + len(self._idle) + len(self._running)
+        return len(self._arrivals) + len(self._idle) + len(self._running)
 
     def wait(self, seconds: float) -> None:
         """Pause, less if the pool stops meanwhile."""
@@ -229,8 +238,9 @@ class GeneratorPool:
         self._asked_at = now
         try:
             scale = read_scale(self._store)
-        except StorageError:
-            return  # the store may be away for a moment; what was said last still holds
+        except (StorageError, ConfigError) as error:
+            logger.warning("the pool keeps its size: %s", error)  # what was said last still holds
+            return
         if scale is not None:
             self._bounds = (scale.generators.min, scale.generators.max)
         if self._roles:
@@ -256,44 +266,50 @@ class GeneratorPool:
         wanted = 0
         if any(not stage.done for stage in self._stages):
             wanted = min(high, max(1, high if self._backlog_is_low(positions) else low))
-        while self.num_workers < wanted:
-            self._await(self._new_worker())
-        while self._starting and self.num_workers > wanted:
-            ray.kill(self._starting.popitem()[1])
+        while self.num_workers < wanted and time.monotonic() >= self._start_after:
+            self._arrivals.add(NEW, self._new_worker())
+        while self.num_workers > wanted and self._arrivals.count(NEW):
+            self._arrivals.drop(NEW)
         # Shrinking waits for idle workers, so no order is ever taken away from one.
         while self._idle and self._is_too_many(wanted, high):
             ray.kill(self._idle.pop(0)[0])
 
     def _welcome(self) -> None:
         """Workers that have found their place may be asked for shards."""
-        if not self._starting:
-            return
-        waiting = list(self._starting)
-        ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
-        for ticket in ready:
-            actor = self._starting.pop(ticket)
-            try:
-                ray.get(ticket)
-            except RayActorError as error:
-                self._lose(actor, STARTING, error)
-            else:
-                self._losses.pop(STARTING, None)
+        lost = None
+        for key, actor, error in self._arrivals.poll():
+            if error is None:
                 self._idle.append((actor, time.monotonic()))
+                self._lost_on_the_way = 0 if key == NEW else self._lost_on_the_way
+            elif key == NEW:
+                lost = error
+        if lost is not None:
+            self._hold_back(lost)
 
-    def _await(self, actor: ActorHandle) -> None:
-        self._starting[actor.__ray_ready__.remote()] = actor
-
-    def _lose(self, actor: ActorHandle, work: str, error: RayActorError) -> None:
-        """Give a worker up that does not answer; what it was asked for goes to another."""
-        ray.kill(actor)
-        self._losses[work] += 1
-        # All of a node's workers are lost at once.
-        at_once = max(1, self._bounds[1]) if work == STARTING else 1
-        if self._losses[work] > self._config.max_restarts * at_once:
+    def _hold_back(self, error: RayActorError) -> None:
+        """A new worker died before it was of use: wait longer each time before the next."""
+        self._lost_on_the_way += 1
+        if self._lost_on_the_way > self._config.max_restarts and not self.num_workers:
             raise error
+        pause_s = min(MAX_PAUSE_S, 2.0**self._lost_on_the_way)
+        self._start_after = time.monotonic() + pause_s
+        self._restarts.count()
+        logger.warning("a new generator worker died; the next in %g s: %s", pause_s, error)
+
+    def _lose(
+        self, actor: ActorHandle, stage: StageProgress, index: int, error: RayActorError
+    ) -> None:
+        """Give a worker up that does not answer; its shard goes to another."""
+        ray.kill(actor)
+        insort(stage.todo, index)
+        self._losses[stage.spec.name, index] += 1
+        if self._losses[stage.spec.name, index] > self._config.max_restarts:
+            raise error
+        self._restarts.count()
+        logger.warning("shard %d of %s lost its worker: %s", index, stage.spec.name, error)
         # Others may have gone with the same node: none is asked for a shard before it answers.
         while self._idle:
-            self._await(self._idle.pop()[0])
+            self._arrivals.add(AGAIN, self._idle.pop()[0])
 
     def _is_too_many(self, wanted: int, high: int) -> bool:
         if wanted == 0 or self.num_workers > high:
@@ -353,11 +369,10 @@ class GeneratorPool:
             try:
                 entry = ray.get(ticket)
             except RayActorError as error:
-                stage.todo.insert(0, index)
-                self._lose(actor, f"{stage.spec.name} {index}", error)
+                self._lose(actor, stage, index, error)
                 continue
             if entry is None:
-                stage.todo.insert(0, index)
+                insort(stage.todo, index)
                 ray.kill(actor)
                 continue
             self._idle.append((actor, time.monotonic()))

@@ -6,6 +6,22 @@ k8s/grafana draws them.
 
 from ray.util.metrics import Counter, Gauge
 
+from dist_tl.cluster.roles import Role
+
+
+class RestartMetrics:
+    """Told by whoever starts a role's workers anew."""
+
+    def __init__(self, run: str, role: Role) -> None:
+        self._tags = {"run": run, "role": role}
+        self._restarts = Counter(
+            "dist_tl_restarts_total", "Workers, or groups of trainers, made anew.", ("run", "role")
+        )
+
+    def count(self) -> None:
+        """One more."""
+        self._restarts.inc(1, tags=self._tags)
+
 
 class GeneratorMetrics:
     """Told by the driver's generator pool."""
@@ -48,13 +64,6 @@ class TrainerMetrics:
         self._saving = Gauge(
             "dist_tl_save_blocked_seconds", "Seconds a stage was blocked by checkpoints.", keys
         )
-        self._restarts = Counter(
-            "dist_tl_restarts_total", "Restarts of the trainers' group.", ("run",)
-        )
-
-    def restarted(self) -> None:
-        """Count a restart of the group."""
-        self._restarts.inc(1, tags={"run": self._run})
 
     def stepped(self, stage: str, seconds: float) -> None:
         """Mean duration of the latest steps."""

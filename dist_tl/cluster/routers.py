@@ -10,7 +10,8 @@ import torch
 from ray.actor import ActorHandle
 
 from dist_tl.cluster.inputs import RowsInput, Samples, StageInput, read_samples
-from dist_tl.errors import DistTLError, WorkerError
+from dist_tl.cluster.outcomes import named
+from dist_tl.errors import WorkerError
 from dist_tl.methods.hub.controls import chance_logits
 from dist_tl.methods.hub.dispatch import SubBatch, place, sub_batches
 from dist_tl.methods.hub.pathway import combine
@@ -50,7 +51,15 @@ class RouterActor:
         torch.set_num_threads(threads)
         self._store = ObjectStore(store_url)
         self._attempt = Attempt(self._store, attempt) if attempt else None
-        self._hub = load_router(self._store, place)
+        self._place = place
+
+    def open(self) -> None:
+        """Load the hub.
+
+        Raises:
+            ConfigError: its files are missing or damaged.
+        """
+        self._hub = load_router(self._store, self._place)
 
     def answer(
         self,
@@ -111,16 +120,10 @@ class RouterActor:
             try:
                 answers.append((question.batch, question.answer(deadline)))
             except ray.exceptions.RayTaskError as error:
-                raise self._failed(expert, error) from None
-            except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
+                raise named(error, f"expert {self._hub.about.experts[expert]}") from None
+            except ray.exceptions.RayError as error:
                 lost[expert] = str(error).strip().splitlines()[0]
         return answers, lost
-
-    def _failed(self, expert: int, error: ray.exceptions.RayTaskError) -> DistTLError:
-        if isinstance(error.cause, DistTLError):
-            return error.cause
-        name = self._hub.about.experts[expert]
-        return WorkerError(f"expert {name} failed: {error.cause!r}; start the same job again")
 
     @torch.no_grad()
     def _routes(self, images: torch.Tensor, missing: frozenset[int]) -> tuple[Routes, Routes]:
@@ -186,19 +189,22 @@ class Question:
         """Logits of the samples.
 
         Raises:
-            GetTimeoutError: none in time.
-            RayActorError: every replica is dead, or away until the deadline.
+            RayTaskError: what the expert raised.
+            RayError: no answer in time, or every replica is dead.
         """
         num_dead = 0
         while True:
             try:
                 return ray.get(self._ticket, timeout=max(0.1, deadline - time.monotonic()))
+            except (ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError):
+                raise
             except ray.exceptions.ActorDiedError:
                 num_dead += 1
                 if num_dead == len(self._replicas):
                     raise
-            except ray.exceptions.ActorUnavailableError:
-                # It may come up again, once the cluster knows that its node is gone.
+            except ray.exceptions.RayError:
+                # The replica, or the node that kept its answer, went. It may come up again once
+                # the cluster knows.
                 num_dead = 0
                 if time.monotonic() > deadline:
                     raise

@@ -6,6 +6,7 @@ share a machine; it dies with us, even on kill -9, and does not see the terminal
 
 import ctypes
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -30,6 +31,7 @@ from dist_tl.cluster.config import SessionConfig
 from dist_tl.cluster.roles import Role
 from dist_tl.errors import ConfigError, WorkerError
 
+logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0
 CONNECT_TIMEOUT_S = 10.0
 # What our processes and all of Ray's run with, unless the user's environment says otherwise.
@@ -113,6 +115,11 @@ class RaySession:
             raise ConfigError(
                 f"session.roles: the nodes of this cluster have roles ({', '.join(found)}), and "
                 "without true any actor may land on any of them: add session.roles=true"
+            )
+        if self._config.roles and not found:
+            logger.warning(
+                "no node of the cluster offers a role yet; actors wait until nodes come that were "
+                "started with e.g. ray start --resources='{\"trainers\": 1000}'"
             )
 
     @property

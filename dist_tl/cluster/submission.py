@@ -6,12 +6,13 @@ the cluster's image. The token of Ray's authentication is taken from the environ
 
 import itertools
 import logging
+import re
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -27,6 +28,7 @@ JOB_FILE = "job.yaml"
 ENTRYPOINT = f"python -m dist_tl run {JOB_FILE}"
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 Answer = TypeVar("Answer")
+_NOT_NOW = re.compile(r"status code (429|5\d\d)")  # of a proxy, or while the dashboard starts
 LOST_EXIT = 3  # of a job that ended without an exit code: it can be started again
 
 
@@ -46,7 +48,7 @@ class RayJobs:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        parts = urlsplit(address)
+        parts, port = _parsed(address)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(
                 f"--address: expected the URL of Ray's dashboard, e.g. http://127.0.0.1:8265, got "
@@ -57,7 +59,7 @@ class RayJobs:
                 "--address: expected a URL without a login, which is kept with the run; Ray's own "
                 "token goes into RAY_AUTH_TOKEN or a file that RAY_AUTH_TOKEN_PATH names"
             )
-        if not answers(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)):
+        if not answers(parts.hostname, port or (443 if parts.scheme == "https" else 80)):
             raise ConfigError(
                 f"nobody answers at {redact(address)}; is the cluster up, and its dashboard in "
                 "reach (kubectl port-forward service/...-head-svc 8265)?"
@@ -122,17 +124,11 @@ class RayJobs:
         Raises:
             WorkerError: the cluster does not know the job, or stays away.
         """
-        shown, seen = 0, time.monotonic()
+        shown = 0
         while True:
-            try:
-                about = self._ask(lambda: self._client.get_job_info(name))
-                log = self._ask(lambda: self._client.get_job_logs(name))
-            except _OutOfReach:
-                if time.monotonic() - seen > PATIENCE_S:
-                    raise
-                time.sleep(POLL_S)
-                continue
-            seen = time.monotonic()
+            about, log = self._ask_patiently(
+                lambda: (self._client.get_job_info(name), self._client.get_job_logs(name))
+            )
             # The last line may still be written to.
             lines = log.splitlines()
             whole = len(lines) if about.status in ENDED or log.endswith("\n") else len(lines) - 1
@@ -168,8 +164,18 @@ class RayJobs:
             WorkerError: the cluster does not know the job, or is gone.
         """
         self._ask(lambda: self._client.stop_job(name))
-        while self._ask(lambda: self._client.get_job_status(name)) not in ENDED:
+        while self._ask_patiently(lambda: self._client.get_job_status(name)) not in ENDED:
             time.sleep(POLL_S)
+
+    def _ask_patiently(self, question: Callable[[], Answer]) -> Answer:
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return self._ask(question)
+            except _OutOfReach:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(POLL_S)
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
         try:
@@ -179,9 +185,21 @@ class RayJobs:
                 f"the cluster at {self.address} gave no answer: {redact(str(error))[:300]}"
             ) from None
         except (RuntimeError, ray.exceptions.RayError) as error:
+            if _NOT_NOW.search(str(error)):
+                raise _OutOfReach(
+                    f"the cluster at {self.address}: {redact(str(error))[:300]}"
+                ) from None
             raise WorkerError(
                 f"the cluster at {self.address} refused: {redact(str(error))[:300]}"
             ) from None
+
+
+def _parsed(address: str) -> tuple[SplitResult, int | None]:
+    try:
+        parts = urlsplit(address)
+        return parts, parts.port
+    except ValueError as error:
+        raise ConfigError(f"--address: {redact(address)!r} is no URL: {error}") from None
 
 
 def _connected(address: str) -> JobSubmissionClient:

@@ -17,7 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from dist_tl.cluster.config import TrainersConfig
 from dist_tl.cluster.mailbox import Snapshot
-from dist_tl.cluster.metrics import TrainerMetrics
+from dist_tl.cluster.metrics import RestartMetrics, TrainerMetrics
 from dist_tl.cluster.roles import beside_driver, role_resources
 from dist_tl.errors import DistTLError, WorkerError
 from dist_tl.shards.order import ShardPlan
@@ -154,7 +154,7 @@ def _work(settings: dict[str, Any]) -> None:
     attempt = Attempt(store, settings["attempt"])
     metrics = TrainerMetrics(store.url) if rank == 0 else None
     if metrics is not None and ray.get(mailbox.start.remote()) > 1:
-        metrics.restarted()
+        RestartMetrics(store.url, "trainers").count()
     done: int | None = None
     while (task := ray.get(mailbox.take.remote(done))) is not None:
         spec = StageSpec.model_validate_json(task.spec)

@@ -5,6 +5,7 @@ An attempt at a run is a RayJob; the job's file and the budgets belong to it and
 
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -176,7 +177,7 @@ class Kube:
         self._remove(RAY_JOBS, job.namespace, job.name)
 
     def scale(self, job: KubeJob, group: str, low: int, high: int) -> None:
-        """Set the bounds of a group of workers while the attempt runs.
+        """Set the bounds of a group of workers, now and for retries of the attempt.
 
         Raises:
             ConfigError: the bounds are none, there is no such group, or the attempt is over.
@@ -185,17 +186,12 @@ class Kube:
         if not 0 <= low <= high or high < 1:
             raise ConfigError(f"{group}: expected 0 <= low <= high and high > 0, got {low}..{high}")
         name, cluster = self._cluster_of(job)
-        groups = cluster["spec"].get("workerGroupSpecs", [])
-        names = [each["groupName"] for each in groups]
-        if group not in names:
-            raise ConfigError(f"expected a group of {job.name} ({', '.join(names)}), got {group!r}")
-        at = names.index(group)
-        pods = min(max(groups[at].get("replicas", low), low), high)
-        place = f"/spec/workerGroupSpecs/{at}"
-        changes = [{"op": "test", "path": f"{place}/groupName", "value": group}]
-        for key, value in (("minReplicas", low), ("maxReplicas", high), ("replicas", pods)):
-            changes.append({"op": "add", "path": f"{place}/{key}", "value": value})
-        self._api.patch(RAY_CLUSTERS, job.namespace, name, changes)
+        now = _bounds(job, cluster["spec"], group, low, high)
+        # The operator looks at the job's own spec only when it makes another cluster for it.
+        spec = self._get(job)["spec"]["rayClusterSpec"]
+        later = _bounds(job, spec, group, low, high, prefix="/spec/rayClusterSpec")
+        self._api.patch(RAY_JOBS, job.namespace, job.name, later)
+        self._api.patch(RAY_CLUSTERS, job.namespace, name, now)
 
     def _get(self, job: KubeJob) -> Object:
         ray_job = self._api.get(RAY_JOBS, job.namespace, job.name)
@@ -332,7 +328,7 @@ class Kube:
 def follow_to_the_end(
     kube: Kube,
     made: KubeJob,
-    job: JobConfig,
+    job_now: Callable[[], JobConfig],
     options: KubeOptions,
     *,
     max_attempts: int,
@@ -340,6 +336,9 @@ def follow_to_the_end(
     on_state: Tell,
 ) -> int:
     """Follow a job just handed in; where its head is lost, submit again, `max_attempts` in all.
+
+    Args:
+        job_now: the job as it should be handed in, which scaling may have changed meanwhile.
 
     Raises:
         ConfigError: as `Kube.submit`.
@@ -357,8 +356,25 @@ def follow_to_the_end(
             if not left:
                 raise
             on_state(f"{lost}: doing so, {left} of {max_attempts} attempts left")
-            made = kube.submit(job, options)
+            made = kube.submit(job_now(), options)
     raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _bounds(
+    job: KubeJob, spec: Object, group: str, low: int, high: int, prefix: str = "/spec"
+) -> list[Object]:
+    """A JSON patch of one group of workers."""
+    groups = spec.get("workerGroupSpecs", [])
+    names = [each["groupName"] for each in groups]
+    if group not in names:
+        raise ConfigError(f"expected a group of {job.name} ({', '.join(names)}), got {group!r}")
+    at = names.index(group)
+    pods = min(max(groups[at].get("replicas", low), low), high)
+    place = f"{prefix}/workerGroupSpecs/{at}"
+    changes = [{"op": "test", "path": f"{place}/groupName", "value": group}]
+    for key, value in (("minReplicas", low), ("maxReplicas", high), ("replicas", pods)):
+        changes.append({"op": "add", "path": f"{place}/{key}", "value": value})
+    return changes
 
 
 def _alive(ray_job: Object, namespace: str) -> ConfigError:

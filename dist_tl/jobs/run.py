@@ -76,6 +76,7 @@ def _found(job: Job, attempt: Attempt, progress: Progress, began: float) -> AnyR
     run, results = _KINDS[type(job)]
     store = attempt.store
     outcome = run(job, attempt, progress)
+    attempt.check()
     found = results(
         outcome, run=job.run, fingerprint=identity(job), wall_seconds=time.monotonic() - began
     )

@@ -35,6 +35,7 @@ class RunStatus(StrictModel):
     last_host: str | None
     generators: Bounds | None = Field(description="Bounds set by `dist-tl scale`.")
     stages: tuple[StageStatus, ...]
+    cluster: str | None = Field(None, description="What the cluster it was handed to says of it.")
 
 
 def run_status(store: ObjectStore) -> RunStatus:

@@ -1,8 +1,11 @@
 """Attempts at a run: of several starts that overlap, the latest has the run, and the others stop.
 
 A start writes the next free number below attempts/, create-only, with a word of its own in it, and
-reads it back: so two starts never share a number, even in a store that ignores create-only. What
-an attempt commits carries its number, and nothing is committed once a later number exists.
+reads it back: so two starts never share a number, even in a store that ignores create-only. Before
+it commits a checkpoint, a result or an answer, a start looks whether a later number exists.
+Checkpoints carry the number, since of two starts they may differ. Between look and commit another
+start may begin; and shards of pseudo-samples are not fenced at all: the bytes of either are the
+same whoever writes them.
 """
 
 import contextlib
@@ -77,11 +80,12 @@ def begin_attempt(store: ObjectStore) -> Attempt:
         "submission": os.environ.get(SUBMISSION, ""),
     }
     number = latest_attempt(store) + 1
-    if mine["submission"]:
-        _check_not_taken_over(store, mine["submission"], number)
-    while not _taken(store, number, mine):
+    while True:
+        if mine["submission"]:
+            _check_not_taken_over(store, mine["submission"], number)
+        if _taken(store, number, mine):
+            return Attempt(store, number)
         number += 1
-    return Attempt(store, number)
 
 
 def _check_not_taken_over(store: ObjectStore, submission: str, number: int) -> None:

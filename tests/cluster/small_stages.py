@@ -133,8 +133,8 @@ class RayOfThreads:
         self.most = max(self.most, self.alive)
         thread = ThreadPoolExecutor(1)
         fulfil = SimpleNamespace(remote=lambda *args: thread.submit(instance.fulfil, *args))
-        ready = SimpleNamespace(remote=lambda: thread.submit(bool))
-        return SimpleNamespace(fulfil=fulfil, __ray_ready__=ready)
+        opening = SimpleNamespace(remote=lambda: thread.submit(instance.open))
+        return SimpleNamespace(fulfil=fulfil, open=opening)
 
     def wait(self, tickets, timeout, num_returns=1):
         enough = "FIRST_COMPLETED" if num_returns == 1 else "ALL_COMPLETED"

@@ -64,8 +64,11 @@ def _handler(board):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             board.asked.append(self.path)
-            if board.is_silent:
+            if board.is_silent == "closed":
                 self.connection.close()
+                return
+            if board.is_silent:  # a proxy answers in its place
+                self.send_error(int(board.is_silent))
                 return
             found = board.answer(self.path)
             data = json.dumps(found).encode() if found is not None else b"no such job"
@@ -110,6 +113,7 @@ def test_running_jobs_are_those_of_the_run_and_not_of_its_name(board):
     assert RayJobs(board.address).running(RUN) == ["birds--3"]
 
 
+@pytest.mark.parametrize("silence", ["closed", "502", "429"])
 @pytest.mark.parametrize(
     ("ending", "code"),
     [
@@ -119,7 +123,7 @@ def test_running_jobs_are_those_of_the_run_and_not_of_its_name(board):
         ({"status": "STOPPED"}, LOST_EXIT),
     ],
 )
-def test_following_stands_a_connection_that_is_lost_for_a_while(board, ending, code):
+def test_following_stands_a_connection_that_is_lost_for_a_while(board, ending, code, silence):
     board.jobs["birds--1"] = job("birds--1")
     board.logs["birds--1"] = "one\nhalf"
     lines = []
@@ -127,7 +131,7 @@ def test_following_stands_a_connection_that_is_lost_for_a_while(board, ending, c
     def on_line(line):
         lines.append(line)
         if line == "one":
-            board.is_silent, silent_since = True, len(board.asked)
+            board.is_silent, silent_since = silence, len(board.asked)
 
             def come_back():
                 while len(board.asked) < silent_since + 3:
@@ -146,7 +150,7 @@ def test_a_cluster_that_stays_away_is_a_named_error(board, monkeypatch):
     monkeypatch.setattr(submission, "PATIENCE_S", 0.1)
     board.jobs["birds--1"] = job("birds--1")
     jobs = RayJobs(board.address)
-    board.is_silent = True
+    board.is_silent = "closed"
     for question in (
         lambda: jobs.follow("birds--1", on_line=print),
         lambda: jobs.state("birds--1"),

@@ -199,7 +199,9 @@ def test_a_lost_head_is_told_apart_and_does_not_wait_for_its_log(api, kube, told
 
 def hand_in_and_follow(kube, job, options, told, *, attempts):
     made = kube.submit(job, options)
-    return follow_to_the_end(kube, made, job, options, max_attempts=attempts, **told.callbacks)
+    return follow_to_the_end(
+        kube, made, lambda: job, options, max_attempts=attempts, **told.callbacks
+    )
 
 
 def test_a_lost_head_is_followed_by_the_next_attempt(api, kube, told, job_of, options):
@@ -229,9 +231,9 @@ def test_attempts_run_out(api, kube, told, job_of, options):
     with pytest.raises(HeadLost):
         hand_in_and_follow(kube, job_of("digits"), options(), told, attempts=2)
     assert api.names("rayjobs") == ["digits", "digits--2"]
-    made = KubeJob("science", "digits--2", 2)
+    made, job = KubeJob("science", "digits--2", 2), job_of("digits")
     with pytest.raises(ConfigError, match="max_attempts"):
-        follow_to_the_end(kube, made, job_of("digits"), options(), max_attempts=0, **told.callbacks)
+        follow_to_the_end(kube, made, lambda: job, options(), max_attempts=0, **told.callbacks)
 
 
 def test_a_job_that_was_stopped_is_not_started_again(api, kube, told, job_of, options):

@@ -84,8 +84,12 @@ def bounds(group):
     return group["minReplicas"], group["maxReplicas"]
 
 
-def generators_of(api, name):
-    groups = api.get("rayclusters", f"{name}-abcde")["spec"]["workerGroupSpecs"]
+def generators_of(api, name, later=False):
+    """Of the cluster there is, or of the next that the operator makes for the job."""
+    spec = api.get("rayclusters", f"{name}-abcde")["spec"]
+    if later:
+        spec = api.get("rayjobs", name)["spec"]["rayClusterSpec"]
+    groups = spec["workerGroupSpecs"]
     return next(group for group in groups if group["groupName"] == "generators")
 
 
@@ -106,23 +110,27 @@ def test_a_job_is_handed_in_scaled_watched_stopped_and_goes_on(api, bucket, comm
     code, _, err = command("scale", run, "generators=3..5")
     assert code == 0, err
     assert bounds(generators_of(api, "birds")) == (2, 3), "pods of two workers each"
+    assert bounds(generators_of(api, "birds", later=True)) == (2, 3)
 
     api.add_pod("birds", "trainers")
     api.add_pod("birds", "submitter").say("step 1", "step 2")
-    code, _, err = command("status", run)
+    code, out, _ = command("status", run)
     assert code == 0
-    assert "generators scaled to 3..5" in err
-    assert "kubernetes: birds Running RUNNING (" in err
-    assert "trainers 1 Running" in err
+    assert "generators scaled to 3..5" in out
+    assert "kubernetes: birds Running RUNNING (" in out
+    assert "trainers 1 Running" in out
+    assert json.loads(command("status", run, "--json")[1])["cluster"].startswith(
+        "kubernetes: birds"
+    )
     code, out, _ = command("logs", run)
     assert (code, out.split("\n")[:2]) == (0, ["step 1", "step 2"])
 
     code, _, err = command("stop", run)
     assert code == 0, err
     assert api.names("rayjobs") == []
-    code, _, err = command("status", run)
+    code, out, _ = command("status", run)
     assert code == 0, "what the store says stands, whatever the cluster has forgotten"
-    assert "expected a RayJob" in err
+    assert "expected a RayJob" in out
     code, out, _ = submit(run, "--dry-run")
     [ray_job] = [m for m in yaml.safe_load_all(out) if m["kind"] == "RayJob"]
     groups = ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
@@ -168,17 +176,46 @@ def test_ctrl_c_leaves_the_job_running_and_says_so(api, bucket, submit, monkeypa
     assert api.names("rayjobs") == ["newts"]
 
 
+def test_a_head_that_is_lost_comes_back_as_large_as_it_was_scaled(
+    api, bucket, command, submit, monkeypatch
+):
+    run = f"{bucket}/owls"
+    api.deletion_s = 0.05
+
+    def play(name):
+        api.start_cluster(name)
+        if name == "owls":
+            begin(run)
+            assert command("scale", run, "generators=4")[0] == 0
+            api.set_status(name, "Failed", "RUNNING", reason="JobStatusCheckTimeoutExceeded")
+        else:
+            api.set_status(name, "Complete", "SUCCEEDED")
+
+    api.on_ray_job = play
+    code, _, err = submit(run)
+    assert code == 0, err
+    assert bounds(generators_of(api, "owls--2")) == (2, 2)
+
+
 def test_a_store_out_of_reach_from_here_keeps_no_job_from_starting(
-    api, command, submit, monkeypatch
+    api, command, submit, monkeypatch, options
 ):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "none")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
-    code, _, err = submit("s3://inside/eels", "--detach")
+    for name in ("dist-tl-head", "dist-tl-worker", "dist-tl-submitter"):
+        api.objects["serviceaccounts", "zoo", name] = api.get("serviceaccounts", name)
+    options.write_text(f"namespace: zoo\n{options.read_text()}")  # not that of the context
+    run = "s3://inside/eels"
+    code, _, err = submit(run, "--detach")
     assert code == 0
     assert "out of reach from here" in err
-    assert "add --kube" in err
-    api.start_cluster("eels")
-    code, _, err = command("status", "s3://inside/eels", "--kube")
-    assert "kubernetes: eels Running PENDING" in err
-    assert command("stop", "s3://inside/eels", "--kube")[0] == 0
+    assert "add --kube --namespace zoo" in err
+    code, _, err = command("status", run, "--kube")
+    assert code == cli.BAD_INPUT
+    assert "namespace science" in err
+    code, out, _ = command("status", run, "--kube", "--namespace", "zoo", "--json")
+    assert code == 0
+    assert json.loads(out) == {"run": run, "cluster": "eels New"}
+    assert command("stop", run, "--kube", "-n", "zoo")[0] == 0
+    assert ("rayjobs", "zoo", "eels") not in api.objects

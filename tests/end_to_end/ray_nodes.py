@@ -1,10 +1,9 @@
 """A Ray cluster of several nodes on one machine, as Kubernetes would start it.
 
-Every node is a process group of its own with its own resources; the head has no CPUs, the others
-have roles; token authentication is on.
+Every node is a process group of its own with its own resources and, where the machine allows it,
+network; the head has no CPUs, the others have roles; token authentication is on.
 """
 
-import contextlib
 import json
 import os
 import secrets
@@ -13,11 +12,19 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import dist_tl
+from dist_tl.deploy import pods
 
+# Prints what the addresses given tell Prometheus; a node that was killed stays listed for a while.
+SCRAPE = """
+import contextlib, sys, urllib.request
+for target in sys.argv[1:]:
+    with contextlib.suppress(OSError):
+        print(urllib.request.urlopen(f"http://{target}/metrics", timeout=5).read().decode())
+"""
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -28,33 +35,44 @@ def free_port():
 
 
 class RayNodes:
-    """Use as a context manager."""
+    """Use as a context manager.
 
-    def __init__(self, folder, environment):
+    Args:
+        network: where the nodes are.
+        environment: of a store on this process' loopback.
+    """
+
+    def __init__(self, folder, network, environment):
         token = folder / "token"
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
+        store = urlsplit(environment["AWS_ENDPOINT_URL"])
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))},
             **environment,
+            "AWS_ENDPOINT_URL": f"http://{network.reach(store.port)}",
             # Jobs start as they would in an image: by the first python, with the package in reach.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONPATH": str(Path(dist_tl.__file__).parents[1]),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
-            "OMP_NUM_THREADS": "1",
             "TORCHDYNAMO_DISABLE": "1",
             "DS_ACCELERATOR": "cpu",
+            # As in pods: how soon a machine is missed that vanished without a word.
+            **{k: v for k, v in pods.ENVIRONMENT.items() if k != "HOME"},
         }
-        self._folder = folder
+        self._folder, self._network = folder, network
         self._nodes = {}
-        self.gcs = f"127.0.0.1:{free_port()}"
-        self.address = f"http://127.0.0.1:{free_port()}"
+        host = network.add("head")
+        self.gcs = f"{host}:{free_port()}"
+        self.address = f"http://{host}:{free_port()}"
 
     def __enter__(self):
         self._start(
             "head",
+            self.gcs.rpartition(":")[0],
             "--head",
+            f"--dashboard-host={self.gcs.rpartition(':')[0]}",
             f"--port={self.gcs.rpartition(':')[2]}",
             f"--dashboard-port={self.address.rpartition(':')[2]}",
             f"--ray-client-server-port={free_port()}",
@@ -63,7 +81,7 @@ class RayNodes:
             # Sockets lie below it, and their paths have a limit of 107 bytes.
             f"--temp-dir={self._folder}",
         )
-        self._wait(lambda: self._answers(), "the head")
+        self._wait(lambda: len(self.nodes()) == 1, "the head")
         return self
 
     def __exit__(self, *_):
@@ -77,8 +95,13 @@ class RayNodes:
         self._start(name, f"--address={self.gcs}", f"--num-cpus={cpus}", f"--resources={resources}")
         self._wait(lambda: len(self.nodes()) > before, name)
 
+    def inside(self):
+        """What goes before a command that should reach the nodes."""
+        return self._network.inside()
+
     def kill(self, name):
-        """End a node and everything on it at once, as a machine that goes away."""
+        """End a node and everything on it at once, as a machine that goes away without a word."""
+        self._network.cut(name)
         process = self._nodes.pop(name)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -101,22 +124,17 @@ class RayNodes:
         """What all nodes tell Prometheus, as text."""
         place = self._folder / "prom_metrics_service_discovery.json"
         targets = [t for group in json.loads(place.read_text()) for t in group["targets"]]
-        found = []
-        for target in targets:
-            # A node that was killed stays on the list for a while.
-            with contextlib.suppress(OSError):
-                answer = urllib.request.urlopen(f"http://{target}/metrics", timeout=5)
-                found.append(answer.read().decode())
-        return "\n".join(found)
+        return self._run(sys.executable, "-c", SCRAPE, *targets)
 
-    def _start(self, name, *arguments):
+    def _start(self, name, address, *arguments):
         log = (self._folder / f"{name}.log").open("wb")
         self._nodes[name] = subprocess.Popen(
             [
+                *self._network.inside(name),
                 RAY,
                 "start",
                 "--block",
-                "--node-ip-address=127.0.0.1",
+                f"--node-ip-address={address}",
                 "--object-store-memory=100000000",
                 "--disable-usage-stats",
                 *arguments,
@@ -129,23 +147,21 @@ class RayNodes:
         )
 
     def _list(self, what):
+        said = self._run(
+            RAY, "list", what, "--format=json", "--detail", f"--address={self.address}"
+        )
+        # In words where there is nothing.
+        return json.loads(said) if said.startswith("[") else []
+
+    def _run(self, *command):
         done = subprocess.run(
-            [RAY, "list", what, "--format=json", "--detail", f"--address={self.address}"],
+            [*self.inside(), *command],
             capture_output=True,
             text=True,
             env=self.environment,
             timeout=60,
         )
-        # In words where there is nothing.
-        return json.loads(done.stdout) if done.stdout.startswith("[") else []
-
-    def _answers(self):
-        try:
-            host, port = self.address.removeprefix("http://").split(":")
-            socket.create_connection((host, int(port)), timeout=1).close()
-        except OSError:
-            return False
-        return len(self.nodes()) == 1
+        return done.stdout
 
     def _wait(self, ready, what, timeout_s=90):
         deadline = time.monotonic() + timeout_s

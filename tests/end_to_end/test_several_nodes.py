@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from networks import open_network
 from ray_nodes import RayNodes
 from test_transfer_job import write_source_folder
 
@@ -72,7 +73,7 @@ class Cluster:
 
     def command(self, *arguments, **options):
         return subprocess.run(
-            [sys.executable, "-m", "dist_tl", *arguments],
+            [*self.nodes.inside(), sys.executable, "-m", "dist_tl", *arguments],
             capture_output=True,
             text=True,
             env=options.pop("env", self.nodes.environment),
@@ -87,7 +88,8 @@ def cluster(tmp_path_factory):
     with (
         tempfile.TemporaryDirectory(prefix="dtn-", dir="/tmp") as short,
         EmbeddedS3(str(folder / "store")) as server,
-        RayNodes(Path(short), server.environment()) as nodes,
+        open_network() as network,
+        RayNodes(Path(short), network, server.environment()) as nodes,
         pytest.MonkeyPatch.context() as patch,
     ):
         for key, value in server.environment().items():
@@ -196,8 +198,8 @@ def test_scaled_and_with_nodes_killed_the_job_ends_with_the_very_numbers(cluster
     followed = cluster.command("logs", run, "-f")
     assert followed.returncode == 0, followed.stdout[-3000:] + followed.stderr[-3000:]
     status = cluster.command("status", run)
-    assert "done" in status.stderr
-    assert "SUCCEEDED" in status.stderr
+    assert "done" in status.stdout
+    assert "SUCCEEDED" in status.stdout
 
     alone = cluster.command("run", str(job), f"run={cluster.alone}", "--json", "session.roles=true")
     assert alone.returncode == 0, alone.stderr[-3000:]
