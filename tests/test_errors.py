@@ -24,6 +24,7 @@ BUILT_IN = {
     "CheckpointMismatchError": RuntimeError,
     "WorkerError": RuntimeError,
     "SupersededError": RuntimeError,
+    "WorkerLost": RuntimeError,
     "HeadLost": RuntimeError,
     "JobDeleted": RuntimeError,
     "NumericsError": ArithmeticError,

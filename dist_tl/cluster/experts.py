@@ -91,6 +91,11 @@ class ExpertPool:
         degrade: leave an expert out that stays away, instead of giving up.
         roles: whether the cluster's nodes have roles.
         attempt: the start of the run; nothing is committed after a later one. 0 does not look.
+
+    Attributes:
+        replicas: by expert.
+        arrivals: experts, by their index, and routers that are not up yet.
+        lost: experts that are left out.
     """
 
     def __init__(
@@ -108,7 +113,7 @@ class ExpertPool:
         self._degrade, self._roles, self._attempt = degrade, roles, attempt
         self.replicas = [Replicas(name, config.max) for name in experts]
         self.lost: frozenset[int] = frozenset()
-        self._arrivals: Arrivals[int] = Arrivals()  # by expert
+        self.arrivals: Arrivals[int] = Arrivals()
         self._restarts = RestartMetrics(store.url, "experts")
         self._idle: list[ActorHandle] = []  # routers without a shard
         self._running: dict[ray.ObjectRef, tuple[ActorHandle, int]] = {}
@@ -119,7 +124,7 @@ class ExpertPool:
         for index in range(len(self.replicas)):
             self._resize(index, self._config.min)
         for _ in range(self._config.routers):
-            self._arrivals.add(ROUTER, self._new_router())
+            self.arrivals.add(ROUTER, self._new_router())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -128,7 +133,7 @@ class ExpertPool:
         experts = [actor for replicas in self.replicas for actor in replicas.actors]
         routers = [*self._idle, *(router for router, _ in self._running.values())]
         retired = [actor for actor, _ in self._retired]
-        for actor in (*self._arrivals.actors, *experts, *routers, *retired):
+        for actor in (*self.arrivals.actors, *experts, *routers, *retired):
             ray.kill(actor)
 
     def answer(
@@ -183,15 +188,19 @@ class ExpertPool:
     def wait_until_up(self, on_poll: Callable[[], None] = lambda: None) -> None:
         """Until a router and a replica of every expert are up; `answer` begins so.
 
+        Whoever is absent is given up once nobody has come up for `timeout_s`.
+
         Raises:
             WorkerError: one of them did not come up, unless it is an expert that may be left out.
         """
-        deadline = time.monotonic() + self._config.timeout_s
         reasons: dict[int, str] = {}
+        before, since = self._absent(), time.monotonic()
         while absent := self._absent() - reasons.keys():
             on_poll()
             reasons |= self._welcome(POLL_S)
-            if time.monotonic() > deadline:
+            if absent != before:
+                before, since = absent, time.monotonic()
+            if time.monotonic() - since > self._config.timeout_s:
                 waited = f"not up after {self._config.timeout_s:g} s; has the cluster room for it?"
                 reasons |= dict.fromkeys(absent - reasons.keys(), waited)
         self._lose(reasons)
@@ -241,7 +250,7 @@ class ExpertPool:
     def _welcome(self, timeout_s: float = 0.0) -> dict[int, str]:
         """Who is up gets work; of those that nobody is left to stand in for, why they are not."""
         reasons = {}
-        for index, actor, error in self._arrivals.poll(timeout_s):
+        for index, actor, error in self.arrivals.poll(timeout_s):
             if error is not None:
                 self._restarts.count()
                 logger.warning("%s did not come up: %s", self._name(index), error)
@@ -258,9 +267,9 @@ class ExpertPool:
     def _stand_in(self, index: int) -> bool:
         """Whether others of its kind are there or on their way; no more of them are started."""
         if index == ROUTER:
-            return bool(self._idle or self._running or self._arrivals.count(ROUTER))
+            return bool(self._idle or self._running or self.arrivals.count(ROUTER))
         replicas = self.replicas[index]
-        left = len(replicas.actors) + self._arrivals.count(index)
+        left = len(replicas.actors) + self.arrivals.count(index)
         replicas.limit = max(1, left)
         return left > 0
 
@@ -288,13 +297,13 @@ class ExpertPool:
 
     def _resize(self, index: int, wanted: int) -> None:
         replicas = self.replicas[index]
-        while len(replicas.actors) + self._arrivals.count(index) < wanted:
-            self._arrivals.add(index, self._new_expert(replicas.name))
+        while len(replicas.actors) + self.arrivals.count(index) < wanted:
+            self.arrivals.add(index, self._new_expert(replicas.name))
         while (
-            self._arrivals.count(index)
-            and len(replicas.actors) + self._arrivals.count(index) > wanted
+            self.arrivals.count(index)
+            and len(replicas.actors) + self.arrivals.count(index) > wanted
         ):
-            self._arrivals.drop(index)
+            self.arrivals.drop(index)
         while len(replicas.actors) > wanted:
             self._retired.append((replicas.actors.pop(), set(self._running)))
 
@@ -322,7 +331,7 @@ class ExpertPool:
         ray.kill(router)
         self._restarts.count()
         logger.warning("%s", error)
-        self._arrivals.add(ROUTER, self._new_router())
+        self.arrivals.add(ROUTER, self._new_router())
 
     def _new_router(self) -> ActorHandle:
         config = self._config

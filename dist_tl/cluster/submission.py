@@ -6,10 +6,12 @@ the cluster's image. The token of Ray's authentication is taken from the environ
 
 import itertools
 import logging
+import os
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
@@ -22,6 +24,7 @@ from dist_tl.errors import ConfigError, WorkerError
 from dist_tl.telemetry import redact
 
 POLL_S = 1.0
+API_SERVER = "RAY_API_SERVER_ADDRESS"
 PATIENCE_S = 120.0  # how long a cluster that runs a job may be out of reach
 RUN = "dist-tl/run"  # two runs may share a last part: only this says which one a job is of
 JOB_FILE = "job.yaml"
@@ -204,7 +207,8 @@ def _parsed(address: str) -> tuple[SplitResult, int | None]:
 
 def _connected(address: str) -> JobSubmissionClient:
     try:
-        return JobSubmissionClient(address)
+        with _alone_in_the_environment(address):
+            return JobSubmissionClient(address)
     except Exception as error:  # Ray raises whatever its transport raised
         text = redact(str(error))
         if any(word in text.lower() for word in ("auth", "token", "401", "403")):
@@ -213,6 +217,19 @@ def _connected(address: str) -> JobSubmissionClient:
                 "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's own"
             ) from None
         raise ConfigError(f"{redact(address)} is no Ray dashboard: {text[:300]}") from None
+
+
+@contextmanager
+def _alone_in_the_environment(address: str) -> Iterator[None]:
+    """Ray lets this variable, and else RAY_ADDRESS, win over the address it is given."""
+    before = os.environ.get(API_SERVER)
+    os.environ[API_SERVER] = address
+    try:
+        yield
+    finally:
+        del os.environ[API_SERVER]
+        if before is not None:
+            os.environ[API_SERVER] = before
 
 
 def _exit_code(about: Any) -> int:

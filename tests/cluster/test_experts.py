@@ -11,22 +11,24 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from small_stages import workers_named
 from stored_hubs import NAMES, PLACE, ROWS, SOURCE, predictions, small_hub, store_hub
 
 from dist_tl.cluster.config import ExpertsConfig
 from dist_tl.cluster.experts import ExpertPool
-from dist_tl.errors import WorkerError
+from dist_tl.errors import ConfigError, SupersededError, WorkerError, WorkerLost
 from dist_tl.methods.hub.pathway import Paths
 from dist_tl.methods.hub.routes import choose
 from dist_tl.shards.reader import read_shard
+from dist_tl.storage.attempts import begin_attempt
 from dist_tl.train.rows import load_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 
 
-def pool(store, *, degrade=False, **config):
+def pool(store, *, degrade=False, attempt=0, **config):
     config = ExpertsConfig(**{"cpus": 0.5, "router_cpus": 0.5, "timeout_s": 60, **config})
-    return ExpertPool(config, store, PLACE, NAMES, degrade=degrade)
+    return ExpertPool(config, store, PLACE, NAMES, degrade=degrade, attempt=attempt)
 
 
 def answers(store, plan):
@@ -161,8 +163,8 @@ def test_too_few_experts_left_are_a_named_error_even_with_degrade(stored):
 
 def await_new(experts):
     """Small shards would be answered before a new replica is up."""
-    new = [ticket for replicas in experts.replicas for ticket in replicas.starting]
-    ray.wait([*new, ray.put(None)], num_returns=len(new) + 1, timeout=60)
+    for actor in experts.arrivals.actors:
+        ray.get(actor.open.remote(), timeout=60)
 
 
 def test_replicas_follow_the_load(store):
@@ -191,10 +193,74 @@ def test_replicas_that_find_no_room_are_not_waited_for(stored):
 def test_an_expert_without_room_is_named_before_anything_is_answered(stored):
     store, _, plan = stored
     nowhere = {"second": {"no_such_node": 1}}
-    named = r"second stayed away \(not up after 3 s.*room"
+    named = r"second stayed away \(not up after 8 s.*room"
     with (
         pytest.raises(WorkerError, match=named),
-        pool(store, resources=nowhere, timeout_s=3) as experts,
+        pool(store, resources=nowhere, timeout_s=8) as experts,
+    ):
+        experts.answer(SOURCE, plan)
+    assert not store.list("stages/predictions/entries")
+
+
+def test_a_router_without_room_is_named_too(stored):
+    store, _, plan = stored
+    with (
+        pytest.raises(WorkerError, match=r"no router: not up after 8 s.*room"),
+        pool(store, router_cpus=100, timeout_s=8) as experts,
+    ):
+        experts.answer(SOURCE, plan)
+
+
+def test_a_replica_that_does_not_come_up_costs_only_itself(stored):
+    store, hub, plan = stored
+    with pool(store, min=2, max=2, cpus=0.25) as experts:
+        ray.kill(experts.arrivals.actors[0], no_restart=True)
+        experts.answer(SOURCE, plan)
+        assert not experts.lost
+        assert experts.replicas[0].limit == 1
+    assert torch.allclose(logits_of(answers(store, plan)), whole(hub).logits_BC, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["experts/second", "router"])
+def test_a_damaged_hub_is_a_named_error_and_no_expert_that_stays_away(stored, part):
+    store, _, plan = stored
+    store.write(f"{PLACE}/{part}/config.json", b"{}")
+    with (
+        pytest.raises(ConfigError, match=r"config\.json"),
+        pool(store, degrade=True) as experts,
+    ):
+        experts.answer(SOURCE, plan)
+
+
+def test_a_killed_router_is_replaced_and_its_shard_answered(stored):
+    store, hub, plan = stored
+
+    def kill_a_router(done, total):
+        if done == 2:
+            workers_named("RouterActor")[0].kill()
+
+    with pool(store) as experts:
+        experts.answer(SOURCE, plan, on_done=kill_a_router)
+    assert torch.allclose(logits_of(answers(store, plan)), whole(hub).logits_BC, atol=1e-5)
+
+
+def test_routers_that_die_over_one_shard_too_often_end_the_job_with_a_way_on(stored):
+    store, _, plan = stored
+    with (
+        pytest.raises(WorkerLost, match="start the same job again"),
+        pool(store, max_restarts=0) as experts,
+    ):
+        experts.answer(
+            SOURCE, plan, on_done=lambda done, total: workers_named("RouterActor")[0].kill()
+        )
+
+
+def test_nothing_is_committed_after_a_later_start_has_the_run(stored):
+    store, _, plan = stored
+    first, _ = begin_attempt(store), begin_attempt(store)
+    with (
+        pytest.raises(SupersededError, match="attempt 2"),
+        pool(store, attempt=first.number) as experts,
     ):
         experts.answer(SOURCE, plan)
     assert not store.list("stages/predictions/entries")

@@ -1,6 +1,9 @@
 """The generator pool: the same bytes as a plain loop, whatever happens to its workers."""
 
+import os
+
 import pytest
+import ray
 from small_stages import (
     contents,
     generating_stage,
@@ -83,6 +86,25 @@ def test_a_named_error_of_a_worker_reaches_the_driver_as_that_class(ray_local, s
         with pytest.raises(ConfigError, match=r"model\.safetensors not found") as caught:
             finish(pool, progress)
     assert type(caught.value) is ConfigError  # and not Ray's own, which only looks like it
+
+
+class Stillborn:
+    def open(self):
+        os._exit(1)
+
+
+@pytest.mark.ray
+def test_workers_that_die_on_their_way_up_are_held_back_and_end_the_job(
+    ray_local, store, monkeypatch
+):
+    monkeypatch.setattr(generators, "MAX_PAUSE_S", 0.2)
+    worker = ray.remote(Stillborn).options(num_cpus=0.1, max_restarts=0, max_task_retries=0)
+    monkeypatch.setattr(GeneratorPool, "_new_worker", lambda self: worker.remote())
+    spec = generating_stage(store, num_shards=3)
+    with open_pool(store, max_restarts=2) as pool:
+        progress = pool.add(spec, batch_size=4)
+        with pytest.raises(WorkerError, match="lost for good"):
+            finish(pool, progress)
 
 
 @pytest.mark.ray

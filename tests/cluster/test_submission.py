@@ -4,6 +4,7 @@ Against a stand-in that breaks when told to; tests/end_to_end/test_several_nodes
 """
 
 import json
+import os
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -95,6 +96,15 @@ def test_another_version_of_ray_is_refused_with_both_versions(board):
     board.version = "2.9.0"
     with pytest.raises(ConfigError, match=rf"runs Ray 2\.9\.0, this is {ray.__version__}; install"):
         RayJobs(board.address)
+
+
+@pytest.mark.parametrize("variable", ["RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"])
+def test_the_address_that_is_given_wins_over_the_environment(board, monkeypatch, variable):
+    """A job must never land on the cluster that happens to be in the environment."""
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    board.jobs["birds--1"] = job("birds--1")
+    assert RayJobs(board.address).running(RUN) == ["birds--1"]
+    assert os.environ[variable] == "http://127.0.0.1:9"
 
 
 def test_what_is_no_dashboard_is_said_to_be_none(board):

@@ -8,7 +8,8 @@ from pydantic import Field
 from dist_tl.cluster.config import Task, TrialsConfig
 from dist_tl.cluster.tasks import read_answer, run_tasks
 from dist_tl.config import StrictModel
-from dist_tl.errors import CheckpointMismatchError, ConfigError
+from dist_tl.errors import CheckpointMismatchError, ConfigError, SupersededError, WorkerError
+from dist_tl.storage.attempts import begin_attempt
 from dist_tl.storage.objects import ObjectStore
 
 pytestmark = pytest.mark.ray
@@ -24,12 +25,14 @@ class Answer(StrictModel):
 
 
 def square(asked, store):
-    attempts = len(store.list(f"attempts/{asked.number}"))
-    store.write(f"attempts/{asked.number}/{attempts}", b"")
-    if asked.trouble == "killed" and attempts == 0:
+    tries = len(store.list(f"tries/{asked.number}"))
+    store.write(f"tries/{asked.number}/{tries}", b"")
+    if asked.trouble == "killed" and tries == 0:
         os._exit(1)
     if asked.trouble == "named error":
         raise ConfigError("expected better")
+    if asked.trouble == "a mistake":
+        1 / 0  # noqa: B018
     return Answer(square=asked.number**2)
 
 
@@ -60,12 +63,12 @@ def test_no_tasks_need_no_cluster(store):
 def test_what_is_done_is_read_and_not_run_again(store):
     run(store, tasks(2))
     assert [answer.square for answer in run(store, tasks(4))] == [0, 1, 4, 9]
-    assert [len(store.list(f"attempts/{i}")) for i in range(4)] == [1, 1, 1, 1]
+    assert [len(store.list(f"tries/{i}")) for i in range(4)] == [1, 1, 1, 1]
 
 
 def test_a_task_whose_worker_is_killed_is_run_again(store):
     assert [answer.square for answer in run(store, tasks(3, trouble="killed"))] == [0, 1, 4]
-    assert [len(store.list(f"attempts/{i}")) for i in range(3)] == [2, 2, 2]
+    assert [len(store.list(f"tries/{i}")) for i in range(3)] == [2, 2, 2]
 
 
 def test_a_named_error_reaches_the_caller_and_leaves_no_answer(store):
@@ -73,6 +76,20 @@ def test_a_named_error_reaches_the_caller_and_leaves_no_answer(store):
     with pytest.raises(ConfigError, match="expected better"):
         run(store, asked)
     assert read_answer(store, asked[0], Answer) is None
+
+
+def test_nothing_is_stored_after_a_later_start_has_the_run(store):
+    first, second = begin_attempt(store), begin_attempt(store)
+    asked = tasks(2)
+    with pytest.raises(SupersededError, match="attempt 2"):
+        run(store, asked, attempt=first.number)
+    assert [read_answer(store, task, Answer) for task in asked] == [None, None]
+    assert run(store, asked, attempt=second.number)[1].square == 1
+
+
+def test_an_unnamed_error_is_named_and_shown(store):
+    with pytest.raises(WorkerError, match=r"ZeroDivisionError[\s\S]*in square"):
+        run(store, tasks(1, trouble="a mistake"))
 
 
 def test_an_answer_to_another_question_is_refused(store):

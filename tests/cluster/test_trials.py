@@ -7,8 +7,9 @@ from small_stages import contents, training_stage, wait_until, workers_named
 from dist_tl import errors
 from dist_tl.cluster.config import TrialsConfig
 from dist_tl.cluster.trials import Trials
-from dist_tl.errors import ConfigError, DistTLError, WorkerError
+from dist_tl.errors import ConfigError, DistTLError, SupersededError, WorkerError
 from dist_tl.storage import layout
+from dist_tl.storage.attempts import begin_attempt
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.checkpoints import CheckpointConfig
 from dist_tl.train.engine import join_group
@@ -65,6 +66,15 @@ def test_a_named_error_of_a_trial_reaches_the_driver_as_that_class(ray_local, st
     with pytest.raises(ConfigError, match="no model at") as caught:
         trials.results(trials.start([missing]))
     assert type(caught.value) is ConfigError  # and not Ray's own, which only looks like it
+
+
+def test_no_trial_commits_after_a_later_start_has_the_run(ray_local, store):
+    first, _ = begin_attempt(store), begin_attempt(store)
+    trials = Trials(TrialsConfig(cpus=0.5), store.url, attempt=first.number)
+    spec = training_stage("late", steps=2)
+    with pytest.raises(SupersededError, match="attempt 2"):
+        trials.results(trials.start([spec]))
+    assert not store.exists(layout.result_key("late"))
 
 
 def test_a_trial_that_dies_too_often_ends_the_job_with_a_way_on(ray_local, store):
