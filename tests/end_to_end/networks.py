@@ -1,8 +1,8 @@
-"""Where the nodes of a test's cluster are: in network namespaces of their own, or all in one.
+"""Where the nodes of a test's cluster are: in namespaces of their own, or all in one.
 
-A namespace is a machine with an address of its own, joined to the others by a cable that can be
-pulled: then nothing refuses a connection, it is only never answered. The host's own network is not
-touched, and everything is gone as soon as the test's process is.
+A node's namespaces are a machine with an address of its own, joined to the others by a cable that
+can be pulled: then nothing refuses a connection, it is only never answered. The host's own network
+and mounts are not touched, and everything is gone as soon as the test's process is.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class OneNetwork:
     def __exit__(self, *_):
         pass
 
-    def add(self, name):
+    def add(self, name, scratch=None):
         return "127.0.0.1"
 
     def inside(self, name=None):
@@ -53,7 +53,7 @@ class Namespaces:
     is_one = False
 
     def __init__(self):
-        for tool in ("ip", "nsenter", "unshare"):
+        for tool in ("ip", "mount", "nsenter", "unshare"):
             if shutil.which(tool) is None:
                 raise OSError(f"no {tool}")
         self._holders, self._listeners = {}, []
@@ -76,8 +76,8 @@ class Namespaces:
             holder.stdin.close()
             holder.wait()
 
-    def add(self, name):
-        """A machine with a cable; returns its address."""
+    def add(self, name, scratch=None):
+        """A machine with a cable; returns its address. It sees a folder of its own at `scratch`."""
         number = len(self._holders) + 1
         self._hold(name)
         peer = ("peer", "name", "eth0", "netns", str(self._holders[name].pid))
@@ -85,11 +85,19 @@ class Namespaces:
         self._ip(None, "link", "set", name[:15], "master", "switch", "up")
         self._ip(name, "addr", "add", f"10.77.0.{number}/24", "dev", "eth0")
         self._ip(name, "link", "set", "eth0", "up")
+        if scratch is not None:
+            own = scratch.with_name(name)
+            own.mkdir()
+            self._run(name, "mount", "--bind", str(own), str(scratch))
         return f"10.77.0.{number}"
 
     def inside(self, name=None):
         """What goes before a command that runs on a machine, or without a name at the switch."""
-        return ["nsenter", f"--net=/proc/{self._holders[name].pid}/ns/net", "--"]
+        pid = self._holders[name].pid
+        kinds = [f"--net=/proc/{pid}/ns/net"]
+        if name is not None:
+            kinds.append(f"--mount=/proc/{pid}/ns/mnt")
+        return ["nsenter", *kinds, "--"]
 
     def reach(self, port):
         """An address at which all machines find a port of this process' loopback."""
@@ -105,7 +113,7 @@ class Namespaces:
     def _hold(self, name):
         """A process whose namespace lives until the pipe to it closes, however we end."""
         holder = subprocess.Popen(
-            ["unshare", "--net", "sh", "-c", "ip link set lo up && echo up && read _"],
+            ["unshare", "--net", "--mount", "sh", "-c", "ip link set lo up && echo up && read _"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -115,7 +123,10 @@ class Namespaces:
             raise OSError("no namespaces on this machine")
 
     def _ip(self, name, *words):
-        subprocess.run([*self.inside(name), "ip", *words], check=True, capture_output=True)
+        self._run(name, "ip", *words)
+
+    def _run(self, name, *words):
+        subprocess.run([*self.inside(name), *words], check=True, capture_output=True)
 
     def _listen_at_the_switch(self):
         """A socket belongs to the namespace that its thread was in when it was made."""

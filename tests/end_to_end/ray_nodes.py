@@ -46,11 +46,12 @@ class RayNodes:
         token = folder / "token"
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
-        store = urlsplit(environment["AWS_ENDPOINT_URL"])
+        reached = f"http://{network.reach(urlsplit(environment['AWS_ENDPOINT_URL']).port)}"
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))},
             **environment,
-            "AWS_ENDPOINT_URL": f"http://{network.reach(store.port)}",
+            **dict.fromkeys(("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"), reached),
+            **dict.fromkeys(("NO_PROXY", "no_proxy"), f"{environment['NO_PROXY']},10.77.0.0/24"),
             # Jobs start as they would in an image: by the first python, with the package in reach.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONPATH": str(Path(dist_tl.__file__).parents[1]),
@@ -61,7 +62,8 @@ class RayNodes:
             # As in pods: how soon a machine is missed that vanished without a word.
             **{k: v for k, v in pods.ENVIRONMENT.items() if k != "HOME"},
         }
-        self._folder, self._network = folder, network
+        self._folder, self._network = folder / "ray", network
+        self._folder.mkdir()
         self._nodes = {}
         host = network.add("head")
         self.gcs = f"{host}:{free_port()}"
@@ -92,7 +94,14 @@ class RayNodes:
         """Start a node that offers one role; returns once the cluster knows it."""
         before = len(self.nodes())
         resources = json.dumps({role: 1000, name: 1})
-        self._start(name, f"--address={self.gcs}", f"--num-cpus={cpus}", f"--resources={resources}")
+        self._start(
+            name,
+            # Nodes that share Ray's folder unpack and delete each other's working directories.
+            self._network.add(name, self._folder),
+            f"--address={self.gcs}",
+            f"--num-cpus={cpus}",
+            f"--resources={resources}",
+        )
         self._wait(lambda: len(self.nodes()) > before, name)
 
     def inside(self):
@@ -127,7 +136,7 @@ class RayNodes:
         return self._run(sys.executable, "-c", SCRAPE, *targets)
 
     def _start(self, name, address, *arguments):
-        log = (self._folder / f"{name}.log").open("wb")
+        log = self._log(name).open("wb")
         self._nodes[name] = subprocess.Popen(
             [
                 *self._network.inside(name),
@@ -145,6 +154,9 @@ class RayNodes:
             start_new_session=True,
             env=self.environment,
         )
+
+    def _log(self, name):
+        return self._folder.with_name(f"{name}.log")
 
     def _list(self, what):
         said = self._run(
@@ -167,6 +179,6 @@ class RayNodes:
         deadline = time.monotonic() + timeout_s
         while not ready():
             for name, process in self._nodes.items():
-                assert process.poll() is None, (self._folder / f"{name}.log").read_text()[-3000:]
+                assert process.poll() is None, self._log(name).read_text()[-3000:]
             assert time.monotonic() < deadline, f"{what} did not come up"
             time.sleep(0.3)
