@@ -15,6 +15,7 @@ from dist_tl.display import console, errors, show_table
 from dist_tl.errors import ConfigError, DistTLError
 
 if TYPE_CHECKING:  # these take seconds to import, and --help needs none of them
+    from dist_tl.cluster.scaling import Bounds
     from dist_tl.deploy.kube import Kube, KubeJob
     from dist_tl.jobs.submissions import Submission
 
@@ -165,11 +166,19 @@ def scale(
     write_scale(store, Scale(**bounds))
     submission, wanted = read_submission(store), bounds["generators"]
     if submission is not None and submission.where == "kubernetes":
-        kube, job = _kube_job(run, submission.namespace)
-        each = submission.generators_per_pod
-        pods = [math.ceil(workers / each) for workers in (wanted.min, max(1, wanted.max))]
-        kube.scale(job, "generators", *pods)
+        _scale_pods(run, submission, wanted)
     say(f"generators: {wanted.min} to {wanted.max}, in a few seconds")
+
+
+def _scale_pods(run: str, submission: "Submission", wanted: "Bounds") -> None:
+    each = submission.generators_per_pod
+    pods = [math.ceil(workers / each) for workers in (wanted.min, max(1, wanted.max))]
+    try:
+        kube, job = _kube_job(run, submission.namespace)
+        kube.scale(job, "generators", *pods)
+    except DistTLError:
+        say("the size is kept for later starts of the run; that of the pods did not change:")
+        raise
 
 
 def _submission(run: str, kube: bool, namespace: str | None) -> "Submission":

@@ -193,6 +193,7 @@ def kube_plan(spec: "Job", options: Path | None) -> "list[KubeRow]":
     from dist_tl.deploy.summary import kube_rows
 
     chosen = cluster_options(options)
+    spec = _as_scaled(spec)
     render(spec, chosen)
     return kube_rows(spec, chosen)
 

@@ -18,6 +18,7 @@ FLOORS = [
     {"deploy"},
     {"display"},
     {"cli_remote"},
+    {"cli_submit"},
     {"cli"},
     {"__main__"},
 ]

@@ -4,7 +4,7 @@ from typing import Generic, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from dist_tl.cluster.outcomes import named
 
@@ -42,7 +42,7 @@ class Arrivals(Generic[Key]):
         ticket = [ticket for ticket, (other, _) in self._waiting.items() if other == key][-1]
         ray.kill(self._waiting.pop(ticket)[1])
 
-    def poll(self, timeout_s: float = 0.0) -> list[tuple[Key, ActorHandle, RayActorError | None]]:
+    def poll(self, timeout_s: float = 0.0) -> list[tuple[Key, ActorHandle, RayError | None]]:
         """Those that have arrived, or died on the way: then with the reason.
 
         Raises:
@@ -52,7 +52,7 @@ class Arrivals(Generic[Key]):
             return []
         tickets = list(self._waiting)
         ready, _ = ray.wait(tickets, num_returns=len(tickets), timeout=timeout_s)
-        found: list[tuple[Key, ActorHandle, RayActorError | None]] = []
+        found: list[tuple[Key, ActorHandle, RayError | None]] = []
         for ticket in ready:
             key, actor = self._waiting.pop(ticket)
             try:
@@ -62,6 +62,6 @@ class Arrivals(Generic[Key]):
                 raise named(error, "an actor that starts") from None
             except ActorUnavailableError:  # it may come back, as long as the cluster believes so
                 self.add(key, actor)
-            except RayActorError as error:
+            except RayError as error:  # dead, out of memory, or its node could not be set up
                 found.append((key, actor, error))
         return found

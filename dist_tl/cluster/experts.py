@@ -20,9 +20,9 @@ from ray.actor import ActorHandle
 from dist_tl.cluster.arrivals import Arrivals
 from dist_tl.cluster.config import ExpertsConfig
 from dist_tl.cluster.inputs import RowsInput, StageInput
-from dist_tl.cluster.metrics import RestartMetrics
 from dist_tl.cluster.outcomes import collect
 from dist_tl.cluster.roles import actor_options
+from dist_tl.cluster.router_pool import RouterPool
 from dist_tl.cluster.routers import AnswerSettings, RouterActor, ShardAnswer
 from dist_tl.errors import WorkerError, WorkerLost
 from dist_tl.models.networks import Network
@@ -33,7 +33,7 @@ from dist_tl.train.hub_model import load_expert
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.2
-ROUTER = -1  # in the place of an expert's index
+ROUTER = -1  # who is absent: an expert, by its index, or all routers
 LOAD_MEMORY = 0.7  # share of the past in the moving average of an expert's load
 
 
@@ -94,7 +94,7 @@ class ExpertPool:
 
     Attributes:
         replicas: by expert.
-        arrivals: experts, by their index, and routers that are not up yet.
+        arrivals: replicas that are not up yet, by expert.
         lost: experts that are left out.
     """
 
@@ -114,8 +114,7 @@ class ExpertPool:
         self.replicas = [Replicas(name, config.max) for name in experts]
         self.lost: frozenset[int] = frozenset()
         self.arrivals: Arrivals[int] = Arrivals()
-        self._restarts = RestartMetrics(store.url, "experts")
-        self._idle: list[ActorHandle] = []  # routers without a shard
+        self._losses: Counter[int] = Counter()  # of routers, by shard
         self._running: dict[ray.ObjectRef, tuple[ActorHandle, int]] = {}
         # Replicas that get no more orders, each with the orders that still know of it.
         self._retired: list[tuple[ActorHandle, set[ray.ObjectRef]]] = []
@@ -123,15 +122,17 @@ class ExpertPool:
     def __enter__(self) -> "ExpertPool":
         for index in range(len(self.replicas)):
             self._resize(index, self._config.min)
-        for _ in range(self._config.routers):
-            self.arrivals.add(ROUTER, self._new_router())
+        config = self._config
+        self._routers = RouterPool(
+            self._new_router, config.routers, config.max_restarts, self._store.url
+        )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:  # the session ends the actors with everything else
             return
         experts = [actor for replicas in self.replicas for actor in replicas.actors]
-        routers = [*self._idle, *(router for router, _ in self._running.values())]
+        routers = [*self._routers.actors, *(router for router, _ in self._running.values())]
         retired = [actor for actor, _ in self._retired]
         for actor in (*self.arrivals.actors, *experts, *routers, *retired):
             ray.kill(actor)
@@ -156,30 +157,24 @@ class ExpertPool:
         """
         committed = committed_indices(self._store, plan.stage)
         todo = [i for i in range(plan.num_shards) if i not in committed]
-        done, losses = plan.num_shards - len(todo), Counter[int]()
+        done = plan.num_shards - len(todo)
         if todo:
             self.wait_until_up(on_poll)
         while todo or self._running:
-            if not self._idle and not self._running:
+            if not self._routers.idle and not self._running:
                 self.wait_until_up(on_poll)  # every router was lost
-            while todo and self._idle:
-                router, index = self._idle.pop(), todo.pop(0)
+            while todo and self._routers.idle:
+                router, index = self._routers.idle.pop(), todo.pop(0)
                 self._running[self._order(router, source, plan, index)] = (router, index)
             ready, _ = ray.wait(list(self._running), timeout=POLL_S)
             on_poll()
             for ticket in ready:
                 router, index = self._running.pop(ticket)
-                try:
-                    found = collect(ticket, f"the router of shard {index}")
-                except WorkerLost as error:
+                if self._is_answered(ticket, router, index):
+                    done += 1
+                    on_done(done, plan.num_shards)
+                else:
                     insort(todo, index)
-                    losses[index] += 1
-                    self._replace(router, losses[index], error)
-                    continue
-                self._idle.append(router)
-                self._take(found)
-                done += 1
-                on_done(done, plan.num_shards)
             self._lose(self._welcome())
             if ready:
                 self._follow_load()
@@ -197,7 +192,8 @@ class ExpertPool:
         before, since = self._absent(), time.monotonic()
         while absent := self._absent() - reasons.keys():
             on_poll()
-            reasons |= self._welcome(POLL_S)
+            time.sleep(POLL_S)
+            reasons |= self._welcome()
             if absent != before:
                 before, since = absent, time.monotonic()
             if time.monotonic() - since > self._config.timeout_s:
@@ -214,8 +210,23 @@ class ExpertPool:
             degrade=self._degrade,
             missing=self.lost,
         )
-        experts = [list(replicas.actors) for replicas in self.replicas]  # empty where lost
+        experts = [list(replicas.actors) for replicas in self.replicas]
         return router.answer.remote(source, plan, index, experts, settings)
+
+    def _is_answered(self, ticket: ray.ObjectRef, router: ActorHandle, index: int) -> bool:
+        """Take what a router found; False where it was lost, and the shard is to be asked again."""
+        try:
+            found = collect(ticket, f"the router of shard {index}")
+        except WorkerLost as error:
+            self._losses[index] += 1
+            if self._losses[index] > self._config.max_restarts:
+                raise
+            logger.warning("%s", error)
+            self._routers.lose(router)
+            return False
+        self._routers.idle.append(router)
+        self._take(found)
+        return True
 
     def _take(self, found: ShardAnswer) -> None:
         self._lose(found.lost)
@@ -238,43 +249,32 @@ class ExpertPool:
         if reasons and not self._degrade:
             told = "; ".join(f"{self.replicas[i].name} stayed away ({reasons[i]})" for i in reasons)
             raise WorkerError(
-                f"expert {told}, after {self._config.max_restarts} restarts; start the same job "
-                "again to go on from the shards that are committed, or with degrade: true to leave "
-                "it out"
+                f"expert {told}; start the same job again to go on from the shards that are "
+                "committed, or with degrade: true to leave it out"
             )
 
     def _absent(self) -> frozenset[int]:
         found = {i for i, replicas in enumerate(self.replicas) if not replicas.actors} - self.lost
-        return frozenset(found if self._idle or self._running else {ROUTER, *found})
+        return frozenset(found if self._routers.idle or self._running else {ROUTER, *found})
 
-    def _welcome(self, timeout_s: float = 0.0) -> dict[int, str]:
+    def _welcome(self) -> dict[int, str]:
         """Who is up gets work; of those that nobody is left to stand in for, why they are not."""
         reasons = {}
-        for index, actor, error in self.arrivals.poll(timeout_s):
-            if error is not None:
-                self._restarts.count()
-                logger.warning("%s did not come up: %s", self._name(index), error)
-                if not self._stand_in(index):
-                    reasons[index] = str(error).strip().splitlines()[-1]
-            elif index == ROUTER:
-                self._idle.append(actor)
-            else:
-                replicas = self.replicas[index]
+        for index, actor, error in self.arrivals.poll():
+            replicas = self.replicas[index]
+            if error is None:
                 replicas.actors.append(actor)
                 replicas.most = max(replicas.most, len(replicas.actors))
+                continue
+            logger.warning("a replica of %s did not come up: %s", replicas.name, error)
+            left = len(replicas.actors) + self.arrivals.count(index)
+            replicas.limit = max(1, left)  # more of them would fare no better
+            if not left:
+                reasons[index] = str(error).strip().splitlines()[-1]
+        no_router = self._routers.poll()
+        if no_router is not None and ROUTER in self._absent():
+            reasons[ROUTER] = no_router
         return reasons
-
-    def _stand_in(self, index: int) -> bool:
-        """Whether others of its kind are there or on their way; no more of them are started."""
-        if index == ROUTER:
-            return bool(self._idle or self._running or self.arrivals.count(ROUTER))
-        replicas = self.replicas[index]
-        left = len(replicas.actors) + self.arrivals.count(index)
-        replicas.limit = max(1, left)
-        return left > 0
-
-    def _name(self, index: int) -> str:
-        return "a router" if index == ROUTER else f"a replica of {self.replicas[index].name}"
 
     def _follow_load(self) -> None:
         """The busiest expert has `max` replicas, the others in proportion."""
@@ -323,15 +323,6 @@ class ExpertPool:
             max_task_retries=config.max_restarts,
         )
         return actor.remote(self._store.url, self._place, name, config.threads)
-
-    def _replace(self, router: ActorHandle, times: int, error: WorkerLost) -> None:
-        """Start another router in the place of one that was lost over the same shard."""
-        if times > self._config.max_restarts:
-            raise error
-        ray.kill(router)
-        self._restarts.count()
-        logger.warning("%s", error)
-        self.arrivals.add(ROUTER, self._new_router())
 
     def _new_router(self) -> ActorHandle:
         config = self._config

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import ray
 import torch
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError, RayTaskError
 
 from dist_tl.cluster.arrivals import Arrivals
 from dist_tl.cluster.config import GeneratorsConfig
@@ -286,19 +286,17 @@ class GeneratorPool:
         if lost is not None:
             self._hold_back(lost)
 
-    def _hold_back(self, error: RayActorError) -> None:
+    def _hold_back(self, error: RayError) -> None:
         """A new worker died before it was of use: wait longer each time before the next."""
         self._lost_on_the_way += 1
         if self._lost_on_the_way > self._config.max_restarts and not self.num_workers:
             raise error
-        pause_s = min(MAX_PAUSE_S, 2.0**self._lost_on_the_way)
+        pause_s = min(MAX_PAUSE_S, 2.0 ** min(self._lost_on_the_way, 6))
         self._start_after = time.monotonic() + pause_s
         self._restarts.count()
         logger.warning("a new generator worker died; the next in %g s: %s", pause_s, error)
 
-    def _lose(
-        self, actor: ActorHandle, stage: StageProgress, index: int, error: RayActorError
-    ) -> None:
+    def _lose(self, actor: ActorHandle, stage: StageProgress, index: int, error: RayError) -> None:
         """Give a worker up that does not answer; its shard goes to another."""
         ray.kill(actor)
         insort(stage.todo, index)
@@ -368,7 +366,9 @@ class GeneratorPool:
             actor, stage, index = self._running.pop(ticket)
             try:
                 entry = ray.get(ticket)
-            except RayActorError as error:
+            except RayTaskError:
+                raise
+            except RayError as error:  # the worker, not the work
                 self._lose(actor, stage, index, error)
                 continue
             if entry is None:
@@ -383,5 +383,5 @@ class GeneratorPool:
 def _is_leaving(ticket: ray.ObjectRef) -> bool:
     try:
         return ray.get(ticket)
-    except RayActorError:
+    except RayError:
         return True

@@ -4,6 +4,8 @@ Driver and workers use them alike. Names and meanings stand here once; the dashb
 k8s/grafana draws them.
 """
 
+from typing import Literal
+
 from ray.util.metrics import Counter, Gauge
 
 from dist_tl.cluster.roles import Role
@@ -12,7 +14,7 @@ from dist_tl.cluster.roles import Role
 class RestartMetrics:
     """Told by whoever starts a role's workers anew."""
 
-    def __init__(self, run: str, role: Role) -> None:
+    def __init__(self, run: str, role: Role | Literal["routers"]) -> None:
         self._tags = {"run": run, "role": role}
         self._restarts = Counter(
             "dist_tl_restarts_total", "Workers, or groups of trainers, made anew.", ("run", "role")

@@ -25,6 +25,13 @@ from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.hub_model import load_router
 
 ASK_AGAIN_S = 0.5
+FETCH_S = 5.0  # an answer may be there and still have to come from another node
+_DEAD = (
+    ray.exceptions.ActorDiedError,
+    ray.exceptions.ActorUnschedulableError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.RuntimeEnvSetupError,
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class RouterActor:
         experts: list[list[ActorHandle]],
         settings: "AnswerSettings",
     ) -> ShardAnswer:
-        """Predictions of one shard, committed. A retry makes the same bytes.
+        """Predictions of one shard, committed. A retry makes the same bytes if as many are missing.
 
         Args:
             plan: of the predictions.
@@ -195,10 +202,10 @@ class Question:
         num_dead = 0
         while True:
             try:
-                return ray.get(self._ticket, timeout=max(0.1, deadline - time.monotonic()))
+                return ray.get(self._ticket, timeout=max(FETCH_S, deadline - time.monotonic()))
             except (ray.exceptions.RayTaskError, ray.exceptions.GetTimeoutError):
                 raise
-            except ray.exceptions.ActorDiedError:
+            except _DEAD:
                 num_dead += 1
                 if num_dead == len(self._replicas):
                     raise

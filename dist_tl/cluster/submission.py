@@ -129,9 +129,13 @@ class RayJobs:
         """
         shown = 0
         while True:
-            about, log = self._ask_patiently(
-                lambda: (self._client.get_job_info(name), self._client.get_job_logs(name))
-            )
+            about = self._ask_patiently(lambda: self._client.get_job_info(name))
+            try:
+                log = self._ask_patiently(lambda: self._client.get_job_logs(name))
+            except WorkerError:
+                if about.status not in ENDED:
+                    raise
+                return _exit_code(about)  # it ended; that its log is gone changes nothing
             # The last line may still be written to.
             lines = log.splitlines()
             whole = len(lines) if about.status in ENDED or log.endswith("\n") else len(lines) - 1
@@ -166,8 +170,8 @@ class RayJobs:
         Raises:
             WorkerError: the cluster does not know the job, or is gone.
         """
-        self._ask(lambda: self._client.stop_job(name))
         while self._ask_patiently(lambda: self._client.get_job_status(name)) not in ENDED:
+            self._ask_patiently(lambda: self._client.stop_job(name))  # one that just starts is deaf
             time.sleep(POLL_S)
 
     def _ask_patiently(self, question: Callable[[], Answer]) -> Answer:

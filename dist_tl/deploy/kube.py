@@ -181,17 +181,21 @@ class Kube:
 
         Raises:
             ConfigError: the bounds are none, there is no such group, or the attempt is over.
-            WorkerError: the attempt has no cluster yet.
         """
         if not 0 <= low <= high or high < 1:
             raise ConfigError(f"{group}: expected 0 <= low <= high and high > 0, got {low}..{high}")
-        name, cluster = self._cluster_of(job)
-        now = _bounds(job, cluster["spec"], group, low, high)
+        ray_job = self._get(job)
+        if has_ended(ray_job):
+            raise ConfigError(f"expected a job that runs, got {job.name}, which is over; submit it")
         # The operator looks at the job's own spec only when it makes another cluster for it.
-        spec = self._get(job)["spec"]["rayClusterSpec"]
+        spec = ray_job["spec"]["rayClusterSpec"]
         later = _bounds(job, spec, group, low, high, prefix="/spec/rayClusterSpec")
         self._api.patch(RAY_JOBS, job.namespace, job.name, later)
-        self._api.patch(RAY_CLUSTERS, job.namespace, name, now)
+        name = status_of(ray_job).get("rayClusterName")
+        cluster = self._api.get(RAY_CLUSTERS, job.namespace, name) if name else None
+        if cluster is not None:
+            now = _bounds(job, cluster["spec"], group, low, high)
+            self._api.patch(RAY_CLUSTERS, job.namespace, name, now)
 
     def _get(self, job: KubeJob) -> Object:
         ray_job = self._api.get(RAY_JOBS, job.namespace, job.name)
@@ -201,18 +205,6 @@ class Kube:
                 f"kubectl -n {job.namespace} get rayjobs"
             )
         return ray_job
-
-    def _cluster_of(self, job: KubeJob) -> tuple[str, Object]:
-        ray_job = self._get(job)
-        if has_ended(ray_job):
-            raise ConfigError(f"expected a job that runs, got {job.name}, which is over; submit it")
-        name = status_of(ray_job).get("rayClusterName")
-        cluster = self._api.get(RAY_CLUSTERS, job.namespace, name) if name else None
-        if cluster is None:
-            raise WorkerError(
-                f"expected a Ray cluster of {job.name}, got none yet; see status and try again"
-            )
-        return name, cluster
 
     def _check_operator(self) -> None:
         if not self._api.served(RAY_JOBS):

@@ -5,7 +5,7 @@ reads it back: so two starts never share a number, even in a store that ignores 
 it commits a checkpoint, a result or an answer, a start looks whether a later number exists.
 Checkpoints carry the number, since of two starts they may differ. Between look and commit another
 start may begin; and shards of pseudo-samples are not fenced at all: the bytes of either are the
-same whoever writes them.
+same whoever writes them. (Not so for predictions of a hub that lost an expert to one of the two.)
 """
 
 import contextlib

@@ -575,10 +575,16 @@ def test_scale_sets_the_bounds_of_one_group(api, kube, job_of, options, low, hig
     assert changed["replicas"] == pods
 
 
+def test_between_two_clusters_of_a_job_the_next_one_is_scaled(api, kube, job_of, options):
+    made = kube.submit(job_of("digits"), options())
+    kube.scale(made, "generators", 2, 5)
+    api.start_cluster("digits")
+    _, generators = api.get("rayclusters", "digits-abcde")["spec"]["workerGroupSpecs"]
+    assert (generators["minReplicas"], generators["maxReplicas"]) == (2, 5)
+
+
 def test_scale_says_what_cannot_be(api, kube, job_of, options):
     made = kube.submit(job_of("digits"), options())
-    with pytest.raises(WorkerError, match="none yet"):
-        kube.scale(made, "generators", 1, 2)
     api.start_cluster("digits")
     with pytest.raises(ConfigError, match=r"\(trainers, generators\), got 'experts'"):
         kube.scale(made, "experts", 1, 2)
@@ -609,7 +615,7 @@ def test_the_client_role_allows_what_is_asked():
         for verb in rule["verbs"]
         for resource in rule["resources"]
     }
-    asked = {(verb, "rayjobs") for verb in ("get", "list", "create", "delete")}
+    asked = {(verb, "rayjobs") for verb in ("get", "list", "create", "patch", "delete")}
     asked |= {(verb, "rayclusters") for verb in ("get", "patch", "delete")}
     for plural in ("configmaps", "poddisruptionbudgets"):
         asked |= {(verb, plural) for verb in ("get", "create", "delete")}

@@ -131,6 +131,10 @@ def test_a_job_is_handed_in_scaled_watched_stopped_and_goes_on(api, bucket, comm
     code, out, _ = command("status", run)
     assert code == 0, "what the store says stands, whatever the cluster has forgotten"
     assert "expected a RayJob" in out
+    code, _, err = command("scale", run, "generators=7")
+    assert code == cli.BAD_INPUT
+    assert "kept for later starts of the run; that of the pods did not change" in err
+    assert command("scale", run, "generators=3..5")[0] == cli.BAD_INPUT
     code, out, _ = submit(run, "--dry-run")
     [ray_job] = [m for m in yaml.safe_load_all(out) if m["kind"] == "RayJob"]
     groups = ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"]

@@ -148,7 +148,11 @@ def _relay(listener, port):
     with contextlib.suppress(OSError):
         while True:
             near, _ = listener.accept()
-            far = socket.create_connection(("127.0.0.1", port))
+            try:
+                far = socket.create_connection(("127.0.0.1", port))
+            except OSError:  # nobody listens; somebody may for the next
+                near.close()
+                continue
             for source, target in ((near, far), (far, near)):
                 threading.Thread(target=_copy, args=(source, target), daemon=True).start()
 

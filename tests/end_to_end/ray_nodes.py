@@ -4,6 +4,7 @@ Every node is a process group of its own with its own resources and, where the m
 network; the head has no CPUs, the others have roles; token authentication is on.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -83,7 +84,11 @@ class RayNodes:
             # Sockets lie below it, and their paths have a limit of 107 bytes.
             f"--temp-dir={self._folder}",
         )
-        self._wait(lambda: len(self.nodes()) == 1, "the head")
+        try:
+            self._wait(lambda: len(self.nodes()) == 1, "the head")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_):
@@ -112,7 +117,8 @@ class RayNodes:
         """End a node and everything on it at once, as a machine that goes away without a word."""
         self._network.cut(name)
         process = self._nodes.pop(name)
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
     def nodes(self):

@@ -97,7 +97,8 @@ def cluster(tmp_path_factory):
         nodes.add("trainers-a", "trainers", 4)
         nodes.add("trainers-b", "trainers", 4)
         # Room for two workers, so that a third has to go to another node; where nodes share a disk
-        # they unpack and delete each other's working directories, so there it had better not.
+        # they unpack and delete each other's working directories, so there it had better not (and
+        # the generator node that is lost has no worker then).
         nodes.add("generators-a", "generators", 4 if network.is_one else 1)
         yield Cluster(nodes, server, folder, network)
 
