@@ -236,6 +236,8 @@ class GeneratorPool:
         if now - self._asked_at < ASK_EVERY_S:
             return
         self._asked_at = now
+        if self._roles:
+            self._let_go()
         try:
             scale = read_scale(self._store)
         except (StorageError, ConfigError) as error:
@@ -243,8 +245,6 @@ class GeneratorPool:
             return
         if scale is not None:
             self._bounds = (scale.generators.min, scale.generators.max)
-        if self._roles:
-            self._let_go()
 
     def _tell(self, positions: dict[str, int]) -> None:
         self._metrics.workers(self.num_workers)
