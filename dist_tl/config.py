@@ -66,6 +66,11 @@ def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[An
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
 
 
+def _plain_data(text: str) -> Any:
+    # _Loader is a SafeLoader: it builds plain data and nothing else.
+    return yaml.load(text, Loader=_Loader)  # noqa: S506
+
+
 def parse_yaml(text: str, *, source: str) -> dict[str, Any]:
     """The mapping that a YAML text holds.
 
@@ -73,8 +78,7 @@ def parse_yaml(text: str, *, source: str) -> dict[str, Any]:
         ConfigError: the text is not YAML, not a mapping, or gives a key twice.
     """
     try:
-        # _Loader is a SafeLoader: it builds plain data and nothing else.
-        data = yaml.load(text, Loader=_Loader)  # noqa: S506
+        data = _plain_data(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
@@ -98,7 +102,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
         for key in keys[:-1]:
             place = _step_into(place, key, override)
         try:
-            parsed = yaml.load(value, Loader=_Loader)  # noqa: S506
+            parsed = _plain_data(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
         if isinstance(place, list):

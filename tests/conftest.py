@@ -1,8 +1,35 @@
 """What holds for every test."""
 
+import re
 import signal
+import sys
+
+import pytest
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and whatever they start
 # would inherit that: tests of Ctrl-C need it as a person's terminal has it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the command in this process; returns exit code, standard output, standard error."""
+
+    from dist_tl import cli
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["dist-tl", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        shown = capsys.readouterr()
+        return left.value.code or 0, _plain(shown.out), _plain(shown.err)
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli.console, "_width", 200)
+    monkeypatch.setattr(cli.errors, "_width", 200)
+    return run
+
+
+def _plain(text):
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 
@@ -50,27 +49,6 @@ def job(tmp_path):
         return path
 
     return write
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs the command in this process; returns exit code, standard output, standard error."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["dist-tl", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        shown = capsys.readouterr()
-        return left.value.code or 0, plain(shown.out), plain(shown.err)
-
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli.console, "_width", 200)
-    monkeypatch.setattr(cli.errors, "_width", 200)
-    return run
-
-
-def plain(text):
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
 
 @pytest.fixture

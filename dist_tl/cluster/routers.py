@@ -57,7 +57,7 @@ class RouterActor:
     def __init__(self, store_url: str, place: str, threads: int, attempt: int) -> None:
         torch.set_num_threads(threads)
         self._store = ObjectStore(store_url)
-        self._attempt = Attempt(self._store, attempt) if attempt else None
+        self._attempt = Attempt(self._store, attempt)
         self._place = place
 
     def open(self) -> None:
@@ -95,8 +95,7 @@ class RouterActor:
             missing, reasons = missing | lost.keys(), reasons | lost
             if not settings.degrade:
                 return ShardAnswer(index, _pairs(routes), reasons, None)
-        if self._attempt is not None:
-            self._attempt.check()
+        self._attempt.check()
         entry = write_shard(
             plan.order(index),
             self._predictions(samples, routes, wanted, answers, plan.order(index).numbers),

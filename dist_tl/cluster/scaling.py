@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from dist_tl.config import StrictModel
 from dist_tl.errors import ConfigError
 from dist_tl.storage import layout
+from dist_tl.storage.notes import read_note
 from dist_tl.storage.objects import ObjectStore
 
 POOLS = ("generators",)
@@ -76,10 +77,4 @@ def read_scale(store: ObjectStore) -> Scale | None:
     Raises:
         ConfigError: the file is damaged.
     """
-    data = store.read_or_none(layout.SCALE)
-    if data is None:
-        return None
-    try:
-        return Scale.model_validate_json(data)
-    except ValueError as error:
-        raise ConfigError(f"{layout.SCALE} is damaged: {error}; scale again") from None
+    return read_note(store, layout.SCALE, Scale, remedy="scale again")

@@ -149,7 +149,7 @@ class RaySession:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
         for key, value in self._environment_before.items():
-            _set_variable(key, value)
+            set_variable(key, value)
         self._environment_before.clear()
 
     def _set_environment(self, variables: dict[str, str]) -> None:
@@ -197,7 +197,8 @@ class RaySession:
         return (self._folder / "head.log").read_text(errors="replace")[-1500:]
 
 
-def _set_variable(key: str, value: str | None) -> None:
+def set_variable(key: str, value: str | None) -> None:
+    """Of this process' environment; None removes it."""
     if value is None:
         os.environ.pop(key, None)
     else:

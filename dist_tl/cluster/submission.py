@@ -19,7 +19,7 @@ from urllib.parse import SplitResult, urlsplit
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from dist_tl.cluster.session import answers
+from dist_tl.cluster.session import answers, set_variable
 from dist_tl.errors import ConfigError, WorkerError
 from dist_tl.telemetry import redact
 
@@ -227,13 +227,11 @@ def _connected(address: str) -> JobSubmissionClient:
 def _alone_in_the_environment(address: str) -> Iterator[None]:
     """Ray lets this variable, and else RAY_ADDRESS, win over the address it is given."""
     before = os.environ.get(API_SERVER)
-    os.environ[API_SERVER] = address
+    set_variable(API_SERVER, address)
     try:
         yield
     finally:
-        del os.environ[API_SERVER]
-        if before is not None:
-            os.environ[API_SERVER] = before
+        set_variable(API_SERVER, before)
 
 
 def _exit_code(about: Any) -> int:

@@ -120,8 +120,7 @@ def _run_one(
         torch.set_num_threads(1)
     store = ObjectStore(store_url)
     answer = work(task.asked, store).model_dump_json()
-    if attempt:
-        Attempt(store, attempt).check()
+    Attempt(store, attempt).check()
     stored = StoredAnswer(asked=_fingerprint(task), answer=answer)
     store.write(layout.result_key(task.name), stored.model_dump_json().encode())
     return answer

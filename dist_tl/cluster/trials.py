@@ -51,5 +51,5 @@ def _run_alone(
     torch.backends.cudnn.deterministic = True
     join_group(0, 1)
     store = ObjectStore(store_url)
-    attempt = Attempt(store, number) if number else None
+    attempt = Attempt(store, number)
     return [run_stage(spec, store, rank=0, world_size=1, attempt=attempt) for spec in specs]

@@ -6,8 +6,8 @@ from typing import Literal
 from pydantic import Field
 
 from dist_tl.config import StrictModel
-from dist_tl.errors import ConfigError
 from dist_tl.storage import layout
+from dist_tl.storage.notes import read_note
 from dist_tl.storage.objects import ObjectStore
 
 
@@ -37,10 +37,4 @@ def read_submission(store: ObjectStore) -> Submission | None:
     Raises:
         ConfigError: the file is damaged.
     """
-    data = store.read_or_none(layout.SUBMISSION)
-    if data is None:
-        return None
-    try:
-        return Submission.model_validate_json(data)
-    except ValueError as error:
-        raise ConfigError(f"{layout.SUBMISSION} is damaged: {error}; submit again") from None
+    return read_note(store, layout.SUBMISSION, Submission, remedy="submit again")

@@ -30,7 +30,7 @@ class Attempt:
 
     Attributes:
         store: of the run.
-        number: from 1; a later one takes the run over.
+        number: from 1; a later one takes the run over. 0 is no start at all, and gives way to none.
     """
 
     def __init__(self, store: ObjectStore, number: int) -> None:
@@ -44,6 +44,8 @@ class Attempt:
             SupersededError: naming the later attempt and its machine.
         """
         self._looked_at = time.monotonic()
+        if self.number == 0:
+            return
         latest = latest_attempt(self.store)
         if latest > self.number:
             told = self.store.read_json(layout.attempt_key(latest))

@@ -164,10 +164,6 @@ def test_a_replica_out_of_sight_is_asked_again_until_the_deadline():
     assert replica.logits.asked == 1
 
 
-class Stage(SimpleNamespace):
-    """Of a pool: as much of its progress as losing takes."""
-
-
 @pytest.fixture
 def generator_pool(tmp_path):
     config = GeneratorsConfig(min=1, max=4, max_restarts=2)
@@ -176,7 +172,7 @@ def generator_pool(tmp_path):
 
 @pytest.mark.parametrize("error", [GONE, DEAD, FULL])
 def test_a_shard_whose_worker_is_lost_goes_back_in_its_place(generator_pool, error):
-    stage = Stage(spec=SimpleNamespace(name="pp"), todo=[3, 7])
+    stage = SimpleNamespace(spec=SimpleNamespace(name="pp"), todo=[3, 7])
     lost, idle = Actor(), Actor()
     generator_pool._idle.append((idle, 0.0))
     for _ in range(2):

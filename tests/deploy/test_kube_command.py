@@ -1,7 +1,6 @@
 """The command's verbs on Kubernetes, as somebody types them: real client, real S3, no cluster."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -52,16 +51,13 @@ def options(tmp_path):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["dist-tl", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        shown = capsys.readouterr()
-        return left.value.code or 0, shown.out, " ".join(shown.err.split())
+def command(command):
+    """As everywhere, with what goes to standard error in one line."""
 
-    monkeypatch.setattr(cli.console, "_width", 200)
-    monkeypatch.setattr(cli.errors, "_width", 200)
+    def run(*words):
+        code, out, err = command(*words)
+        return code, out, " ".join(err.split())
+
     return run
 
 

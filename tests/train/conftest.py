@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_processes import TwoRanks, join_on_cpu
+from small_hubs import store_experts
 
 from dist_tl.datasets.digits import DigitsConfig
 from dist_tl.datasets.views import ViewsConfig
@@ -51,6 +52,18 @@ def ranks(request):
         return request.getfixturevalue("two_ranks")
     request.getfixturevalue("alone")
     return lambda function, *arguments: [function(0, 1, *arguments)]
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Places of runs that hold the experts, by name."""
+
+    def with_experts(name, *, norm="group"):
+        url = str(tmp_path / name)
+        store_experts(url, norm=norm)
+        return url
+
+    return with_experts
 
 
 DIGITS = DigitsConfig(classes=(0, 1, 2), limit=90)

@@ -16,7 +16,6 @@ from small_hubs import (
     source,
     state_of,
     stirred,
-    store_experts,
 )
 from test_train_stage import losses_in, run_on
 
@@ -30,18 +29,6 @@ from dist_tl.train import objectives
 from dist_tl.train.hub_model import NewExpert, load_expert, load_hub
 from dist_tl.train.objectives import HubSpec, SupervisedSpec
 from dist_tl.train.rows import load_rows
-
-
-@pytest.fixture
-def place(tmp_path):
-    """Places of runs that hold the experts, by name."""
-
-    def with_experts(name, *, norm="group"):
-        url = str(tmp_path / name)
-        store_experts(url, norm=norm)
-        return url
-
-    return with_experts
 
 
 @pytest.fixture

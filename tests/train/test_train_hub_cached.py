@@ -15,7 +15,6 @@ from small_hubs import (
     source,
     state_of,
     stirred,
-    store_experts,
 )
 
 from dist_tl.errors import ConfigError
@@ -29,18 +28,6 @@ from dist_tl.train import hub_model, objectives
 from dist_tl.train.cached import CachedExpert, CachedFeatures, CachedHub
 from dist_tl.train.hub_model import NewExpert, build_expert
 from dist_tl.train.models import model_files
-
-
-@pytest.fixture
-def place(tmp_path):
-    """Places of runs that hold the experts, by name."""
-
-    def with_experts(name, *, norm="group"):
-        url = str(tmp_path / name)
-        store_experts(url, norm=norm)
-        return url
-
-    return with_experts
 
 
 def columns(networks):

@@ -12,7 +12,6 @@ from small_hubs import (
     put,
     source,
     stirred,
-    store_experts,
 )
 from torch.nn import functional
 
@@ -30,18 +29,6 @@ from dist_tl.train.hub_model import (
     load_router,
 )
 from dist_tl.train.models import model_files
-
-
-@pytest.fixture
-def place(tmp_path):
-    """Places of runs that hold the experts, by name."""
-
-    def with_experts(name, *, norm="group"):
-        url = str(tmp_path / name)
-        store_experts(url, norm=norm)
-        return url
-
-    return with_experts
 
 
 def some_hub(url, **routes):
