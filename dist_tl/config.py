@@ -1,6 +1,6 @@
 """Job files: YAML read into frozen strict models, dotted overrides, and a fingerprint.
 
-Not covered: what a job can say. That lives in `jobs/specs.py` and beside what each model
+Not covered: what a job can say. That lives in `jobs/*/spec.py` and beside what each model
 configures.
 """
 

@@ -50,15 +50,15 @@ class SupersededError(WorkerError):
     """A later start of the same run has taken it over."""
 
 
-class WorkerLost(WorkerError):
+class WorkerLostError(WorkerError):
     """A worker died, or its node did; what it was asked for may be asked of another."""
 
 
-class HeadLost(WorkerError):
+class HeadLostError(WorkerError):
     """The head of a job's cluster died; another attempt goes on from the last COMMIT."""
 
 
-class JobDeleted(WorkerError):
+class JobDeletedError(WorkerError):
     """Somebody deleted the job while it was followed: no reason to start it again."""
 
 

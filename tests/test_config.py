@@ -22,7 +22,7 @@ from dist_tl.errors import ConfigError
 
 class Small(StrictModel):
     kind: Literal["small"] = "small"
-    width: int = Field(8, ge=1)
+    width: int = Field(default=8, ge=1)
 
 
 class Large(StrictModel):

@@ -48,8 +48,8 @@ def choose_anchors_on_ray(
     actors = [remote.remote(store_url, key, first) for key, first in zip(keys, firsts, strict=True)]
 
     def everywhere(name: str, *arguments: object) -> list:
-        asked = [actor.answer.remote(name, *arguments) for actor in actors]
-        return collect(asked, "a chunk of the pool")
+        inputs = [actor.answer.remote(name, *arguments) for actor in actors]
+        return collect(inputs, "a chunk of the pool")
 
     try:
         return drive_choice(everywhere, m, on_step=on_step)

@@ -17,14 +17,14 @@ import ray
 import torch
 from ray.actor import ActorHandle
 
-from dist_tl.cluster.arrivals import Arrivals
 from dist_tl.cluster.config import ExpertsConfig
 from dist_tl.cluster.inputs import RowsInput, StageInput
 from dist_tl.cluster.outcomes import collect
+from dist_tl.cluster.pending import PendingActors
 from dist_tl.cluster.roles import actor_options
 from dist_tl.cluster.router_pool import RouterPool
 from dist_tl.cluster.routers import AnswerSettings, RouterActor, ShardAnswer
-from dist_tl.errors import WorkerError, WorkerLost
+from dist_tl.errors import WorkerError, WorkerLostError
 from dist_tl.models.networks import Network
 from dist_tl.shards.manifest import committed_indices
 from dist_tl.shards.order import ShardPlan
@@ -113,7 +113,7 @@ class ExpertPool:
         self._degrade, self._roles, self._attempt = degrade, roles, attempt
         self.replicas = [Replicas(name, config.max) for name in experts]
         self.lost: frozenset[int] = frozenset()
-        self.arrivals: Arrivals[int] = Arrivals()
+        self.pending: PendingActors[int] = PendingActors()
         self._losses: Counter[int] = Counter()  # of routers, by shard
         self._running: dict[ray.ObjectRef, tuple[ActorHandle, int]] = {}
         # Replicas that get no more orders, each with the orders that still know of it.
@@ -134,7 +134,7 @@ class ExpertPool:
         experts = [actor for replicas in self.replicas for actor in replicas.actors]
         routers = [*self._routers.actors, *(router for router, _ in self._running.values())]
         retired = [actor for actor, _ in self._retired]
-        for actor in (*self.arrivals.actors, *experts, *routers, *retired):
+        for actor in (*self.pending.actors, *experts, *routers, *retired):
             ray.kill(actor)
 
     def answer(
@@ -217,7 +217,7 @@ class ExpertPool:
         """Take what a router found; False where it was lost, and the shard is to be asked again."""
         try:
             found = collect(ticket, f"the router of shard {index}")
-        except WorkerLost as error:
+        except WorkerLostError as error:
             self._losses[index] += 1
             if self._losses[index] > self._config.max_restarts:
                 raise
@@ -260,14 +260,14 @@ class ExpertPool:
     def _welcome(self) -> dict[int, str]:
         """Who is up gets work; of those that nobody is left to stand in for, why they are not."""
         reasons = {}
-        for index, actor, error in self.arrivals.poll():
+        for index, actor, error in self.pending.poll():
             replicas = self.replicas[index]
             if error is None:
                 replicas.actors.append(actor)
                 replicas.most = max(replicas.most, len(replicas.actors))
                 continue
             logger.warning("a replica of %s did not come up: %s", replicas.name, error)
-            left = len(replicas.actors) + self.arrivals.count(index)
+            left = len(replicas.actors) + self.pending.count(index)
             replicas.limit = max(1, left)  # more of them would fare no better
             if not left:
                 reasons[index] = str(error).strip().splitlines()[-1]
@@ -297,13 +297,12 @@ class ExpertPool:
 
     def _resize(self, index: int, wanted: int) -> None:
         replicas = self.replicas[index]
-        while len(replicas.actors) + self.arrivals.count(index) < wanted:
-            self.arrivals.add(index, self._new_expert(replicas.name))
+        while len(replicas.actors) + self.pending.count(index) < wanted:
+            self.pending.add(index, self._new_expert(replicas.name))
         while (
-            self.arrivals.count(index)
-            and len(replicas.actors) + self.arrivals.count(index) > wanted
+            self.pending.count(index) and len(replicas.actors) + self.pending.count(index) > wanted
         ):
-            self.arrivals.drop(index)
+            self.pending.drop(index)
         while len(replicas.actors) > wanted:
             self._retired.append((replicas.actors.pop(), set(self._running)))
 

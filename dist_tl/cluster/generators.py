@@ -19,9 +19,9 @@ import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from dist_tl.cluster.arrivals import Arrivals
 from dist_tl.cluster.config import GeneratorsConfig
 from dist_tl.cluster.metrics import GeneratorMetrics, RestartMetrics
+from dist_tl.cluster.pending import PendingActors
 from dist_tl.cluster.roles import actor_options
 from dist_tl.cluster.scaling import read_scale
 from dist_tl.errors import ConfigError, DistTLError, StorageError, WorkerError
@@ -138,7 +138,7 @@ class GeneratorPool:
         self._metrics = GeneratorMetrics(store_url)
         self._is_held_back = True
         self._stages: list[StageProgress] = []
-        self._arrivals: Arrivals[str] = Arrivals()
+        self._arrivals: PendingActors[str] = PendingActors()
         self._lost_on_the_way, self._start_after = 0, 0.0
         self._losses: Counter[tuple[str, int]] = Counter()  # of workers, by stage and shard
         self._restarts = RestartMetrics(store_url, "generators")
@@ -254,12 +254,14 @@ class GeneratorPool:
 
     def _let_go(self) -> None:
         """End idle workers whose nodes are about to go."""
-        asked = {actor.is_leaving.remote(): (actor, since) for actor, since in self._idle}
-        ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=1) if asked else ([], [])
+        replies = {actor.is_leaving.remote(): (actor, since) for actor, since in self._idle}
+        ready: list[ray.ObjectRef] = []
+        if replies:
+            ready, _ = ray.wait(list(replies), num_returns=len(replies), timeout=1)
         for ticket in ready:
             if _is_leaving(ticket):
-                self._idle.remove(asked[ticket])
-                ray.kill(asked[ticket][0])
+                self._idle.remove(replies[ticket])
+                ray.kill(replies[ticket][0])
 
     def _resize(self, positions: dict[str, int]) -> None:
         low, high = self._bounds

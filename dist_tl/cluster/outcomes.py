@@ -4,7 +4,7 @@ from typing import Any
 
 import ray
 
-from dist_tl.errors import DistTLError, WorkerError, WorkerLost
+from dist_tl.errors import DistTLError, WorkerError, WorkerLostError
 
 
 def collect(ticket: Any, what: str) -> Any:
@@ -23,7 +23,7 @@ def collect(ticket: Any, what: str) -> Any:
     except ray.exceptions.RayTaskError as error:
         raise named(error, what) from None
     except ray.exceptions.RayError as error:
-        raise WorkerLost(f"{what} was lost: {error}; start the same job again") from None
+        raise WorkerLostError(f"{what} was lost: {error}; start the same job again") from None
 
 
 def named(error: ray.exceptions.RayTaskError, what: str) -> DistTLError:

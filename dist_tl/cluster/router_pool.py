@@ -7,8 +7,8 @@ from collections.abc import Callable
 import ray
 from ray.actor import ActorHandle
 
-from dist_tl.cluster.arrivals import Arrivals
 from dist_tl.cluster.metrics import RestartMetrics
+from dist_tl.cluster.pending import PendingActors
 
 logger = logging.getLogger(__name__)
 PAUSE_S, MAX_PAUSE_S = 1.0, 32.0
@@ -31,7 +31,7 @@ class RouterPool:
     ) -> None:
         self._new, self._max_restarts = new, max_restarts
         self._restarts = RestartMetrics(run, "routers")
-        self._arrivals: Arrivals[None] = Arrivals()
+        self._arrivals: PendingActors[None] = PendingActors()
         self._due: list[float] = []  # when to start others for those that were lost
         self._lost_in_a_row = 0
         self.idle: list[ActorHandle] = []

@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 from dist_tl.config import StrictModel
 from dist_tl.errors import ConfigError
 from dist_tl.storage import layout
-from dist_tl.storage.notes import read_note
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import read_record
 
 POOLS = ("generators",)
 _SIZE = re.compile(r"(\d+)(?:\.\.(\d+))?")
@@ -77,4 +77,4 @@ def read_scale(store: ObjectStore) -> Scale | None:
     Raises:
         ConfigError: the file is damaged.
     """
-    return read_note(store, layout.SCALE, Scale, remedy="scale again")
+    return read_record(store, layout.SCALE, Scale, remedy="scale again")

@@ -20,15 +20,15 @@ from dist_tl.storage import layout
 from dist_tl.storage.attempts import Attempt
 from dist_tl.storage.objects import ObjectStore
 
-Asked = TypeVar("Asked", bound=StrictModel)
-Answer = TypeVar("Answer", bound=StrictModel)
+Inputs = TypeVar("Inputs", bound=StrictModel)
+Output = TypeVar("Output", bound=StrictModel)
 OnDone = Callable[[int, int, str], None]
 
 
 def run_tasks(
-    work: Callable[[Asked, ObjectStore], Answer],
-    tasks: Sequence[Task[Asked]],
-    answer: type[Answer],
+    work: Callable[[Inputs, ObjectStore], Output],
+    tasks: Sequence[Task[Inputs]],
+    answer: type[Output],
     store: ObjectStore,
     *,
     config: TrialsConfig,
@@ -36,7 +36,7 @@ def run_tasks(
     attempt: int = 0,
     on_poll: Callable[[], None] = lambda: None,
     on_done: OnDone = lambda done, total, name: None,
-) -> list[Answer]:
+) -> list[Output]:
     """Run every task that has no result yet; the answers in the order of `tasks`.
 
     At most four tasks per CPU are with Ray at a time, so that a sweep of any length starts at once.
@@ -52,13 +52,13 @@ def run_tasks(
         CheckpointMismatchError: a stored result answers another question.
         WorkerError: a worker died more often than a task may start again.
     """
-    found = {task.name: read_answer(store, task, answer) for task in tasks}
+    found = {task.name: read_output(store, task, answer) for task in tasks}
     missing = iter([task for task in tasks if found[task.name] is None])
     done = sum(value is not None for value in found.values())
     options = actor_options("trainers", enabled=roles, cpus=config.cpus, gpus=config.gpus)
     remote = ray.remote(_run_one).options(**options, max_retries=config.max_retries)
 
-    def start(task: Task[Asked]) -> ray.ObjectRef:
+    def start(task: Task[Inputs]) -> ray.ObjectRef:
         return remote.remote(work, task, store.url, attempt, config.gpus > 0)
 
     room = max(1, int(4 * ray.cluster_resources().get("CPU", 1) / config.cpus))
@@ -76,7 +76,7 @@ def run_tasks(
     return [found[task.name] for task in tasks]
 
 
-def read_answer(store: ObjectStore, task: Task[Asked], answer: type[Answer]) -> Answer | None:
+def read_output(store: ObjectStore, task: Task[Inputs], answer: type[Output]) -> Output | None:
     """A task's stored answer; None where it is not done.
 
     Raises:
@@ -85,32 +85,32 @@ def read_answer(store: ObjectStore, task: Task[Asked], answer: type[Answer]) -> 
     data = store.read_or_none(layout.result_key(task.name))
     if data is None:
         return None
-    stored = StoredAnswer.model_validate_json(data)
-    if stored.asked != _fingerprint(task):
+    stored = StoredOutput.model_validate_json(data)
+    if stored.inputs != _fingerprint(task):
         raise CheckpointMismatchError(
             f"{task.name} was done with other settings; use another run name, or delete that run"
         )
     return answer.model_validate_json(stored.answer)
 
 
-class StoredAnswer(StrictModel):
+class StoredOutput(StrictModel):
     """result.json of a task."""
 
-    asked: str
+    inputs: str
     answer: str
 
 
-def _fingerprint(task: Task[Asked]) -> str:
-    return fingerprint(task.asked.model_dump(mode="json"))
+def _fingerprint(task: Task[Inputs]) -> str:
+    return fingerprint(task.inputs.model_dump(mode="json"))
 
 
-def _take(tasks: Iterator[Task[Asked]], count: int) -> list[Task[Asked]]:
+def _take(tasks: Iterator[Task[Inputs]], count: int) -> list[Task[Inputs]]:
     return [task for _, task in zip(range(count), tasks, strict=False)]
 
 
 def _run_one(
-    work: Callable[[Asked, ObjectStore], Answer],
-    task: Task[Asked],
+    work: Callable[[Inputs, ObjectStore], Output],
+    task: Task[Inputs],
     store_url: str,
     attempt: int,
     gpu: bool,
@@ -119,8 +119,8 @@ def _run_one(
         # One thread a task: more would change the rounding, and only wait for each other.
         torch.set_num_threads(1)
     store = ObjectStore(store_url)
-    answer = work(task.asked, store).model_dump_json()
+    answer = work(task.inputs, store).model_dump_json()
     Attempt(store, attempt).check()
-    stored = StoredAnswer(asked=_fingerprint(task), answer=answer)
+    stored = StoredOutput(inputs=_fingerprint(task), answer=answer)
     store.write(layout.result_key(task.name), stored.model_dump_json().encode())
     return answer

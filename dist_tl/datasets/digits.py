@@ -16,7 +16,7 @@ class DigitsConfig(SourceConfig):
 
     source: Literal["digits"] = "digits"
     views: ViewsConfig = Field(
-        ViewsConfig(kind="digits"), description="How images are varied in training."
+        default=ViewsConfig(kind="digits"), description="How images are varied in training."
     )
 
 

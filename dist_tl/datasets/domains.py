@@ -19,15 +19,15 @@ class DomainConfig(StrictModel):
     """A fixed change of every image; the steps are taken in this order."""
 
     scale: float = Field(
-        1.0, gt=0, le=1, description="Side of the shrunken image, in the middle of black."
+        default=1.0, gt=0, le=1, description="Side of the shrunken image, in the middle of black."
     )
-    rotate: Literal[0, 90, 180, 270] = Field(0, description="Degrees, counterclockwise.")
-    mirror: bool = Field(False, description="Left and right change places.")
-    invert: bool = Field(False, description="Black becomes white.")
+    rotate: Literal[0, 90, 180, 270] = Field(default=0, description="Degrees, counterclockwise.")
+    mirror: bool = Field(default=False, description="Left and right change places.")
+    invert: bool = Field(default=False, description="Black becomes white.")
     noise: float = Field(
-        0.0, ge=0, le=1, description="Standard deviation of noise, as a share of white."
+        default=0.0, ge=0, le=1, description="Standard deviation of noise, as a share of white."
     )
-    seed: int = Field(0, ge=0, description="Fixes the noise.")
+    seed: int = Field(default=0, ge=0, description="Fixes the noise.")
 
 
 def change_domain(

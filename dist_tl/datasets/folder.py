@@ -19,7 +19,8 @@ class FolderConfig(SourceConfig):
     source: Literal["folder"] = "folder"
     path: str = Field(min_length=1, description="Local folder with one sub-folder a class.")
     unlabelled: bool = Field(
-        False, description="All images below the folder, as one class: for pools without labels."
+        default=False,
+        description="All images below the folder, as one class: for pools without labels.",
     )
 
     _local = field_validator("path")(require_local)

@@ -31,7 +31,9 @@ class PartConfig(StrictModel):
 
     index: int | tuple[int, ...] = Field(description="Which part or parts, counted from 0.")
     of: int = Field(ge=1, description="Into how many parts the data is divided.")
-    seed: int = Field(0, description="Fixes the division; the same for parts that must not meet.")
+    seed: int = Field(
+        default=0, description="Fixes the division; the same for parts that must not meet."
+    )
 
     @model_validator(mode="after")
     def _index_is_below(self) -> "PartConfig":
@@ -49,31 +51,36 @@ class SourceConfig(StrictModel):
     """What every source of labelled images understands."""
 
     classes: tuple[ClassKey, ...] | None = Field(
-        None,
+        default=None,
         min_length=1,
         description="Classes to keep, by name or index; they are renumbered in this order.",
     )
     groups: dict[str, tuple[ClassKey, ...]] | None = Field(
-        None,
+        default=None,
         min_length=1,
         description="New class name -> its original classes. New classes are numbered in the "
         "order of their sorted names; classes in no group are dropped.",
     )
-    part: PartConfig | None = Field(None, description="Keep one disjoint part of the source.")
+    part: PartConfig | None = Field(
+        default=None, description="Keep one disjoint part of the source."
+    )
     size: int | None = Field(
-        None, ge=1, le=2048, description="Side in pixels of the square images; default: as stored."
+        default=None,
+        ge=1,
+        le=2048,
+        description="Side in pixels of the square images; default: as stored.",
     )
     channels: Literal[1, 3] | None = Field(
-        None, description="1 gray, 3 colour; default: as stored."
+        default=None, description="1 gray, 3 colour; default: as stored."
     )
     limit: int | None = Field(
-        None, ge=1, description="Keep at most this many images, all classes alike."
+        default=None, ge=1, description="Keep at most this many images, all classes alike."
     )
     domain: DomainConfig | None = Field(
-        None, description="A fixed change of every image: another domain of the same data."
+        default=None, description="A fixed change of every image: another domain of the same data."
     )
     views: ViewsConfig = Field(
-        ViewsConfig(kind="natural"), description="How images are varied in training."
+        default=ViewsConfig(kind="natural"), description="How images are varied in training."
     )
 
     @model_validator(mode="after")

@@ -34,7 +34,7 @@ class MixtureConfig(StrictModel):
     source: Literal["mixture"]
     domains: dict[str, OneSource] = Field(min_length=1, description="Domain name -> its data.")
     views: ViewsConfig = Field(
-        ViewsConfig(kind="natural"), description="How images are varied in training."
+        default=ViewsConfig(kind="natural"), description="How images are varied in training."
     )
 
 

@@ -30,11 +30,13 @@ class WdsConfig(SourceConfig):
         min_length=1, description="One tar, several tars, or patterns such as data/train-*.tar."
     )
     classes_file: str | None = Field(
-        None, description="Text file of class names, one a line; default: the labels themselves."
+        default=None,
+        description="Text file of class names, one a line; default: the labels themselves.",
     )
 
     unlabelled: bool = Field(
-        False, description="Images alone, as one class, with or without .cls: for unlabelled pools."
+        default=False,
+        description="Images alone, as one class, with or without .cls: for unlabelled pools.",
     )
 
     @field_validator("path", "classes_file")

@@ -77,34 +77,43 @@ class ViewsConfig(StrictModel):
     """
 
     kind: Literal["none", "digits", "natural"] = Field(
-        "none", description="Preset: no variation, strokes on black, or photographs."
+        default="none", description="Preset: no variation, strokes on black, or photographs."
     )
     flip: bool = Field(
-        False,
+        default=False,
         description="Mirror half of the images left to right; not where it changes the class.",
     )
     max_shift: float = Field(
-        0.0, ge=0.0, le=0.5, description="Furthest move each way, as a share of the side."
+        default=0.0, ge=0.0, le=0.5, description="Furthest move each way, as a share of the side."
     )
     fill: float | Literal["reflect", "edge"] = Field(
-        "reflect",
+        default="reflect",
         description="What lies outside the image: a pixel value in [-1, 1] (-1 is black), its "
         "mirror image, or its edge. Cut-outs use the value, or middle gray.",
     )
     operations: tuple[Operation, ...] = Field(
-        (), description="Operations that a strong view picks from."
+        default=(), description="Operations that a strong view picks from."
     )
     num_operations: int = Field(
-        0, ge=0, description="How many different operations a strong view picks."
+        default=0, ge=0, description="How many different operations a strong view picks."
     )
     magnitude: float = Field(
-        0.5, gt=0.0, le=1.0, description="Largest amount of an operation; 1 is RandAugment's."
+        default=0.5,
+        gt=0.0,
+        le=1.0,
+        description="Largest amount of an operation; 1 is RandAugment's.",
     )
     noise_std: float = Field(
-        0.0, ge=0.0, le=2.0, description="Gaussian noise of strong views, on pixels in [-1, 1]."
+        default=0.0,
+        ge=0.0,
+        le=2.0,
+        description="Gaussian noise of strong views, on pixels in [-1, 1].",
     )
     cutout: float = Field(
-        0.0, ge=0.0, le=1.0, description="Largest side of the cut-out, as a share of the side."
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="Largest side of the cut-out, as a share of the side.",
     )
 
     @model_validator(mode="before")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dist_tl.deploy.options import GroupOptions, KubeOptions
 from dist_tl.errors import ConfigError
-from dist_tl.jobs.run_spec import JobConfig
+from dist_tl.jobs.spec import JobConfig
 
 Role = Literal["trainers", "generators", "experts"]
 

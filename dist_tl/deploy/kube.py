@@ -28,8 +28,8 @@ from dist_tl.deploy.kube_follow import SubmitterLog, Tell, has_ended, lost_its_h
 from dist_tl.deploy.kube_status import KubeStatus, read_status
 from dist_tl.deploy.manifests import RUN_ANNOTATION, label_of, render
 from dist_tl.deploy.options import KubeOptions
-from dist_tl.errors import ConfigError, DistTLError, HeadLost, WorkerError
-from dist_tl.jobs.run_spec import JobConfig
+from dist_tl.errors import ConfigError, DistTLError, HeadLostError, WorkerError
+from dist_tl.jobs.spec import JobConfig
 from dist_tl.telemetry import redact
 
 _OURS = "app.kubernetes.io/name"
@@ -159,7 +159,7 @@ class Kube:
         """
         self._get(job)
         if follow:
-            with suppress(HeadLost):
+            with suppress(HeadLostError):
                 self.follow(job, on_line=on_line, on_state=lambda state: None)
             return
         log = SubmitterLog(self._api, job.namespace, job.name, poll_s=self._poll_s)
@@ -344,7 +344,7 @@ def follow_to_the_end(
         on_state(f"submitted {made.name} to namespace {made.namespace}")
         try:
             return kube.follow(made, on_line=on_line, on_state=on_state)
-        except HeadLost as lost:
+        except HeadLostError as lost:
             if not left:
                 raise
             on_state(f"{lost}: doing so, {left} of {max_attempts} attempts left")

@@ -64,7 +64,7 @@ class NotAllowed(ConfigError):
     """The account has not the right to do so."""
 
 
-class NoAnswer(WorkerError):
+class NoOutput(WorkerError):
     """The API server is out of reach or broken; what it was asked may work later."""
 
 
@@ -196,14 +196,14 @@ class KubeApi:
             ConfigError: the pod is gone or has not begun, or the right is missing.
             WorkerError: the server does not answer.
         """
-        asked: dict[str, Any] = {"follow": follow, "timestamps": True}
+        options: dict[str, Any] = {"follow": follow, "timestamps": True}
         if since_s is not None:
-            asked["since_seconds"] = since_s
+            options["since_seconds"] = since_s
         with self._named_errors("get", Resource("pods/log"), namespace, pod):
             response = self._core.read_namespaced_pod_log(
                 pod,
                 namespace,
-                **asked,
+                **options,
                 _preload_content=False,
                 _request_timeout=(CONNECT_S, STREAM_S),
             )
@@ -238,8 +238,8 @@ class KubeApi:
         except json.JSONDecodeError:
             raise self._no_answer("something that is not JSON") from None
 
-    def _no_answer(self, said: str) -> NoAnswer:
-        return NoAnswer(
+    def _no_answer(self, said: str) -> NoOutput:
+        return NoOutput(
             f"expected an answer of the Kubernetes API at {self.host}, got "
             f"{_short(said)}; check the network, or the context: kubectl config current-context"
         )
@@ -261,7 +261,7 @@ class KubeApi:
             )
         answer = f"could not {verb} {what}: the API answered {status}: {said}"
         if status == 429 or status >= 500:
-            return NoAnswer(f"{answer}; try again")
+            return NoOutput(f"{answer}; try again")
         return ConfigError(answer)
 
 

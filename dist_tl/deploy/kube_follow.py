@@ -12,8 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from dist_tl.deploy.kube_api import PODS, RAY_JOBS, KubeApi, NoAnswer, NotAllowed, Object
-from dist_tl.errors import DistTLError, HeadLost, JobDeleted
+from dist_tl.deploy.kube_api import PODS, RAY_JOBS, KubeApi, NoOutput, NotAllowed, Object
+from dist_tl.errors import DistTLError, HeadLostError, JobDeletedError
 from dist_tl.telemetry import redact
 
 FAILED_CODE = 3  # failed, and can be started again
@@ -74,7 +74,7 @@ def exit_code(ray_job: Object) -> int | None:
     if status.get("jobStatus") == "SUCCEEDED":
         return 0
     if lost_its_head(ray_job):
-        raise HeadLost(
+        raise HeadLostError(
             f"the head of {ray_job['metadata']['name']} said nothing for too long; submit again "
             "to go on from the last COMMIT"
         )
@@ -101,7 +101,7 @@ def follow(
         while (code := states.ask()) is None:
             log.pump(on_line, on_state, poll_s)
         log.drain(on_line, on_state)
-    except (HeadLost, JobDeleted):
+    except (HeadLostError, JobDeletedError):
         log.drain(on_line, on_state)
         raise
     finally:
@@ -119,14 +119,14 @@ class _States:
     def ask(self) -> int | None:
         try:
             ray_job = self._api.get(RAY_JOBS, self._namespace, self._name)
-        except NoAnswer:
+        except NoOutput:
             if time.monotonic() - self._answered_at > PATIENCE_S:
                 raise
             self._tell("no answer of the Kubernetes API; the job goes on, asking again")
             return None
         self._answered_at = time.monotonic()
         if ray_job is None:
-            raise JobDeleted(
+            raise JobDeletedError(
                 f"{self._name} was deleted in namespace {self._namespace}, by stop or another "
                 "submit; what was committed is kept, and submit goes on from there"
             )

@@ -27,7 +27,7 @@ from dist_tl.deploy.pods import (
 )
 from dist_tl.deploy.rules import MAX_JOB_NAME, check
 from dist_tl.errors import ConfigError
-from dist_tl.jobs.run_spec import JobConfig
+from dist_tl.jobs.spec import JobConfig
 from dist_tl.telemetry import redact
 
 JOB_KEY = "job.yaml"

@@ -45,10 +45,10 @@ class Toleration(StrictModel):
     """A taint of nodes that pods accept."""
 
     key: str = Field(min_length=1, description="Of the taint.")
-    operator: Literal["Exists", "Equal"] = Field("Equal", description="Exists: any value.")
-    value: str | None = Field(None, description="Of the taint, with operator Equal.")
+    operator: Literal["Exists", "Equal"] = Field(default="Equal", description="Exists: any value.")
+    value: str | None = Field(default=None, description="Of the taint, with operator Equal.")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] = Field(
-        "NoSchedule", description="Of the taint."
+        default="NoSchedule", description="Of the taint."
     )
 
     @model_validator(mode="after")
@@ -64,9 +64,11 @@ class PlaceOptions(StrictModel):
     node_selector: dict[str, str] = Field(
         default_factory=dict, description="Labels that a node must have."
     )
-    tolerations: tuple[Toleration, ...] = Field((), description="Taints that the pods accept.")
+    tolerations: tuple[Toleration, ...] = Field(
+        default=(), description="Taints that the pods accept."
+    )
     priority_class: str | None = Field(
-        None,
+        default=None,
         pattern=DNS_NAME,
         description="Name of a PriorityClass; absent: the default one.",
     )
@@ -75,10 +77,12 @@ class PlaceOptions(StrictModel):
 class HeadOptions(PlaceOptions):
     """The head: Ray's own servers and the driver of the job; no actor lands there."""
 
-    cpus: float = Field(2, gt=0, le=1024, description="CPUs of the head.")
-    memory_gb: float = Field(8, ge=2, le=16384, description="Memory of the head, GiB.")
-    ephemeral_gb: float = Field(20, ge=1, le=65536, description="Disk for logs and results, GiB.")
-    shm_gb: float = Field(1, gt=0, le=4096, description="/dev/shm, GiB; counts as memory.")
+    cpus: float = Field(default=2, gt=0, le=1024, description="CPUs of the head.")
+    memory_gb: float = Field(default=8, ge=2, le=16384, description="Memory of the head, GiB.")
+    ephemeral_gb: float = Field(
+        default=20, ge=1, le=65536, description="Disk for logs and results, GiB."
+    )
+    shm_gb: float = Field(default=1, gt=0, le=4096, description="/dev/shm, GiB; counts as memory.")
 
     @model_validator(mode="after")
     def _shared_memory_is_memory(self) -> Self:
@@ -88,23 +92,28 @@ class HeadOptions(PlaceOptions):
 class GroupOptions(PlaceOptions):
     """The pods of one role."""
 
-    workers_per_pod: int = Field(1, ge=1, le=64, description="Actors of the role in one pod.")
+    workers_per_pod: int = Field(
+        default=1, ge=1, le=64, description="Actors of the role in one pod."
+    )
     cpus_per_pod: int = Field(
-        4, ge=1, le=1024, description="Of jobs that are made of tasks; the others count workers."
+        default=4,
+        ge=1,
+        le=1024,
+        description="Of jobs that are made of tasks; the others count workers.",
     )
-    memory_gb: float = Field(8, ge=1, le=16384, description="Memory of a pod, GiB.")
+    memory_gb: float = Field(default=8, ge=1, le=16384, description="Memory of a pod, GiB.")
     ephemeral_gb: float = Field(
-        20, ge=1, le=65536, description="Disk for caches, logs and temporary files, GiB."
+        default=20, ge=1, le=65536, description="Disk for caches, logs and temporary files, GiB."
     )
-    shm_gb: float = Field(1, gt=0, le=4096, description="/dev/shm, GiB; counts as memory.")
+    shm_gb: float = Field(default=1, gt=0, le=4096, description="/dev/shm, GiB; counts as memory.")
     gpu_resource: str = Field(
-        "nvidia.com/gpu",
+        default="nvidia.com/gpu",
         pattern=r"^[a-z0-9.-]+/[a-z0-9.-]*gpu$",
         description="What the nodes call their GPUs; Ray looks for a name that ends in gpu.",
     )
-    spot: bool = Field(False, description="Accept nodes that the cloud may take away.")
+    spot: bool = Field(default=False, description="Accept nodes that the cloud may take away.")
     grace_s: int = Field(
-        60,
+        default=60,
         ge=40,
         le=7200,
         description="Seconds from the wish to end a pod to its end; of generators more than a "
@@ -136,39 +145,41 @@ class KubeOptions(StrictModel):
     """How jobs run on one Kubernetes cluster."""
 
     namespace: str | None = Field(
-        None, pattern=DNS_LABEL, description="Absent: that of the current kubectl context."
+        default=None, pattern=DNS_LABEL, description="Absent: that of the current kubectl context."
     )
     image: str = Field(
         min_length=1, description="Holds dist_tl; made from k8s/Dockerfile. Best by digest."
     )
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
-        "IfNotPresent", description="When nodes ask the registry."
+        default="IfNotPresent", description="When nodes ask the registry."
     )
-    image_pull_secrets: tuple[str, ...] = Field((), description="Names of Secrets.")
+    image_pull_secrets: tuple[str, ...] = Field(default=(), description="Names of Secrets.")
     ray_version: str = Field(
         default_factory=installed_ray,
         pattern=r"^\d+\.\d+\.\d+",
         description="Of the image; absent: the one installed here.",
     )
     head_account: str | None = Field(
-        "dist-tl-head",
+        default="dist-tl-head",
         pattern=DNS_NAME,
         description="ServiceAccount of the head; null: KubeRay makes one.",
     )
     worker_account: str | None = Field(
-        "dist-tl-worker", pattern=DNS_NAME, description="Of workers; null: the default one."
+        default="dist-tl-worker", pattern=DNS_NAME, description="Of workers; null: the default one."
     )
     submitter_account: str | None = Field(
-        "dist-tl-submitter", pattern=DNS_NAME, description="Of the pod that hands in the job."
+        default="dist-tl-submitter",
+        pattern=DNS_NAME,
+        description="Of the pod that hands in the job.",
     )
     credentials: str | None = Field(
-        None,
+        default=None,
         pattern=DNS_NAME,
         description="Name of a Secret whose keys become the environment of head and workers, "
         "e.g. AWS_ACCESS_KEY_ID; absent: workload identity.",
     )
     endpoint_url: str | None = Field(
-        None, pattern=r"^https?://\S+$", description="Of an S3 that is not AWS."
+        default=None, pattern=r"^https?://\S+$", description="Of an S3 that is not AWS."
     )
     env: dict[str, str] = Field(
         default_factory=dict,
@@ -179,22 +190,30 @@ class KubeOptions(StrictModel):
         description="More labels of head and workers, e.g. azure.workload.identity/use.",
     )
     queue: str | None = Field(
-        None, pattern=DNS_NAME, description="Kueue's LocalQueue that admits the job."
+        default=None, pattern=DNS_NAME, description="Kueue's LocalQueue that admits the job."
     )
-    suspend: bool = Field(False, description="Make the job, start nothing.")
+    suspend: bool = Field(default=False, description="Make the job, start nothing.")
     backoff_limit: int = Field(
-        2, ge=0, le=100, description="New clusters for a job that failed; it goes on from COMMIT."
+        default=2,
+        ge=0,
+        le=100,
+        description="New clusters for a job that failed; it goes on from COMMIT.",
     )
     ttl_seconds_after_finished: int = Field(
-        600, ge=0, description="How long pods of a finished job stay, for their logs."
+        default=600, ge=0, description="How long pods of a finished job stay, for their logs."
     )
     active_deadline_seconds: int | None = Field(
-        None, ge=1, description="A job that runs longer fails; absent: it may take its time."
+        default=None,
+        ge=1,
+        description="A job that runs longer fails; absent: it may take its time.",
     )
     idle_timeout_s: int = Field(
-        120, ge=10, le=86400, description="An idle pod above the minimum ends after so long."
+        default=120,
+        ge=10,
+        le=86400,
+        description="An idle pod above the minimum ends after so long.",
     )
-    run_as_user: int = Field(10001, ge=1, description="The image's uid; never root.")
+    run_as_user: int = Field(default=10001, ge=1, description="The image's uid; never root.")
     head: HeadOptions = Field(default_factory=HeadOptions)
     trainers: GroupOptions = Field(default_factory=GroupOptions)
     generators: GroupOptions = Field(default_factory=lambda: GroupOptions(grace_s=300))

@@ -8,7 +8,7 @@ from pydantic import Field
 from dist_tl.config import StrictModel
 from dist_tl.deploy.groups import WorkerGroup, worker_groups
 from dist_tl.deploy.options import KubeOptions
-from dist_tl.jobs.run_spec import JobConfig
+from dist_tl.jobs.spec import JobConfig
 
 
 class KubeRow(StrictModel):

@@ -13,15 +13,15 @@ from dist_tl.cluster.session import RaySession
 from dist_tl.cluster.tasks import run_tasks
 from dist_tl.cluster.trials import Trials
 from dist_tl.config import StrictModel
-from dist_tl.jobs.run_spec import JobConfig
-from dist_tl.results import StageRecord
+from dist_tl.jobs.spec import JobConfig
+from dist_tl.report.results import StageRecord
 from dist_tl.storage.attempts import Attempt
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.telemetry import Progress
 from dist_tl.train.spec import StageResult, StageSpec
 
-Asked = TypeVar("Asked", bound=StrictModel)
-Answer = TypeVar("Answer", bound=StrictModel)
+Inputs = TypeVar("Inputs", bound=StrictModel)
+Output = TypeVar("Output", bound=StrictModel)
 
 
 class Phases:
@@ -67,10 +67,10 @@ class Phases:
     def run(
         self,
         name: str,
-        work: Callable[[Asked, ObjectStore], Answer],
-        tasks: Sequence[Task[Asked]],
-        answer: type[Answer],
-    ) -> list[Answer]:
+        work: Callable[[Inputs, ObjectStore], Output],
+        tasks: Sequence[Task[Inputs]],
+        answer: type[Output],
+    ) -> list[Output]:
         """Run tasks side by side; the answers in their order.
 
         Raises:

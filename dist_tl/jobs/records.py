@@ -1,6 +1,6 @@
 """Trainings as records of the timeline."""
 
-from dist_tl.results import StageRecord
+from dist_tl.report.results import StageRecord
 from dist_tl.train.spec import StageResult
 
 

@@ -9,35 +9,35 @@ from typing import Any
 
 from dist_tl.config import differing_fields, fingerprint
 from dist_tl.errors import ConfigError, StorageError
-from dist_tl.jobs.exports import export_models, write_gallery
-from dist_tl.jobs.forecast import run_forecast
-from dist_tl.jobs.forecast_results import forecast_results
-from dist_tl.jobs.forecast_spec import ForecastJob
-from dist_tl.jobs.geometry import run_geometric_labels
-from dist_tl.jobs.geometry_results import geometry_results
-from dist_tl.jobs.geometry_spec import GeometricLabelsJob
-from dist_tl.jobs.hub import HubOutcome, run_hub
-from dist_tl.jobs.hub_exports import export_hub, write_routes_gallery
-from dist_tl.jobs.hub_results import hub_results
-from dist_tl.jobs.hub_spec import HubJob
-from dist_tl.jobs.layer_search import run_layer_search
-from dist_tl.jobs.layer_search_results import layer_search_results
-from dist_tl.jobs.layer_search_spec import LayerSearchJob
-from dist_tl.jobs.manifold import run_manifold
-from dist_tl.jobs.manifold_results import manifold_results
-from dist_tl.jobs.manifold_spec import ManifoldJob
-from dist_tl.jobs.predict import run_predict
-from dist_tl.jobs.predict_results import predict_results
-from dist_tl.jobs.predict_spec import PredictJob
-from dist_tl.jobs.run_spec import JobConfig
-from dist_tl.jobs.source import find_source, train_source
-from dist_tl.jobs.specs import MAY_CHANGE, Job
-from dist_tl.jobs.transfer import TransferOutcome, run_transfer
-from dist_tl.jobs.transfer_results import transfer_results
-from dist_tl.jobs.transfer_spec import SourceJob, TransferJob
+from dist_tl.jobs.forecast.results import forecast_results
+from dist_tl.jobs.forecast.run import run_forecast
+from dist_tl.jobs.forecast.spec import ForecastJob
+from dist_tl.jobs.geometric_labels.results import geometry_results
+from dist_tl.jobs.geometric_labels.run import run_geometric_labels
+from dist_tl.jobs.geometric_labels.spec import GeometricLabelsJob
+from dist_tl.jobs.hub.exports import export_hub, write_routes_gallery
+from dist_tl.jobs.hub.results import hub_results
+from dist_tl.jobs.hub.run import HubOutcome, run_hub
+from dist_tl.jobs.hub.spec import HubJob
+from dist_tl.jobs.job_file import MAY_CHANGE, Job
+from dist_tl.jobs.layer_search.results import layer_search_results
+from dist_tl.jobs.layer_search.run import run_layer_search
+from dist_tl.jobs.layer_search.spec import LayerSearchJob
+from dist_tl.jobs.manifold.results import manifold_results
+from dist_tl.jobs.manifold.run import run_manifold
+from dist_tl.jobs.manifold.spec import ManifoldJob
+from dist_tl.jobs.predict.results import predict_results
+from dist_tl.jobs.predict.run import run_predict
+from dist_tl.jobs.predict.spec import PredictJob
+from dist_tl.jobs.source.run import find_source, train_source
+from dist_tl.jobs.spec import JobConfig
+from dist_tl.jobs.transfer.exports import export_models, write_gallery
+from dist_tl.jobs.transfer.results import transfer_results
+from dist_tl.jobs.transfer.run import TransferOutcome, run_transfer
+from dist_tl.jobs.transfer.spec import SourceJob, TransferJob
 from dist_tl.jobs.versions import versions
 from dist_tl.jobs.workers import open_workers
-from dist_tl.results import AnyResults, read_any_results
+from dist_tl.report.results import AnyResults, read_any_results
 from dist_tl.storage import layout
 from dist_tl.storage.attempts import Attempt, begin_attempt
 from dist_tl.storage.embedded import EmbeddedS3

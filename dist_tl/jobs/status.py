@@ -8,7 +8,7 @@ from pydantic import Field
 from dist_tl.cluster.scaling import Bounds, read_scale
 from dist_tl.config import StrictModel
 from dist_tl.errors import ConfigError
-from dist_tl.jobs.source_plan import PHASE
+from dist_tl.jobs.source.plan import PHASE
 from dist_tl.shards.manifest import read_manifest
 from dist_tl.storage import layout
 from dist_tl.storage.attempts import latest_attempt
@@ -35,7 +35,9 @@ class RunStatus(StrictModel):
     last_host: str | None
     generators: Bounds | None = Field(description="Bounds set by `dist-tl scale`.")
     stages: tuple[StageStatus, ...]
-    cluster: str | None = Field(None, description="What the cluster it was handed to says of it.")
+    cluster: str | None = Field(
+        default=None, description="What the cluster it was handed to says of it."
+    )
 
 
 def run_status(store: ObjectStore) -> RunStatus:

@@ -7,8 +7,8 @@ from pydantic import Field
 
 from dist_tl.config import StrictModel
 from dist_tl.storage import layout
-from dist_tl.storage.notes import read_note
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import read_record
 
 
 class Submission(StrictModel):
@@ -16,9 +16,9 @@ class Submission(StrictModel):
 
     where: Literal["ray", "kubernetes"]
     name: str = Field(description="Of the job: its id, or the RayJob's name.")
-    address: str | None = Field(None, description="Of Ray's dashboard.")
-    namespace: str | None = Field(None, description="Of the RayJob.")
-    generators_per_pod: int = Field(1, ge=1, description="On Kubernetes.")
+    address: str | None = Field(default=None, description="Of Ray's dashboard.")
+    namespace: str | None = Field(default=None, description="Of the RayJob.")
+    generators_per_pod: int = Field(default=1, ge=1, description="On Kubernetes.")
     submitted: float = Field(default_factory=time.time, description="Unix time.")
 
 
@@ -37,4 +37,4 @@ def read_submission(store: ObjectStore) -> Submission | None:
     Raises:
         ConfigError: the file is damaged.
     """
-    return read_note(store, layout.SUBMISSION, Submission, remedy="submit again")
+    return read_record(store, layout.SUBMISSION, Submission, remedy="submit again")

@@ -14,15 +14,15 @@ from dist_tl.cluster.tasks import run_tasks
 from dist_tl.cluster.trainers import TrainerGroup
 from dist_tl.cluster.trials import Trials
 from dist_tl.config import StrictModel
-from dist_tl.jobs.run_spec import RunConfig
+from dist_tl.jobs.spec import TrainingJobConfig
 from dist_tl.shards.drawing import GenerateSpec
 from dist_tl.storage.attempts import Attempt
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.telemetry import Progress
 from dist_tl.train.spec import StageResult, StageSpec, read_result
 
-Asked = TypeVar("Asked", bound=StrictModel)
-Answer = TypeVar("Answer", bound=StrictModel)
+Inputs = TypeVar("Inputs", bound=StrictModel)
+Output = TypeVar("Output", bound=StrictModel)
 
 
 @dataclass
@@ -81,10 +81,10 @@ class Workers:
     def run(
         self,
         name: str,
-        work: Callable[[Asked, ObjectStore], Answer],
-        tasks: Sequence[Task[Asked]],
-        answer: type[Answer],
-    ) -> list[Answer]:
+        work: Callable[[Inputs, ObjectStore], Output],
+        tasks: Sequence[Task[Inputs]],
+        answer: type[Output],
+    ) -> list[Output]:
         """Run independent tasks beside the trainers; the answers in their order.
 
         Raises:
@@ -140,7 +140,7 @@ class Workers:
 
 @contextmanager
 def open_workers(
-    job: RunConfig,
+    job: TrainingJobConfig,
     attempt: Attempt,
     progress: Progress,
     *,

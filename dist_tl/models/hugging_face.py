@@ -35,7 +35,8 @@ class TransformersConfig(InputConfig):
 
     kind: Literal["transformers"]
     architecture: str | None = Field(
-        None, description='Model type for fresh weights, e.g. "resnet", "convnextv2", "vit".'
+        default=None,
+        description='Model type for fresh weights, e.g. "resnet", "convnextv2", "vit".',
     )
     config: dict[str, Any] = Field(
         default_factory=dict,
@@ -43,10 +44,10 @@ class TransformersConfig(InputConfig):
         "image_size follow from the images where they are not given.",
     )
     path: str | None = Field(
-        None, description="Folder or hub name of a classifier saved by save_pretrained."
+        default=None, description="Folder or hub name of a classifier saved by save_pretrained."
     )
     head: Literal["keep", "fresh"] = Field(
-        "keep",
+        default="keep",
         description="With path: keep its classifier (which must have as many classes as asked "
         "for), or put a fresh head in its place.",
     )

@@ -33,17 +33,17 @@ class InputConfig(StrictModel):
     """What is done to images in [-1, 1] before a network sees them."""
 
     normalise: Normalise | None = Field(
-        None,
+        default=None,
         description="Mean and standard deviation for pixels in [0, 1]; without it images stay in "
         "[-1, 1]. A pretrained network that brings its own statistics uses those.",
     )
     resize: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="Side in pixels to which images are resized (bilinear, antialiased).",
     )
     grey_to_rgb: bool = Field(
-        False, description="Repeat the one channel of grey images three times."
+        default=False, description="Repeat the one channel of grey images three times."
     )
 
     def adapted_shape(self, image_shape: ImageShape) -> ImageShape:

@@ -33,7 +33,9 @@ class LayerSetConfig(StrictModel):
     blocks: tuple[int, ...] = Field(
         min_length=1, description="Of all block outputs in depth order, the head's input last."
     )
-    cells: int = Field(4, ge=1, le=8, description="Maps are averaged to cells x cells at most.")
+    cells: int = Field(
+        default=4, ge=1, le=8, description="Maps are averaged to cells x cells at most."
+    )
 
 
 class LayerSetTrunk(nn.Module):

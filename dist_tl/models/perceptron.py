@@ -22,8 +22,10 @@ class PerceptronConfig(StrictModel):
     """A network with one hidden layer."""
 
     kind: Literal["perceptron"] = "perceptron"
-    hidden: int = Field(200, ge=1, le=100_000, description="Hidden units, K.")
-    activation: Literal["tanh", "relu", "erf"] = Field("tanh", description="Of the hidden units.")
+    hidden: int = Field(default=200, ge=1, le=100_000, description="Hidden units, K.")
+    activation: Literal["tanh", "relu", "erf"] = Field(
+        default="tanh", description="Of the hidden units."
+    )
 
 
 class HiddenLayer(nn.Module):

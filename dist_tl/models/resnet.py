@@ -22,22 +22,25 @@ class ResNetConfig(InputConfig):
 
     kind: Literal["resnet"] = "resnet"
     width: int = Field(
-        16, ge=1, le=4096, description="Channels of the first stage; doubles each stage."
+        default=16, ge=1, le=4096, description="Channels of the first stage; doubles each stage."
     )
     blocks: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (1, 1, 1),
+        default=(1, 1, 1),
         min_length=1,
         max_length=6,
         description="Residual blocks of each stage; every stage but the first halves the image.",
     )
     norm: Literal["batch", "group"] = Field(
-        "batch", description="Batch norm, or group norm, which ignores what else is in the batch."
+        default="batch",
+        description="Batch norm, or group norm, which ignores what else is in the batch.",
     )
     stem_stride: Literal[1, 2, 4] = Field(
-        1, description="Step of the first convolution: 1 up to 32x32, 2 or 4 for larger images."
+        default=1,
+        description="Step of the first convolution: 1 up to 32x32, 2 or 4 for larger images.",
     )
     pool: Literal[1, 2] = Field(
-        2, description="The last map is averaged to pool x pool cells; 2 keeps coarse positions."
+        default=2,
+        description="The last map is averaged to pool x pool cells; 2 keeps coarse positions.",
     )
 
     @property

@@ -24,7 +24,9 @@ class TimmConfig(InputConfig):
 
     kind: Literal["timm"]
     name: str = Field(description='A name from timm.list_models(), e.g. "resnet18".')
-    pretrained: bool = Field(False, description="Start from the weights timm has for that name.")
+    pretrained: bool = Field(
+        default=False, description="Start from the weights timm has for that name."
+    )
     config: dict[str, Any] = Field(
         default_factory=dict,
         description="Further arguments of timm.create_model, e.g. {img_size: 32, drop_rate: 0.1}.",

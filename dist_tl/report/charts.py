@@ -7,8 +7,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from dist_tl.report import svg
+from dist_tl.report.results import Chart, HeatMap, Series
 from dist_tl.report.svg import Drawing, new_figure
-from dist_tl.results import Chart, HeatMap, Series
 
 COLORS = (svg.ARM, svg.REFERENCE, svg.GENERATE, svg.TRIAL, svg.OTHER, svg.INK)
 MARKERS = "osD^vP"

@@ -9,8 +9,8 @@ from safetensors.numpy import load as load_arrays
 from dist_tl.errors import ConfigError
 from dist_tl.report.gallery import Gallery
 from dist_tl.report.page import build_page
+from dist_tl.report.results import AnyResults, StudyResults, read_any_results
 from dist_tl.report.study import build_study_page
-from dist_tl.results import AnyResults, StudyResults, read_any_results
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from dist_tl.report.charts import draw_chart, draw_heat_map
+from dist_tl.report.results import Chart, HeatMap, Table
 from dist_tl.report.svg import Plot, responsive
-from dist_tl.results import Chart, HeatMap, Table
 
 TEXT_FROM = 14  # a column whose longest cell has more letters is set as text
 Figure = tuple[str, Plot, str]  # title, plot, note

@@ -85,8 +85,8 @@ def pseudo_tiles(gallery: Gallery) -> list[Tile]:
     tiles = []
     for image, condition, caption in list(rows)[:MAX_TILES]:
         shares = top_classes(condition, gallery.source_classes)
-        asked = ", ".join(f"{share.name} {share.percent:.0f} %" for share in shares)
-        alt = f"{gallery.subject} {asked}"
+        weights = ", ".join(f"{share.name} {share.percent:.0f} %" for share in shares)
+        alt = f"{gallery.subject} {weights}"
         tiles.append(Tile(source=data_uri(image), alt=alt, caption=caption, shares=shares))
     return tiles
 

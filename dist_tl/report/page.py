@@ -13,9 +13,9 @@ from dist_tl.report import gallery as pictures
 from dist_tl.report import plots
 from dist_tl.report.figures import figures, text_columns
 from dist_tl.report.gallery import Gallery
+from dist_tl.report.results import ComparisonResults, Results, StageRecord
 from dist_tl.report.summary import MARKS_EXPLAINED, ordered, points, table_rows, verdict
 from dist_tl.report.svg import Plot, responsive
-from dist_tl.results import Results, RunResults, StageRecord
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Fact:
 
 
 def build_page(
-    results: RunResults,
+    results: ComparisonResults,
     *,
     metrics: Mapping[str, Sequence[Mapping[str, Any]]],
     gallery: Gallery | None,
@@ -80,7 +80,7 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def _accuracy_plot(results: RunResults) -> Plot | None:
+def _accuracy_plot(results: ComparisonResults) -> Plot | None:
     if not results.summaries:
         return None
     return responsive(
@@ -113,7 +113,7 @@ def timeline_plot(stages: Sequence[StageRecord]) -> Plot | None:
     )
 
 
-def _stage_rows(results: RunResults) -> list[tuple[str, ...]]:
+def _stage_rows(results: ComparisonResults) -> list[tuple[str, ...]]:
     """Number, name, kind, start, seconds, steps, samples, starved, overlap; by start."""
     origin = min((stage.started for stage in results.stages), default=0.0)
     return [
@@ -140,7 +140,7 @@ def _tenths(value: float | None) -> str:
     return "" if value is None else f"{value:,.1f}"
 
 
-def _quality_facts(results: RunResults) -> list[Fact]:
+def _quality_facts(results: ComparisonResults) -> list[Fact]:
     quality = results.quality
     if quality is None:
         return []
@@ -160,7 +160,7 @@ def _quality_facts(results: RunResults) -> list[Fact]:
     return [*facts, Fact("Samples judged", f"{quality.samples:,}")]
 
 
-def _shard_facts(results: RunResults) -> list[Fact]:
+def _shard_facts(results: ComparisonResults) -> list[Fact]:
     """What the generators stored and how well the trainers were fed; absent figures stay out."""
     making = [stage for stage in results.stages if stage.kind == "generate"]
     facts = []

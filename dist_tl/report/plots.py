@@ -15,8 +15,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from dist_tl.report import svg
+from dist_tl.report.results import ArmSummary, Score, StageRecord
 from dist_tl.report.svg import Drawing, new_figure
-from dist_tl.results import ArmSummary, Score, StageRecord
 
 KINDS = {
     "generate": svg.GENERATE,

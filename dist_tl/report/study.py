@@ -2,7 +2,7 @@
 
 from dist_tl.report.figures import figures, text_columns
 from dist_tl.report.page import Fact, render, run_facts, timeline_plot
-from dist_tl.results import StudyResults
+from dist_tl.report.results import StudyResults
 
 
 def build_study_page(results: StudyResults) -> str:

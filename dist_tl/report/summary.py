@@ -5,7 +5,14 @@ Accuracies and gains are in per cent and in percentage points; a gain is paired 
 
 from collections.abc import Sequence
 
-from dist_tl.results import AnyResults, ArmSummary, Interval, RunResults, StudyResults, Table
+from dist_tl.report.results import (
+    AnyResults,
+    ArmSummary,
+    ComparisonResults,
+    Interval,
+    StudyResults,
+    Table,
+)
 
 BETTER, WORSE = "▲", "▼"
 MARKS_EXPLAINED = (
@@ -14,12 +21,12 @@ MARKS_EXPLAINED = (
 )
 
 
-def ordered(results: RunResults) -> list[ArmSummary]:
+def ordered(results: ComparisonResults) -> list[ArmSummary]:
     """The arms inside the setting in the order of the job, then the reference arms."""
     return sorted(results.summaries, key=lambda summary: summary.reference)
 
 
-def table_rows(results: RunResults) -> list[tuple[str, ...]]:
+def table_rows(results: ComparisonResults) -> list[tuple[str, ...]]:
     """The results table as text: the header, one row an arm, reference arms last and named so.
 
     A note column is there only where an arm has a note.
@@ -67,7 +74,7 @@ def verdict(results: AnyResults) -> str:
     return results.verdict if isinstance(results, StudyResults) else _winner(results)
 
 
-def _winner(results: RunResults) -> str:
+def _winner(results: ComparisonResults) -> str:
     """Which arm beat the baseline and by how much, or that none did.
 
     Reference arms never win: they use what the setting forbids.
@@ -133,7 +140,7 @@ def tables(results: AnyResults) -> list[Table]:
 def markdown_tables(results: AnyResults) -> str:
     """All tables in GitHub's Markdown, ending in a newline."""
     parts = [_study_markdown(table) for table in results.tables]
-    if isinstance(results, RunResults):
+    if isinstance(results, ComparisonResults):
         parts.insert(0, markdown_table(results))
     return "\n".join(parts)
 
@@ -144,7 +151,7 @@ def _study_markdown(table: Table) -> str:
     return f"**{table.title}**\n\n{lines}"
 
 
-def markdown_table(results: RunResults) -> str:
+def markdown_table(results: ComparisonResults) -> str:
     """The results table in GitHub's Markdown, ending in a newline."""
     header, *rows = table_rows(results)
     rule = ["---", *["---:"] * 4, *["---"] * (len(header) - 5)]

@@ -80,9 +80,9 @@ class GenerateSpec(StrictModel):
     num_classes: int = Field(ge=2, description="Source classes.")
     image_shape: tuple[int, int, int]
     draw: Annotated[ByClass | ByTarget, Field(discriminator="kind")]
-    conditions_fingerprint: str = Field("", description="Of the stored conditions, if any.")
+    conditions_fingerprint: str = Field(default="", description="Of the stored conditions, if any.")
     num_samples: int = Field(ge=1)
-    batch_size: int = Field(256, ge=1, description="Rows the generator sees at once.")
+    batch_size: int = Field(default=256, ge=1, description="Rows the generator sees at once.")
     shards: ShardConfig
 
     def plan(self) -> ShardPlan:

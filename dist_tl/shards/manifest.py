@@ -21,7 +21,9 @@ FORMAT_VERSION = 1
 class StageManifest(StrictModel):
     """What all shards of a stage have in common; written once, before the first of them."""
 
-    format_version: int = Field(FORMAT_VERSION, description="Of the shards and of this file.")
+    format_version: int = Field(
+        default=FORMAT_VERSION, description="Of the shards and of this file."
+    )
     plan: ShardPlan
     kind: str = Field(description='What the samples are for, e.g. "pp" or "p_ssl".')
     condition: str = Field(description='Where conditions come from, e.g. "soft" or "uniform".')
@@ -53,7 +55,7 @@ class ShardEntry(StrictModel):
     seconds: float = Field(ge=0, description="Wall-clock seconds from order to commit.")
     host: str = Field(description="Machine that made the shard.")
     committed_at: float = Field(description="Unix time of the commit, seconds.")
-    attempt: int = Field(0, ge=0, description="Attempts before this one, where known.")
+    attempt: int = Field(default=0, ge=0, description="Attempts before this one, where known.")
 
 
 def open_stage(store: ObjectStore, manifest: StageManifest) -> StageManifest:

@@ -34,7 +34,7 @@ class ShardOrder(StrictModel):
     index: int = Field(ge=0, description="Number of the shard in its stage.")
     first_sample: int = Field(ge=0, description="Number of the shard's first sample.")
     num_samples: int = Field(ge=1, description="Samples in the shard; their numbers follow on.")
-    format: Literal["png", "npy"] = Field("png", description="How images are stored.")
+    format: Literal["png", "npy"] = Field(default="png", description="How images are stored.")
 
     @property
     def numbers(self) -> range:
@@ -62,8 +62,8 @@ class ShardPlan(StrictModel):
     window: int = Field(
         ge=1, description="Consecutive shards of a lane that are shuffled together."
     )
-    format: Literal["png", "npy"] = Field("png", description="How images are stored.")
-    first_sample: int = Field(0, ge=0, description="Number of the stage's first sample.")
+    format: Literal["png", "npy"] = Field(default="png", description="How images are stored.")
+    first_sample: int = Field(default=0, ge=0, description="Number of the stage's first sample.")
 
     @property
     def num_shards(self) -> int:

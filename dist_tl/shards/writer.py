@@ -27,16 +27,21 @@ class ShardConfig(StrictModel):
     """How pseudo samples are packed, and in which order they are read again."""
 
     samples_per_shard: int = Field(
-        1024, ge=1, description="Samples in a shard. Also what a lost worker costs at most."
+        default=1024, ge=1, description="Samples in a shard. Also what a lost worker costs at most."
     )
     format: Literal["png", "npy"] = Field(
-        "png", description="How images are stored; other than 1 or 3 channels always as npy."
+        default="png",
+        description="How images are stored; other than 1 or 3 channels always as npy.",
     )
     lanes: int = Field(
-        8, ge=1, description="Sequences of shards that trainers share out; fixes the data order."
+        default=8,
+        ge=1,
+        description="Sequences of shards that trainers share out; fixes the data order.",
     )
     window: int = Field(
-        1, ge=1, description="Shards of a lane that are shuffled together, and held in memory."
+        default=1,
+        ge=1,
+        description="Shards of a lane that are shuffled together, and held in memory.",
     )
 
     def plan(

@@ -58,7 +58,7 @@ def _is_key(place: str) -> bool:
     return not ("://" in place or place.startswith(("/", "./", "../")))
 
 
-def from_here(place: str) -> str:
+def absolute_place(place: str) -> str:
     """A folder as a user names it, relative to where the job is started, or a URL."""
     return f"./{place}" if _is_key(place) else place
 

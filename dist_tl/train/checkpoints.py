@@ -35,8 +35,12 @@ logger = logging.getLogger(__name__)
 class CheckpointConfig(StrictModel):
     """When a stage saves, and how much it keeps."""
 
-    every_steps: int = Field(500, ge=0, description="Optimizer steps between saves; 0 never.")
-    keep: int = Field(2, ge=1, description="Committed checkpoints kept while a stage trains.")
+    every_steps: int = Field(
+        default=500, ge=0, description="Optimizer steps between saves; 0 never."
+    )
+    keep: int = Field(
+        default=2, ge=1, description="Committed checkpoints kept while a stage trains."
+    )
 
 
 class FileRecord(StrictModel):
@@ -54,7 +58,9 @@ class Commit(StrictModel):
     step: int = Field(description="Optimizer steps done.")
     cursor: int = Field(description="Global batches consumed.")
     world_size: int
-    attempt: int = Field(0, description="Which start of the run made it, where that is counted.")
+    attempt: int = Field(
+        default=0, description="Which start of the run made it, where that is counted."
+    )
     fingerprint: str = Field(description="Of the stage; another stage's checkpoint is refused.")
     files: tuple[FileRecord, ...]
 

@@ -24,14 +24,21 @@ class EngineConfig(StrictModel):
     """How a model is spread over the trainers' workers."""
 
     zero_stage: int = Field(
-        1, ge=0, le=3, description="What is sharded: 1 moments, 2 also gradients, 3 also weights."
+        default=1,
+        ge=0,
+        le=3,
+        description="What is sharded: 1 moments, 2 also gradients, 3 also weights.",
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Of matrix products and convolutions; weights stay float32."
+        default="fp32", description="Of matrix products and convolutions; weights stay float32."
     )
-    accumulation: int = Field(1, ge=1, description="Micro-batches per optimizer step.")
-    clip_norm: float = Field(1.0, ge=0, description="Gradient norm is cut to this; 0 is off.")
-    offload: Literal["none", "cpu"] = Field("none", description="Where moments live (stage >= 1).")
+    accumulation: int = Field(default=1, ge=1, description="Micro-batches per optimizer step.")
+    clip_norm: float = Field(
+        default=1.0, ge=0, description="Gradient norm is cut to this; 0 is off."
+    )
+    offload: Literal["none", "cpu"] = Field(
+        default="none", description="Where moments live (stage >= 1)."
+    )
 
     @model_validator(mode="after")
     def _stage_can_do_it(self) -> "EngineConfig":
@@ -43,11 +50,13 @@ class EngineConfig(StrictModel):
 class OptimizerConfig(StrictModel):
     """AdamW with a warm-up and a cosine or constant learning rate."""
 
-    learning_rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.01, ge=0, description="Not applied to biases and norms.")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    warmup: float = Field(0.1, ge=0, le=1, description="Share of the steps with a rising rate.")
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0, description="Not applied to biases and norms.")
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    warmup: float = Field(
+        default=0.1, ge=0, le=1, description="Share of the steps with a rising rate."
+    )
     schedule: Literal["cosine", "constant"] = "cosine"
 
 

@@ -53,13 +53,19 @@ class ExpertSource(StrictModel):
     """A pre-trained network of the hub, and how it is used."""
 
     name: ExpertName
-    model: str | None = Field(None, description="Where its files are: a key of the run, or a URL.")
-    network: NetworkConfig | None = Field(None, description="Or what a library loads it from.")
+    model: str | None = Field(
+        default=None, description="Where its files are: a key of the run, or a URL."
+    )
+    network: NetworkConfig | None = Field(
+        default=None, description="Or what a library loads it from."
+    )
     inputs: InputConfig = Field(
         default_factory=InputConfig, description="What is done to images before it sees them."
     )
     tap: int | None = Field(
-        None, ge=0, description="Block whose pooled output is used; absent: the last features."
+        default=None,
+        ge=0,
+        description="Block whose pooled output is used; absent: the last features.",
     )
 
 
@@ -71,9 +77,11 @@ class NewHub(StrictModel):
     router: NetworkConfig = Field(description="Its trunk; not used where routes are no choice.")
     routes: RouteConfig
     batchnorm: BatchNorm = "frozen"
-    first_bias: float = Field(0.0, description="Added to the first expert's logit at the start.")
+    first_bias: float = Field(
+        default=0.0, description="Added to the first expert's logit at the start."
+    )
     warm: str | None = Field(
-        None, description="Where a warm start's router, heads and aggregator are."
+        default=None, description="Where a warm start's router, heads and aggregator are."
     )
     num_classes: int = Field(ge=2)
 
@@ -93,7 +101,7 @@ class NewExpert(StrictModel):
 
     kind: Literal["expert"] = "expert"
     expert: ExpertSource
-    warm: str | None = Field(None, description="Where the head of a warm start is.")
+    warm: str | None = Field(default=None, description="Where the head of a warm start is.")
     num_classes: int = Field(ge=2)
 
 

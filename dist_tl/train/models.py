@@ -34,10 +34,10 @@ class NewNetwork(StrictModel):
     num_classes: int = Field(ge=2)
 
 
-class Handover(StrictModel):
+class PretrainedTrunk(StrictModel):
     """A trained trunk, kept bit for bit, under a fresh head."""
 
-    kind: Literal["handover"] = "handover"
+    kind: Literal["pretrained_trunk"] = "pretrained_trunk"
     model: str = Field(
         description="Where the trained model's files are: a key of the run, or a URL."
     )
@@ -48,7 +48,7 @@ class Readout(StrictModel):
     """A frozen trunk under a head without bias that starts at zero: only the head is learnt."""
 
     kind: Literal["readout"] = "readout"
-    trunk: Annotated[NewNetwork | Handover, Field(discriminator="kind")]
+    trunk: Annotated[NewNetwork | PretrainedTrunk, Field(discriminator="kind")]
 
     @property
     def num_classes(self) -> int:
@@ -65,7 +65,14 @@ class NewGenerator(StrictModel):
 
 
 ModelSpec = Annotated[
-    NewNetwork | Handover | Readout | NewGenerator | NewExpert | NewHub | CachedExpert | CachedHub,
+    NewNetwork
+    | PretrainedTrunk
+    | Readout
+    | NewGenerator
+    | NewExpert
+    | NewHub
+    | CachedExpert
+    | CachedHub,
     Field(discriminator="kind"),
 ]
 
@@ -93,7 +100,7 @@ def build_model(
                 image_shape=image_shape,
                 rng=torch_rng(seed, "initial weights"),
             )
-        case Handover():
+        case PretrainedTrunk():
             network = load_classifier(store, spec.model, image_shape=image_shape)
             return replace_head(network, spec.num_classes, torch_rng(seed, "fresh head"))
         case NewExpert():

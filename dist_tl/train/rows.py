@@ -34,8 +34,8 @@ class RowsSpec(StrictModel):
     """Labelled rows: a whole data set, a part of it, or a fold of either."""
 
     data: DataConfig
-    split: SplitSpec | None = Field(None, description="Absent: all rows.")
-    fold: FoldSpec | None = Field(None, description="Absent: the whole part.")
+    split: SplitSpec | None = Field(default=None, description="Absent: all rows.")
+    fold: FoldSpec | None = Field(default=None, description="Absent: the whole part.")
 
 
 def load_rows(spec: RowsSpec) -> LabelledImages:

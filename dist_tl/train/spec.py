@@ -29,20 +29,27 @@ class StageSpec(StrictModel):
     objective: ObjectiveSpec
     image_shape: ImageShape
     labelled: RowsSpec | ShardPlan = Field(description="What is learnt from with labels.")
-    unlabelled: RowsSpec | ShardPlan | None = Field(None, description="Seen without labels.")
+    unlabelled: RowsSpec | ShardPlan | None = Field(
+        default=None, description="Seen without labels."
+    )
     views: ViewsConfig
     steps: int = Field(ge=1, description="Optimizer steps.")
     batch_size: int = Field(ge=1, description="Labelled rows per step, over all workers.")
-    unlabelled_batch_size: int = Field(0, ge=0)
+    unlabelled_batch_size: int = Field(default=0, ge=0)
     lanes: int = Field(ge=1)
     optimizer: OptimizerConfig
     engine: EngineConfig
     ema_decay: float | None = Field(
-        None, gt=0, lt=1, description="Store the moving average of the weights instead of the last."
+        default=None,
+        gt=0,
+        lt=1,
+        description="Store the moving average of the weights instead of the last.",
     )
-    evaluate: RowsSpec | None = Field(None, description="What accuracy is measured on, at the end.")
+    evaluate: RowsSpec | None = Field(
+        default=None, description="What accuracy is measured on, at the end."
+    )
     checkpoints: CheckpointConfig
-    shard_timeout_s: float = Field(600.0, gt=0, description="How long to wait for a shard.")
+    shard_timeout_s: float = Field(default=600.0, gt=0, description="How long to wait for a shard.")
 
     @model_validator(mode="after")
     def _readout_is_whole(self) -> Self:
@@ -82,10 +89,13 @@ class StageResult(StrictModel):
     seconds_starved: float = Field(description="Waiting for shards, rank 0.")
     seconds_saving: float = Field(description="Blocked in checkpoints, rank 0.")
     final_loss: float
-    predictions: tuple[int, ...] = Field((), description="Class of each evaluated row, in order.")
-    correct: tuple[bool, ...] = Field((), description="Whether each prediction is right.")
+    predictions: tuple[int, ...] = Field(
+        default=(), description="Class of each evaluated row, in order."
+    )
+    correct: tuple[bool, ...] = Field(default=(), description="Whether each prediction is right.")
     last_step_correct: tuple[bool, ...] = Field(
-        (), description="The same for the last step's weights, where the model is their average."
+        default=(),
+        description="The same for the last step's weights, where the model is their average.",
     )
 
     @property

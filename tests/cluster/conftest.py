@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_stages import RayOfThreads
 
-from dist_tl.cluster import arrivals, generators
+from dist_tl.cluster import generators, pending
 from dist_tl.cluster.config import SessionConfig
 from dist_tl.cluster.session import RaySession
 from dist_tl.storage.objects import ObjectStore
@@ -59,6 +59,6 @@ def threads(monkeypatch):
     """Generator pools whose actors are threads of this process."""
     stand_in = RayOfThreads()
     monkeypatch.setattr(generators, "ray", stand_in)
-    monkeypatch.setattr(arrivals, "ray", stand_in)
+    monkeypatch.setattr(pending, "ray", stand_in)
     monkeypatch.setattr(generators, "POLL_S", 0.01)
     return stand_in

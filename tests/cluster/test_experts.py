@@ -16,7 +16,7 @@ from stored_hubs import NAMES, PLACE, ROWS, SOURCE, predictions, small_hub, stor
 
 from dist_tl.cluster.config import ExpertsConfig
 from dist_tl.cluster.experts import ExpertPool
-from dist_tl.errors import ConfigError, SupersededError, WorkerError, WorkerLost
+from dist_tl.errors import ConfigError, SupersededError, WorkerError, WorkerLostError
 from dist_tl.methods.hub.pathway import Paths
 from dist_tl.methods.hub.routes import choose
 from dist_tl.shards.reader import read_shard
@@ -163,7 +163,7 @@ def test_too_few_experts_left_are_a_named_error_even_with_degrade(stored):
 
 def await_new(experts):
     """Small shards would be answered before a new replica is up."""
-    for actor in experts.arrivals.actors:
+    for actor in experts.pending.actors:
         ray.get(actor.open.remote(), timeout=60)
 
 
@@ -214,7 +214,7 @@ def test_a_router_without_room_is_named_too(stored):
 def test_a_replica_that_does_not_come_up_costs_only_itself(stored):
     store, hub, plan = stored
     with pool(store, min=2, max=2, cpus=0.25) as experts:
-        ray.kill(experts.arrivals.actors[0], no_restart=True)
+        ray.kill(experts.pending.actors[0], no_restart=True)
         experts.answer(SOURCE, plan)
         assert not experts.lost
         assert experts.replicas[0].limit == 1
@@ -247,7 +247,7 @@ def test_a_killed_router_is_replaced_and_its_shard_answered(stored):
 def test_routers_that_die_over_one_shard_too_often_end_the_job_with_a_way_on(stored):
     store, _, plan = stored
     with (
-        pytest.raises(WorkerLost, match="start the same job again"),
+        pytest.raises(WorkerLostError, match="start the same job again"),
         pool(store, max_restarts=0) as experts,
     ):
         experts.answer(

@@ -19,9 +19,9 @@ def run(scenario):
 
 async def waiting(mailbox, after):
     """A worker that asks, and is given time to fall asleep."""
-    asked = asyncio.create_task(mailbox.take(after))
+    inputs = asyncio.create_task(mailbox.take(after))
     await asyncio.sleep(0.01)
-    return asked
+    return inputs
 
 
 def test_workers_take_the_stages_in_the_order_in_which_they_were_posted():
@@ -79,10 +79,10 @@ def test_a_restarted_group_takes_the_first_unfinished_stage_again():
 @pytest.mark.parametrize("end", ["close", "give_up"])
 def test_the_end_releases_whoever_waits_and_turns_away_whoever_comes(end):
     async def scenario(mailbox):
-        asked = [await waiting(mailbox, after) for after in (None, 0, 4)]
+        inputs = [await waiting(mailbox, after) for after in (None, 0, 4)]
         await (mailbox.close() if end == "close" else mailbox.give_up(ConfigError("no")))
         await mailbox.post("late")
-        return [await task for task in asked] + [await mailbox.take(None)]
+        return [await task for task in inputs] + [await mailbox.take(None)]
 
     assert run(scenario) == [None] * 4
 

@@ -10,13 +10,13 @@ from ray.exceptions import (
     OutOfMemoryError,
 )
 
-from dist_tl.cluster import arrivals, experts, generators, outcomes, router_pool, routers
-from dist_tl.cluster.arrivals import Arrivals
+from dist_tl.cluster import experts, generators, outcomes, pending, router_pool, routers
 from dist_tl.cluster.config import ExpertsConfig, GeneratorsConfig
 from dist_tl.cluster.experts import ExpertPool
 from dist_tl.cluster.generators import GeneratorPool
+from dist_tl.cluster.pending import PendingActors
 from dist_tl.cluster.routers import Question, ShardAnswer
-from dist_tl.errors import ConfigError, WorkerError, WorkerLost
+from dist_tl.errors import ConfigError, WorkerError, WorkerLostError
 
 GONE = ActorUnavailableError("its node does not answer", None)
 DEAD, FULL = ActorDiedError(), OutOfMemoryError("the node is low on memory")
@@ -31,10 +31,10 @@ class Method:
     """Answers with what is listed, one after the other, the last for ever."""
 
     def __init__(self, *outcomes):
-        self.outcomes, self.asked = list(outcomes), 0
+        self.outcomes, self.inputs = list(outcomes), 0
 
     def remote(self, *_):
-        self.asked += 1
+        self.inputs += 1
         return Ticket(self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0])
 
 
@@ -60,7 +60,7 @@ def obedient(monkeypatch):
         kill=kill,
         exceptions=ray.exceptions,
     )
-    for module in (arrivals, experts, generators, outcomes, router_pool, routers):
+    for module in (pending, experts, generators, outcomes, router_pool, routers):
         monkeypatch.setattr(module, "ray", stand_in)
     quiet = SimpleNamespace(count=lambda: None)
     monkeypatch.setattr(router_pool, "RestartMetrics", lambda *_: quiet)
@@ -73,7 +73,7 @@ def obedient(monkeypatch):
 
 
 def test_who_is_out_of_sight_may_come_back_and_who_is_dead_does_not():
-    waiting = Arrivals()
+    waiting = PendingActors()
     back, dead, full = Actor(opens=(GONE, None)), Actor(opens=(DEAD,)), Actor(opens=(FULL,))
     for key, actor in (("back", back), ("dead", dead), ("full", full)):
         waiting.add(key, actor)
@@ -83,7 +83,7 @@ def test_who_is_out_of_sight_may_come_back_and_who_is_dead_does_not():
 
 
 def test_the_error_of_ours_that_kept_an_actor_from_opening_is_raised_as_it_is():
-    waiting = Arrivals()
+    waiting = PendingActors()
     wrapped = ray.exceptions.RayTaskError("open", "traceback", ConfigError("damaged"))
     waiting.add("it", Actor(opens=(wrapped,)))
     with pytest.raises(ConfigError, match="damaged"):
@@ -109,7 +109,7 @@ ANSWER = ShardAnswer(0, (1,), {}, None)
 def test_a_router_whose_replacement_dies_on_its_way_is_replaced_again(monkeypatch):
     third = Actor(ANSWER)
     answer(monkeypatch, [Actor(GONE), Actor(opens=(DEAD,)), third])
-    assert third.answer.asked == 1
+    assert third.answer.inputs == 1
 
 
 def test_routers_that_never_come_up_end_the_job_by_name(monkeypatch):
@@ -124,11 +124,11 @@ def test_idle_routers_of_a_lost_node_cost_a_shard_nothing(monkeypatch):
     answer(
         monkeypatch, [*lost, healthy, *(Actor(ANSWER) for _ in range(9))], routers=6, max_restarts=1
     )
-    assert sum(router.answer.asked for router in lost) == 1
+    assert sum(router.answer.inputs for router in lost) == 1
 
 
 def test_a_shard_that_costs_every_router_its_life_ends_the_job(monkeypatch):
-    with pytest.raises(WorkerLost, match="router of shard 0"):
+    with pytest.raises(WorkerLostError, match="router of shard 0"):
         answer(monkeypatch, [Actor(FULL) for _ in range(9)], max_restarts=2)
 
 
@@ -143,25 +143,25 @@ def question(*answers):
 
 
 def test_an_answer_comes_from_another_replica_where_one_is_dead():
-    asked, replicas = question(DEAD, FULL, "logits")
-    assert asked.answer(deadline=0.0) == "logits"
-    assert [replica.logits.asked for replica in replicas] == [1, 1, 1]
+    inputs, replicas = question(DEAD, FULL, "logits")
+    assert inputs.answer(deadline=0.0) == "logits"
+    assert [replica.logits.inputs for replica in replicas] == [1, 1, 1]
 
 
 def test_where_all_replicas_are_dead_nobody_waits():
-    asked, replicas = question(DEAD, FULL)
+    inputs, replicas = question(DEAD, FULL)
     with pytest.raises(OutOfMemoryError):
-        asked.answer(deadline=float("inf"))
-    assert [replica.logits.asked for replica in replicas] == [1, 1]
+        inputs.answer(deadline=float("inf"))
+    assert [replica.logits.inputs for replica in replicas] == [1, 1]
 
 
 def test_a_replica_out_of_sight_is_asked_again_until_the_deadline():
-    asked, [replica] = question((GONE, GONE, "logits"))
-    assert asked.answer(deadline=float("inf")) == "logits"
-    asked, [replica] = question(GONE)
+    inputs, [replica] = question((GONE, GONE, "logits"))
+    assert inputs.answer(deadline=float("inf")) == "logits"
+    inputs, [replica] = question(GONE)
     with pytest.raises(ActorUnavailableError):
-        asked.answer(deadline=0.0)
-    assert replica.logits.asked == 1
+        inputs.answer(deadline=0.0)
+    assert replica.logits.inputs == 1
 
 
 @pytest.fixture

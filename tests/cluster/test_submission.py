@@ -35,7 +35,7 @@ class Dashboard:
 
     def __init__(self, version=ray.__version__):
         self.version, self.jobs, self.logs, self.is_silent = version, {}, {}, False
-        self.asked = []
+        self.inputs = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -64,7 +64,7 @@ class Dashboard:
 def _handler(board):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            board.asked.append(self.path)
+            board.inputs.append(self.path)
             if board.is_silent == "closed":
                 self.connection.close()
                 return
@@ -141,10 +141,10 @@ def test_following_stands_a_connection_that_is_lost_for_a_while(board, ending, c
     def on_line(line):
         lines.append(line)
         if line == "one":
-            board.is_silent, silent_since = silence, len(board.asked)
+            board.is_silent, silent_since = silence, len(board.inputs)
 
             def come_back():
-                while len(board.asked) < silent_since + 3:
+                while len(board.inputs) < silent_since + 3:
                     time.sleep(0.01)
                 board.jobs["birds--1"] = job("birds--1", **ending)
                 board.logs["birds--1"] = "one\nhalf a line\nlast"

@@ -6,7 +6,7 @@ import pytest
 from pydantic import Field
 
 from dist_tl.cluster.config import Task, TrialsConfig
-from dist_tl.cluster.tasks import read_answer, run_tasks
+from dist_tl.cluster.tasks import read_output, run_tasks
 from dist_tl.config import StrictModel
 from dist_tl.errors import CheckpointMismatchError, ConfigError, SupersededError, WorkerError
 from dist_tl.storage.attempts import begin_attempt
@@ -15,29 +15,29 @@ from dist_tl.storage.objects import ObjectStore
 pytestmark = pytest.mark.ray
 
 
-class Asked(StrictModel):
+class Inputs(StrictModel):
     number: int
-    trouble: str = Field("", description="What happens on the first attempt.")
+    trouble: str = Field(default="", description="What happens on the first attempt.")
 
 
-class Answer(StrictModel):
+class Output(StrictModel):
     square: int
 
 
-def square(asked, store):
-    tries = len(store.list(f"tries/{asked.number}"))
-    store.write(f"tries/{asked.number}/{tries}", b"")
-    if asked.trouble == "killed" and tries == 0:
+def square(inputs, store):
+    tries = len(store.list(f"tries/{inputs.number}"))
+    store.write(f"tries/{inputs.number}/{tries}", b"")
+    if inputs.trouble == "killed" and tries == 0:
         os._exit(1)
-    if asked.trouble == "named error":
+    if inputs.trouble == "named error":
         raise ConfigError("expected better")
-    if asked.trouble == "a mistake":
+    if inputs.trouble == "a mistake":
         1 / 0  # noqa: B018
-    return Answer(square=asked.number**2)
+    return Output(square=inputs.number**2)
 
 
 def tasks(count, **trouble):
-    return [Task(f"square-{i}", Asked(number=i, **trouble)) for i in range(count)]
+    return [Task(f"square-{i}", Inputs(number=i, **trouble)) for i in range(count)]
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def store(ray_local, tmp_path):
     return ObjectStore(tmp_path)
 
 
-def run(store, asked, **options):
-    return run_tasks(square, asked, Answer, store, config=TrialsConfig(), **options)
+def run(store, inputs, **options):
+    return run_tasks(square, inputs, Output, store, config=TrialsConfig(), **options)
 
 
 def test_answers_come_in_the_order_of_the_tasks(store):
@@ -72,19 +72,19 @@ def test_a_task_whose_worker_is_killed_is_run_again(store):
 
 
 def test_a_named_error_reaches_the_caller_and_leaves_no_answer(store):
-    asked = tasks(1, trouble="named error")
+    inputs = tasks(1, trouble="named error")
     with pytest.raises(ConfigError, match="expected better"):
-        run(store, asked)
-    assert read_answer(store, asked[0], Answer) is None
+        run(store, inputs)
+    assert read_output(store, inputs[0], Output) is None
 
 
 def test_nothing_is_stored_after_a_later_start_has_the_run(store):
     first, second = begin_attempt(store), begin_attempt(store)
-    asked = tasks(2)
+    inputs = tasks(2)
     with pytest.raises(SupersededError, match="attempt 2"):
-        run(store, asked, attempt=first.number)
-    assert [read_answer(store, task, Answer) for task in asked] == [None, None]
-    assert run(store, asked, attempt=second.number)[1].square == 1
+        run(store, inputs, attempt=first.number)
+    assert [read_output(store, task, Output) for task in inputs] == [None, None]
+    assert run(store, inputs, attempt=second.number)[1].square == 1
 
 
 def test_an_unnamed_error_is_named_and_shown(store):
@@ -95,4 +95,4 @@ def test_an_unnamed_error_is_named_and_shown(store):
 def test_an_answer_to_another_question_is_refused(store):
     run(store, tasks(1))
     with pytest.raises(CheckpointMismatchError, match="square-0"):
-        run(store, [Task("square-0", Asked(number=7))])
+        run(store, [Task("square-0", Inputs(number=7))])

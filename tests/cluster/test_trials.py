@@ -13,7 +13,7 @@ from dist_tl.storage.attempts import begin_attempt
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.checkpoints import CheckpointConfig
 from dist_tl.train.engine import join_group
-from dist_tl.train.models import Handover
+from dist_tl.train.models import PretrainedTrunk
 from dist_tl.train.stage import run_stage
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180), pytest.mark.usefixtures("one_thread")]
@@ -61,7 +61,9 @@ def test_a_trial_whose_worker_is_killed_goes_on_in_another(ray_local, store, pla
 
 
 def test_a_named_error_of_a_trial_reaches_the_driver_as_that_class(ray_local, store):
-    missing = training_stage("orphan", model=Handover(model="stages/none/model", num_classes=10))
+    missing = training_stage(
+        "orphan", model=PretrainedTrunk(model="stages/none/model", num_classes=10)
+    )
     trials = Trials(TrialsConfig(cpus=0.5), store.url)
     with pytest.raises(ConfigError, match="no model at") as caught:
         trials.results(trials.start([missing]))

@@ -6,7 +6,7 @@ import pytest
 
 from dist_tl.deploy.manifests import render
 from dist_tl.deploy.options import KubeOptions
-from dist_tl.jobs.specs import read_job
+from dist_tl.jobs.job_file import read_job
 
 PRESETS = Path(__file__).parents[2] / "launch" / "presets"
 

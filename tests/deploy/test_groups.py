@@ -28,8 +28,8 @@ def test_a_trial_finds_room_beside_the_trainers(job_of, options):
 
 def test_workers_may_share_a_pod(job_of, options):
     job = job_of("digits", "trainers.workers=4", "trainers.gpus=0.5", "session.num_cpus=8")
-    asked = options(trainers={"workers_per_pod": 4}, generators={"workers_per_pod": 2})
-    groups = by_name(worker_groups(job, asked))
+    inputs = options(trainers={"workers_per_pod": 4}, generators={"workers_per_pod": 2})
+    groups = by_name(worker_groups(job, inputs))
     assert (groups["trainers"].min_pods, groups["trainers"].gpus) == (1, 2)
     assert (groups["generators"].max_pods, groups["generators"].cpus) == (1, 2)
 

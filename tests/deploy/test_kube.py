@@ -13,7 +13,7 @@ pytest.importorskip("kubernetes", reason="pip install 'dist_tl[kube]'")
 from dist_tl.deploy import kube_follow
 from dist_tl.deploy.kube import Kube, KubeJob, connect, follow_to_the_end
 from dist_tl.deploy.kube_api import load_api
-from dist_tl.errors import ConfigError, HeadLost, JobDeleted, WorkerError
+from dist_tl.errors import ConfigError, HeadLostError, JobDeletedError, WorkerError
 from dist_tl.storage.attempts import SUBMISSION
 
 FAILED = "Job entrypoint command failed with exit code {}, last available logs:\n exit code 7"
@@ -90,15 +90,15 @@ def test_a_job_is_made_of_what_the_server_takes(api, kube, job_of, options):
 def test_everything_is_rehearsed_before_anything_is_made(api, kube, job_of, options):
     kube.submit(job_of("digits"), options())
     for plural, times in (("rayjobs", 1), ("configmaps", 1), ("poddisruptionbudgets", 2)):
-        asked = [query.get("dryRun") for query in creations(api, plural)]
-        assert asked == ["All"] * times + [None] * times
+        inputs = [query.get("dryRun") for query in creations(api, plural)]
+        assert inputs == ["All"] * times + [None] * times
 
 
 def test_the_namespace_of_the_options_goes_before_that_of_the_context(api, kube, job_of, options):
     for plural, name in (("secrets", "s3"), ("serviceaccounts", "dist-tl-head")):
         api.objects[plural, "other", name] = api.get(plural, name)
-    asked = options(namespace="other", worker_account=None, submitter_account=None)
-    assert kube.submit(job_of("digits"), asked).namespace == "other"
+    inputs = options(namespace="other", worker_account=None, submitter_account=None)
+    assert kube.submit(job_of("digits"), inputs).namespace == "other"
     assert kube.find("s3://bucket/runs/digits", namespace="other").name == "digits"
 
 
@@ -192,7 +192,7 @@ def test_a_lost_head_is_told_apart_and_does_not_wait_for_its_log(api, kube, told
     made = kube.submit(job_of("digits"), options())
     api.add_pod("digits", "submitter").say("last words")
     api.set_status("digits", "Failed", "RUNNING", **LOST)
-    with pytest.raises(HeadLost, match="digits"):
+    with pytest.raises(HeadLostError, match="digits"):
         kube.follow(made, **told.callbacks)
     assert told.lines == ["last words"]
 
@@ -228,7 +228,7 @@ def test_a_lost_head_is_followed_by_the_next_attempt(api, kube, told, job_of, op
 
 def test_attempts_run_out(api, kube, told, job_of, options):
     api.on_ray_job = runs_and_ends(api, "Failed", "RUNNING", **LOST)
-    with pytest.raises(HeadLost):
+    with pytest.raises(HeadLostError):
         hand_in_and_follow(kube, job_of("digits"), options(), told, attempts=2)
     assert api.names("rayjobs") == ["digits", "digits--2"]
     made, job = KubeJob("science", "digits--2", 2), job_of("digits")
@@ -245,7 +245,7 @@ def test_a_job_that_was_stopped_is_not_started_again(api, kube, told, job_of, op
         kube.stop(kube.find("s3://bucket/runs/digits"))
 
     threading.Thread(target=stop).start()
-    with pytest.raises(JobDeleted, match="deleted"):
+    with pytest.raises(JobDeletedError, match="deleted"):
         hand_in_and_follow(kube, job_of("digits"), options(), told, attempts=3)
     assert api.names("rayjobs") == api.names("configmaps") == []
 
@@ -615,10 +615,10 @@ def test_the_client_role_allows_what_is_asked():
         for verb in rule["verbs"]
         for resource in rule["resources"]
     }
-    asked = {(verb, "rayjobs") for verb in ("get", "list", "create", "patch", "delete")}
-    asked |= {(verb, "rayclusters") for verb in ("get", "patch", "delete")}
+    inputs = {(verb, "rayjobs") for verb in ("get", "list", "create", "patch", "delete")}
+    inputs |= {(verb, "rayclusters") for verb in ("get", "patch", "delete")}
     for plural in ("configmaps", "poddisruptionbudgets"):
-        asked |= {(verb, plural) for verb in ("get", "create", "delete")}
-    asked |= {("list", "pods"), ("get", "pods/log"), ("get", "serviceaccounts")}
-    assert asked <= granted
+        inputs |= {(verb, plural) for verb in ("get", "create", "delete")}
+    inputs |= {("list", "pods"), ("get", "pods/log"), ("get", "serviceaccounts")}
+    assert inputs <= granted
     assert not {resource for _, resource in granted} & {"secrets"}

@@ -18,7 +18,7 @@ from crd_schemas import problems, templates_of
 from dist_tl.deploy.manifests import JOB_KEY, render, render_cluster
 from dist_tl.deploy.options import KubeOptions, read_options
 from dist_tl.deploy.rules import check
-from dist_tl.jobs.specs import read_job
+from dist_tl.jobs.job_file import read_job
 
 K8S = Path(__file__).parents[2] / "k8s"
 PLACES = ("base", "overlays/dev", "overlays/gpu")
@@ -100,11 +100,11 @@ def test_examples_hold_a_job_that_their_groups_fit(built, tmp_path):
         }
         assert groups["trainers"]["minReplicas"] >= job.trainers.workers
         assert groups["generators"]["maxReplicas"] == job.generators.max
-        for role, asked in (("trainers", job.trainers), ("generators", job.generators)):
+        for role, inputs in (("trainers", job.trainers), ("generators", job.generators)):
             [container] = groups[role]["template"]["spec"]["containers"]
             has = container["resources"]["limits"]
-            assert float(has["cpu"]) >= asked.cpus, place
-            assert float(has.get("nvidia.com/gpu", 0)) >= asked.gpus, place
+            assert float(has["cpu"]) >= inputs.cpus, place
+            assert float(has.get("nvidia.com/gpu", 0)) >= inputs.gpus, place
 
 
 def test_names_that_pods_refer_to_exist(built):

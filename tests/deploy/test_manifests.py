@@ -10,7 +10,7 @@ from crd_schemas import problems, templates_of
 from dist_tl.deploy.manifests import ENTRYPOINT, MAX_LABEL, render, run_label
 from dist_tl.deploy.pods import ROLE_AMOUNT
 from dist_tl.errors import ConfigError
-from dist_tl.jobs.specs import read_job
+from dist_tl.jobs.job_file import read_job
 
 JOBS = (
     "digits",
@@ -86,12 +86,12 @@ def test_places_for_single_experts_are_refused(predict_job, options):
 
 
 def test_rendering_is_pure(job_of, options):
-    job, asked = job_of("digits"), options()
-    first, again = render(job, asked), render(job, asked)
+    job, inputs = job_of("digits"), options()
+    first, again = render(job, inputs), render(job, inputs)
     assert json.dumps(first) == json.dumps(again)
     changed = copy.deepcopy(again)
     first[1]["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"].clear()
-    assert render(job, asked) == changed
+    assert render(job, inputs) == changed
 
 
 def test_the_head_runs_the_job_and_no_actor(rendered):

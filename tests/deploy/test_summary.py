@@ -8,10 +8,10 @@ from dist_tl.deploy.summary import kube_rows
 
 def test_rows_say_what_the_manifests_ask(job_of, options):
     job = job_of("digits", "generators.gpus=1", "generators.max=6")
-    asked = options(generators={"spot": True, "memory_gb": 3}, head={"cpus": 1.5})
-    rows = {row.group: row for row in kube_rows(job, asked)}
+    inputs = options(generators={"spot": True, "memory_gb": 3}, head={"cpus": 1.5})
+    rows = {row.group: row for row in kube_rows(job, inputs)}
     assert list(rows) == ["head", "trainers", "generators"]
-    manifest = next(m for m in render(job, asked) if m["kind"] == "RayJob")
+    manifest = next(m for m in render(job, inputs) if m["kind"] == "RayJob")
     specs = manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     for group in specs:
         row = rows[group["groupName"]]

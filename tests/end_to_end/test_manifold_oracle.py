@@ -14,7 +14,7 @@ from rank_processes import TwoRanks
 
 from dist_tl.datasets.views import ViewsConfig
 from dist_tl.jobs.run import open_store
-from dist_tl.jobs.run_spec import RunConfig
+from dist_tl.jobs.spec import TrainingJobConfig
 from dist_tl.jobs.workers import open_workers
 from dist_tl.methods.hidden_manifold.gaussian_model import (
     binned_moments,
@@ -37,7 +37,7 @@ from dist_tl.telemetry import SilentProgress
 from dist_tl.train import feeds, objectives
 from dist_tl.train.checkpoints import CheckpointConfig
 from dist_tl.train.engine import EngineConfig, OptimizerConfig
-from dist_tl.train.models import Handover, NewNetwork, Readout
+from dist_tl.train.models import NewNetwork, PretrainedTrunk, Readout
 from dist_tl.train.objectives import ReadoutSpec, SupervisedSpec
 from dist_tl.train.spec import StageSpec
 from dist_tl.train.stage import run_stage
@@ -48,7 +48,7 @@ SIZES = (200, 800)
 DRAWS = 10
 SOURCE = "oracle-source"
 FRESH = NewNetwork(network=oracle.NETWORK, num_classes=2)
-TRANSFERRED = Handover(model=layout.stage_model_prefix(SOURCE), num_classes=2)
+TRANSFERRED = PretrainedTrunk(model=layout.stage_model_prefix(SOURCE), num_classes=2)
 
 
 def stage(name, model, objective, shards, *, steps, batch_size, rate, schedule):
@@ -123,7 +123,8 @@ class Fitted:
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     """The store after everything went through generators, shards and two trainers."""
-    job = RunConfig(
+    job = TrainingJobConfig(
+        kind="oracle",
         run=str(tmp_path_factory.mktemp("oracle") / "run"),
         store="embedded",
         lanes=2,

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load as load_arrays
 
-from dist_tl.jobs.hub import HubOutcome
-from dist_tl.jobs.hub_exports import export_hub, write_routes_gallery
-from dist_tl.jobs.hub_plan import HubPlan
-from dist_tl.jobs.hub_points import EvaluateAnswer, TimeAnswer
-from dist_tl.jobs.hub_results import hub_results
-from dist_tl.jobs.hub_spec import HubJob
-from dist_tl.results import read_any_results
+from dist_tl.jobs.hub.exports import export_hub, write_routes_gallery
+from dist_tl.jobs.hub.plan import HubPlan
+from dist_tl.jobs.hub.results import hub_results
+from dist_tl.jobs.hub.run import HubOutcome
+from dist_tl.jobs.hub.spec import HubJob
+from dist_tl.jobs.hub.tasks import EvaluateOutput, TimeOutput
+from dist_tl.report.results import read_any_results
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.rows import load_rows
@@ -110,7 +110,7 @@ def outcome(tmp_path, *, arms=ARMS, mixed=True, wrong=WRONG):
                 stages[f"{arm.name}-seed{seed}"] = stage(f"{arm.name}-seed{seed}", correct)
             domains = rows.domains if mixed else rows.labels
             routes = [(0.0, 0.9) if domain == 0 else (0.9, 0.0) for domain in domains]
-            evaluations[arm.name, seed] = EvaluateAnswer(
+            evaluations[arm.name, seed] = EvaluateOutput(
                 predictions=tuple(rows.labels.tolist()),
                 correct=correct,
                 weights=tuple(routes) if arm.route == "pathway" else (),
@@ -118,7 +118,7 @@ def outcome(tmp_path, *, arms=ARMS, mixed=True, wrong=WRONG):
                 seconds=1.0,
             )
     names = [arm.name for arm in plan.job.arms]
-    times = TimeAnswer(
+    times = TimeOutput(
         microseconds=dict.fromkeys(names, 7.0),
         multiply_adds={"best_single": 3e6, "distilled": 4e6},
         seconds=1.0,

@@ -8,12 +8,12 @@ import yaml
 
 from dist_tl.config import fingerprint
 from dist_tl.errors import ConfigError
-from dist_tl.jobs.hub_cost import hub_rows
-from dist_tl.jobs.hub_plan import HubPlan
-from dist_tl.jobs.hub_points import hub_multiply_adds
-from dist_tl.jobs.planning import plan_job
-from dist_tl.jobs.predict import check_predict
-from dist_tl.jobs.specs import read_job
+from dist_tl.jobs.hub.cost import hub_rows
+from dist_tl.jobs.hub.plan import HubPlan
+from dist_tl.jobs.hub.tasks import hub_multiply_adds
+from dist_tl.jobs.job_file import read_job
+from dist_tl.jobs.plan import plan_job
+from dist_tl.jobs.predict.run import check_predict
 from dist_tl.methods.hub.cost import multiply_adds
 from dist_tl.methods.hub.routes import RouteConfig
 from dist_tl.models.files import save_network

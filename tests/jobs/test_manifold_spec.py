@@ -3,10 +3,10 @@
 import pytest
 
 from dist_tl.errors import ConfigError
-from dist_tl.jobs.manifold_plan import ManifoldPlan
-from dist_tl.jobs.manifold_spec import ManifoldJob
-from dist_tl.jobs.planning import plan_job
-from dist_tl.jobs.specs import read_job
+from dist_tl.jobs.job_file import read_job
+from dist_tl.jobs.manifold.plan import ManifoldPlan
+from dist_tl.jobs.manifold.spec import ManifoldJob
+from dist_tl.jobs.plan import plan_job
 
 PRESETS = ("manifold", "manifold_phase", "forecast", "layer_search", "geometric_labels")
 
@@ -76,7 +76,7 @@ def test_sources_do_not_depend_on_knobs_and_baselines_not_on_sources():
 @pytest.mark.parametrize("tasks", [1, 2, 5])
 def test_moment_tasks_share_every_chunk_once(tasks):
     plan = ManifoldPlan(manifold(moment_samples=30_000, moment_tasks=tasks, instances=1))
-    parts = [task.asked for task in plan.moments()]
+    parts = [task.inputs for task in plan.moments()]
     assert sum(sum(part.chunks) for part in parts) == 30_000
     first = 0
     for part in parts:

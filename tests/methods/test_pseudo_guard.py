@@ -119,9 +119,9 @@ def test_arms_that_cannot_be_compared_are_refused(correct):
     ("counts", "asked", "expected"),
     [([9, 7], None, 5), ([9, 3], None, 3), ([9, 3], 2, 2), ([4, 4], 9, 4), ([5, 1], None, None)],
 )
-def test_folds_are_limited_by_the_smallest_class(counts, asked, expected):
+def test_folds_are_limited_by_the_smallest_class(counts, inputs, expected):
     labels = np.repeat(np.arange(len(counts)), counts)
-    assert num_guard_folds(labels, GuardConfig(folds=asked)) == expected
+    assert num_guard_folds(labels, GuardConfig(folds=inputs)) == expected
 
 
 def test_one_label_in_a_class_makes_the_result_unguarded():

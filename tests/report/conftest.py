@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from dist_tl.report.gallery import Gallery
-from dist_tl.results import GeneratorQuality, RunResults, Score, StageRecord, summarise
+from dist_tl.report.results import (
+    ComparisonResults,
+    GeneratorQuality,
+    Score,
+    StageRecord,
+    summarise,
+)
 
 START = 1_700_000_000.0
 JITTER = (0.0, 0.012, -0.007, 0.004, -0.011)  # what the arms of one seed share, and a bit more
@@ -76,7 +82,7 @@ def make_results():
             "wall_seconds": 620.0,
             "peak_memory_bytes": 3 << 30,
         }
-        return RunResults(**{**fields, **changes})
+        return ComparisonResults(**{**fields, **changes})
 
     return make
 

@@ -10,8 +10,8 @@ import pytest
 
 from dist_tl.report.gallery import MAX_TILES, Gallery, pseudo_tiles, top_classes
 from dist_tl.report.page import build_page, busy_seconds, byte_text
+from dist_tl.report.results import StageRecord
 from dist_tl.report.summary import table_rows, verdict
-from dist_tl.results import StageRecord
 
 
 class Page(HTMLParser):

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_tl.report.plots import draw_timeline, group_curves, mean_curve, pack_lanes, shorten
+from dist_tl.report.results import StageRecord
 from dist_tl.report.svg import NARROW, WIDE, Drawing, new_figure, responsive
-from dist_tl.results import StageRecord
 
 spans = st.lists(
     st.tuples(st.integers(0, 40), st.integers(1, 15)).map(lambda pair: (pair[0], sum(pair))),

@@ -3,10 +3,7 @@
 import pytest
 
 from dist_tl.report.charts import draw_chart, draw_heat_map
-from dist_tl.report.study import build_study_page
-from dist_tl.report.summary import markdown_tables, tables, verdict
-from dist_tl.report.svg import NARROW, WIDE
-from dist_tl.results import (
+from dist_tl.report.results import (
     Chart,
     HeatMap,
     Series,
@@ -15,6 +12,9 @@ from dist_tl.results import (
     Table,
     read_any_results,
 )
+from dist_tl.report.study import build_study_page
+from dist_tl.report.summary import markdown_tables, tables, verdict
+from dist_tl.report.svg import NARROW, WIDE
 
 LINE = Series(label="theory", x=(1, 10, 100), y=(0.3, 0.2, 0.1), band=((0.2, 0.4),) * 3)
 POINTS = Series(label="measured", x=(1, 10), y=(0.31, 0.2), half_width=(0.01, 0.0), style="points")

@@ -2,8 +2,8 @@
 
 import pytest
 
+from dist_tl.report.results import ArmSummary, Interval
 from dist_tl.report.summary import gain_text, markdown_table, points, table_rows, verdict
-from dist_tl.results import ArmSummary, Interval
 
 
 def summary(arm, mean, gain=None, half_width=0.01, reference=False):

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from dist_tl.datasets.images import to_float
-from dist_tl.jobs.hub_features import compute_features, write_rows
-from dist_tl.jobs.hub_plan import HubPlan
-from dist_tl.jobs.hub_points import evaluate, measure_time
-from dist_tl.jobs.hub_spec import HubJob
-from dist_tl.jobs.hub_warm import warm_plan
+from dist_tl.jobs.hub.features import compute_features, write_rows
+from dist_tl.jobs.hub.plan import HubPlan
+from dist_tl.jobs.hub.spec import HubJob
+from dist_tl.jobs.hub.tasks import evaluate, measure_time
+from dist_tl.jobs.hub.warm_start import warm_plan
 from dist_tl.methods.hub.pathway import Paths
 from dist_tl.models.files import load_network
 from dist_tl.shards.manifest import committed_indices, open_stage
@@ -91,11 +91,11 @@ def plan(job, alone, tmp_path_factory):
         run_stage(spec, plan.store, rank=0, world_size=1)
     warm = warm_plan(plan)
     for task in warm.features():
-        compute_features(task.asked, plan.store)
+        compute_features(task.inputs, plan.store)
     for manifest in warm.manifests():
         open_stage(plan.store, manifest)
     for task in warm.cached_rows():
-        write_rows(task.asked, plan.store)
+        write_rows(task.inputs, plan.store)
     torch.set_num_threads(before)
     return plan
 
@@ -106,12 +106,12 @@ def train(plan, specs):
 
 def test_rows_are_images_and_what_each_expert_makes_of_them(plan):
     [task, pick] = warm_plan(plan).cached_rows()
-    data = load_rows(task.asked.rows)
-    assert len(committed_indices(plan.store, task.asked.plan.stage)) == 5  # of 24 rows
+    data = load_rows(task.inputs.rows)
+    assert len(committed_indices(plan.store, task.inputs.plan.stage)) == 5  # of 24 rows
     samples = [
         sample
-        for index in range(task.asked.plan.num_shards)
-        for sample in read_shard(plan.store, task.asked.plan.stage, index)
+        for index in range(task.inputs.plan.num_shards)
+        for sample in read_shard(plan.store, task.inputs.plan.stage, index)
     ]
     assert [sample.label for sample in samples] == data.labels.tolist()
     rows = torch.stack([torch.tensor(sample.image).flatten() for sample in samples])
@@ -130,7 +130,7 @@ def test_rows_are_images_and_what_each_expert_makes_of_them(plan):
         torch.testing.assert_close(rows[:, offset : offset + width], features)
         offset += width
     assert offset == rows.shape[1]
-    kept = load_rows(pick.asked.rows)
+    kept = load_rows(pick.inputs.rows)
     assert len(kept) == 18  # one of four folds is held out
     assert {i.tobytes() for i in kept.images} < {i.tobytes() for i in data.images}
 
@@ -168,7 +168,7 @@ def test_all_arms_are_trained_evaluated_and_timed(plan):
     train(plan, [*warm_plan(plan).starts(0), *plan.picks(0), *plan.singles(0)])
     specs = [plan.arm(arm, 0, best="large") for arm in plan.model_arms()]
     results = dict(zip((spec.name for spec in specs), train(plan, specs), strict=True))
-    answers = {task.name: evaluate(task.asked, plan.store) for task in plan.evaluations()}
+    answers = {task.name: evaluate(task.inputs, plan.store) for task in plan.evaluations()}
     assert set(answers) == {
         "evaluate-ensemble-seed0",
         "evaluate-hub_k1-seed0",
@@ -197,7 +197,7 @@ def test_all_arms_are_trained_evaluated_and_timed(plan):
         read_model_files(plan.store, layout.stage_model_prefix("distilled-seed0"))
     )
     assert student.config.kind == "adapted"  # of the make of the best one, `large`
-    times = measure_time(plan.timing("large").asked, plan.store)
+    times = measure_time(plan.timing("large").inputs, plan.store)
     assert set(times.microseconds) == {arm.name for arm in plan.job.arms}
     assert set(times.multiply_adds) == {"best_single", "distilled"}
     assert all(time > 0 for time in times.microseconds.values())

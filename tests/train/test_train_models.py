@@ -10,8 +10,8 @@ from dist_tl.models.resnet import ResNetConfig
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.engine import Engine, EngineConfig, OptimizerConfig
 from dist_tl.train.models import (
-    Handover,
     NewNetwork,
+    PretrainedTrunk,
     Readout,
     build_model,
     load_classifier,
@@ -66,7 +66,7 @@ def test_handover_keeps_the_trunk_bit_for_bit_under_a_fresh_head(store, tmp_path
     source = trained_network()
     own = place.startswith("stages")
     store_network(store if own else ObjectStore(tmp_path), place, source)
-    spec = Handover(model=place if own else f"{tmp_path}/{place}", num_classes=40)
+    spec = PretrainedTrunk(model=place if own else f"{tmp_path}/{place}", num_classes=40)
     network = build_model(spec, store, image_shape=SHAPE, seed=0)
     assert equal(state_of(network.trunk), state_of(source.trunk))
     assert network.head.weight.shape == (40, source.num_features)
@@ -78,7 +78,9 @@ def test_handover_keeps_the_trunk_bit_for_bit_under_a_fresh_head(store, tmp_path
 
 def test_a_handed_over_model_starts_with_an_empty_optimizer(store, alone):
     store_network(store, "m", trained_network())
-    network = build_model(Handover(model="m", num_classes=3), store, image_shape=SHAPE, seed=0)
+    network = build_model(
+        PretrainedTrunk(model="m", num_classes=3), store, image_shape=SHAPE, seed=0
+    )
     engine = Engine(network, EngineConfig(), OptimizerConfig(), batch_per_rank=2, num_steps=3)
     assert engine.num_updates == 0
     assert all(fragment.moments() == {} for fragment in engine.fragments)
@@ -140,7 +142,7 @@ def test_a_readout_learns_its_head_alone_from_zero_and_without_bias():
     store = ObjectStore("memory://readout")
     taught = trained_network()
     store_network(store, "taught", taught)
-    spec = Readout(trunk=Handover(model="taught", num_classes=2))
+    spec = Readout(trunk=PretrainedTrunk(model="taught", num_classes=2))
     network = build_model(spec, store, image_shape=SHAPE, seed=0)
     learnable = [name for name, p in network.named_parameters() if p.requires_grad]
     assert learnable == ["head.weight"]

@@ -25,11 +25,11 @@ class RareConfig(StrictModel):
     """What becomes of classes that are too small to learn."""
 
     rare: Literal["merge_to_prefix", "drop", "keep"] = Field(
-        "merge_to_prefix",
+        default="merge_to_prefix",
         description="merge_to_prefix: pool rare classes that share all anchors but the last, again "
         "and again; drop: leave their items out; keep: as they are.",
     )
-    min_count: int = Field(20, ge=1, description="A class of fewer items is rare.")
+    min_count: int = Field(default=20, ge=1, description="A class of fewer items is rare.")
 
 
 def histogram(tuples_Nm: Tensor) -> Counter[Label]:

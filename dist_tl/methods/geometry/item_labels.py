@@ -26,11 +26,16 @@ TOLERANCE = 1e-7  # of the item's scale: heights at or under it count as zero
 class LabelConfig(StrictModel):
     """How an item's tuple of anchors is grown."""
 
-    m: int = Field(3, ge=1, description="Anchors in a label.")
-    start: Literal["nearest", "farthest"] = Field("nearest", description="The first anchor.")
-    grow: Literal["max", "min"] = Field("max", description="The content of each larger simplex.")
+    m: int = Field(default=3, ge=1, description="Anchors in a label.")
+    start: Literal["nearest", "farthest"] = Field(
+        default="nearest", description="The first anchor."
+    )
+    grow: Literal["max", "min"] = Field(
+        default="max", description="The content of each larger simplex."
+    )
     factor: Literal["cholesky", "qr"] = Field(
-        "cholesky", description="qr is slower and exact where heights are small (grow: min)."
+        default="cholesky",
+        description="qr is slower and exact where heights are small (grow: min).",
     )
 
 

@@ -29,28 +29,38 @@ class Knobs(StrictModel):
     """How the target differs from the source; the defaults make them identical."""
 
     feature_corr: float = Field(
-        1.0, ge=0, le=1, description="c_F: the target's F is c_F F_s + sqrt(1 - c_F^2) G."
+        default=1.0, ge=0, le=1, description="c_F: the target's F is c_F F_s + sqrt(1 - c_F^2) G."
     )
     substituted: float = Field(
-        0.0, ge=0, le=1, description="s: fraction of the shared rows of F that are drawn anew."
+        default=0.0,
+        ge=0,
+        le=1,
+        description="s: fraction of the shared rows of F that are drawn anew.",
     )
     teacher_corr: float = Field(
-        1.0, ge=0, le=1, description="c_T: the target's theta is c_T theta_s + sqrt(1 - c_T^2) g."
+        default=1.0,
+        ge=0,
+        le=1,
+        description="c_T: the target's theta is c_T theta_s + sqrt(1 - c_T^2) g.",
     )
 
 
 class ManifoldConfig(StrictModel):
     """The sizes of a source and a target task, and how the two are related."""
 
-    source_latent: int = Field(100, ge=1, description="d_s: latent dimensions of the source.")
+    source_latent: int = Field(
+        default=100, ge=1, description="d_s: latent dimensions of the source."
+    )
     target_latent: int = Field(
-        100,
+        default=100,
         ge=1,
         description="d_t: latent dimensions of the target; the first min(d_s, d_t) are shared.",
     )
-    inputs: int = Field(500, ge=1, description="D: inputs of both tasks.")
-    input_activation: Activation = Field("tanh", description="sigma_x, applied to every input.")
-    knobs: Knobs = Field(Knobs(), description="The relation between the two tasks.")
+    inputs: int = Field(default=500, ge=1, description="D: inputs of both tasks.")
+    input_activation: Activation = Field(
+        default="tanh", description="sigma_x, applied to every input."
+    )
+    knobs: Knobs = Field(default=Knobs(), description="The relation between the two tasks.")
 
 
 @dataclass(frozen=True, eq=False)

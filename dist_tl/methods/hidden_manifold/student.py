@@ -25,10 +25,12 @@ from dist_tl.methods.hidden_manifold.activations import Activation, apply
 class TrainingConfig(StrictModel):
     """How both layers are trained."""
 
-    epochs: int = Field(30, ge=1, description="Passes over the samples.")
-    batch_size: int = Field(256, ge=1, description="Samples a step; the last of an epoch may lack.")
-    learning_rate: float = Field(2e-3, gt=0, description="Of Adam.")
-    weight_decay: float = Field(1e-5, ge=0, description="In the loss, not decoupled.")
+    epochs: int = Field(default=30, ge=1, description="Passes over the samples.")
+    batch_size: int = Field(
+        default=256, ge=1, description="Samples a step; the last of an epoch may lack."
+    )
+    learning_rate: float = Field(default=2e-3, gt=0, description="Of Adam.")
+    weight_decay: float = Field(default=1e-5, ge=0, description="In the loss, not decoupled.")
 
 
 @dataclass(frozen=True)

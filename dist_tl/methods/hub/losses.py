@@ -19,9 +19,11 @@ class HubLossConfig(StrictModel):
     """Weights of the terms beside the task's cross-entropy."""
 
     explore: float = Field(
-        0.3, ge=0, description="Of the divergence of the mean usage from an even one."
+        default=0.3, ge=0, description="Of the divergence of the mean usage from an even one."
     )
-    exploit: float = Field(0.1, ge=0, description="Of the active experts' own cross-entropies.")
+    exploit: float = Field(
+        default=0.1, ge=0, description="Of the active experts' own cross-entropies."
+    )
 
 
 def exploration_loss(p_BM: Tensor) -> Tensor:

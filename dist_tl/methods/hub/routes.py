@@ -22,16 +22,18 @@ MIN_SCALE = 1e-2
 class RouteConfig(StrictModel):
     """How many experts see a sample, and what chooses and weighs them."""
 
-    k: int = Field(2, ge=1, description="Experts active per sample.")
+    k: int = Field(default=2, ge=1, description="Experts active per sample.")
     gate: Literal["dense", "topk"] = Field(
-        "dense", description="Softmax over all experts, or over the chosen ones only."
+        default="dense", description="Softmax over all experts, or over the chosen ones only."
     )
     by: Literal["input", "static", "random"] = Field(
-        "input",
+        default="input",
         description="What decides: the input (a router), one learned preference for all inputs, or "
         "chance, with equal weights. The last two are controls.",
     )
-    noise: bool = Field(True, description="Learned noise on the router's logits in training.")
+    noise: bool = Field(
+        default=True, description="Learned noise on the router's logits in training."
+    )
 
     @model_validator(mode="after")
     def _router_can_learn(self) -> Self:

@@ -27,12 +27,14 @@ class ClassifierConfig(StrictModel):
     """What is fitted on the chosen layers."""
 
     kind: Literal["ridge", "ncm", "logistic"] = Field(
-        "ridge",
+        default="ridge",
         description="ridge: least squares on one-hot labels; ncm: nearest class mean; logistic: "
         "multinomial logistic regression, slow.",
     )
-    penalty: float = Field(0.1, gt=0, description="rho of ridge; L2 strength of logistic.")
-    sharpness: float = Field(10.0, gt=0, description="alpha of ncm: scores are -alpha distance^2.")
+    penalty: float = Field(default=0.1, gt=0, description="rho of ridge; L2 strength of logistic.")
+    sharpness: float = Field(
+        default=10.0, gt=0, description="alpha of ncm: scores are -alpha distance^2."
+    )
 
 
 def loo_scores(gram_ISS: Tensor, y_SC: Tensor, config: ClassifierConfig) -> Tensor:

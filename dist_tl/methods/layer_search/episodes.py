@@ -21,12 +21,14 @@ Indices = NDArray[np.int64]
 class EpisodesConfig(StrictModel):
     """How many small tasks are drawn, and how small."""
 
-    ways: int = Field(5, ge=2, description="Classes of an episode.")
+    ways: int = Field(default=5, ge=2, description="Classes of an episode.")
     shots: tuple[int, ...] = Field(
-        (1, 2, 5, 10), min_length=1, description="Support items a class; one series of each."
+        default=(1, 2, 5, 10),
+        min_length=1,
+        description="Support items a class; one series of each.",
     )
-    queries: int = Field(15, ge=1, description="Queries a class.")
-    count: int = Field(600, ge=1, description="Episodes of each number of shots.")
+    queries: int = Field(default=15, ge=1, description="Queries a class.")
+    count: int = Field(default=600, ge=1, description="Episodes of each number of shots.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -80,9 +80,9 @@ def score_episode(
         for _ in range(RANDOM_SETS)
     ]
     tried = _oracle_sets(num_layers, config)
-    asked = [*singles, tuple(range(num_layers)), selection.layers, *randoms, *tried]
+    candidates = [*singles, tuple(range(num_layers)), selection.layers, *randoms, *tried]
     found = accuracies(
-        gram_LES, support_labels_S, query_labels_Q, asked, config.classifier
+        gram_LES, support_labels_S, query_labels_Q, candidates, config.classifier
     ).tolist()
     rest = num_layers + 2
     return EpisodeScores(

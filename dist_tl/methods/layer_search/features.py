@@ -25,11 +25,11 @@ class PoolingConfig(StrictModel):
     """How a layer's map becomes a vector."""
 
     kind: Literal["grid", "gap"] = Field(
-        "grid",
+        default="grid",
         description="grid: averages over grid x grid cells, which keep where; gap: over all.",
     )
     grid: Literal[1, 2, 4] = Field(
-        4, description="Cells along one side; 1 or 2 for large teachers."
+        default=4, description="Cells along one side; 1 or 2 for large teachers."
     )
 
     @property

@@ -42,19 +42,24 @@ class SearchConfig(StrictModel):
     """Which sets are tried, how they are ranked, and what they must beat."""
 
     strategy: Literal["single", "greedy", "beam", "exhaustive"] = "greedy"
-    cap: int = Field(4, ge=1, description="Layers in a set at most.")
-    epsilon: float = Field(1e-3, ge=0, description="A greedy step must raise the score by more.")
+    cap: int = Field(default=4, ge=1, description="Layers in a set at most.")
+    epsilon: float = Field(
+        default=1e-3, ge=0, description="A greedy step must raise the score by more."
+    )
     margin: Literal["one_se"] | float = Field(
-        "one_se",
+        default="one_se",
         description="What the mean gain over the penultimate layer must exceed: one standard error "
         "of the paired item differences, or a number.",
     )
     rank_by: Literal["score", "null_z"] = Field(
-        "score", description="Of the first layer: its score, or its score against shuffled labels."
+        default="score",
+        description="Of the first layer: its score, or its score against shuffled labels.",
     )
-    permutations: int = Field(50, ge=0, description="Label shuffles of the width-bias calibration.")
+    permutations: int = Field(
+        default=50, ge=0, description="Label shuffles of the width-bias calibration."
+    )
     one_shot: Literal["held_out_classes", "augmented_views", "penultimate"] = Field(
-        "held_out_classes",
+        default="held_out_classes",
         description="With one label a class nothing can be left out. held_out_classes: the set "
         "that one-shot episodes of other new classes support; augmented_views: leave out one of "
         "four views of each image, which flatters, for views are alike; penultimate: the head's "

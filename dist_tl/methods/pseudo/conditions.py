@@ -31,13 +31,13 @@ class ConditionConfig(StrictModel):
     """How a pseudo sample's condition follows from the source classifier's probabilities."""
 
     kind: Literal["soft", "top_k", "hard", "marginal", "uniform"] = Field(
-        "soft",
+        default="soft",
         description="soft: the probabilities of one target image; top_k: its k largest; hard: its "
         "likeliest class; marginal: one class from the mean; uniform: one class of all (controls).",
     )
-    k: int = Field(5, ge=1, description="Classes that top_k keeps; other kinds ignore it.")
+    k: int = Field(default=5, ge=1, description="Classes that top_k keeps; other kinds ignore it.")
     temperature: float = Field(
-        1.0, gt=0, description="Divides the source classifier's logits; below 1 sharpens."
+        default=1.0, gt=0, description="Divides the source classifier's logits; below 1 sharpens."
     )
 
 

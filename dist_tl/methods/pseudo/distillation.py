@@ -25,11 +25,17 @@ class DistillationConfig(StrictModel):
     """How the student follows its teacher."""
 
     kind: Literal["soft_targets", "logit_matching"] = Field(
-        "soft_targets", description="Softened probabilities together with labels, or bare logits."
+        default="soft_targets",
+        description="Softened probabilities together with labels, or bare logits.",
     )
-    temperature: float = Field(4.0, gt=0, description="Divides both logits; soft_targets only.")
+    temperature: float = Field(
+        default=4.0, gt=0, description="Divides both logits; soft_targets only."
+    )
     label_weight: float = Field(
-        0.1, ge=0, le=1, description="Share of the labels' cross-entropy; soft_targets only."
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Share of the labels' cross-entropy; soft_targets only.",
     )
 
 

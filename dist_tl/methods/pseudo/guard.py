@@ -24,10 +24,11 @@ class GuardConfig(StrictModel):
     """Which weights are tried, and in how many folds."""
 
     lambdas: tuple[float, ...] | None = Field(
-        None, description="Weights to compare, 0 among them; absent: 0 and the arm's own weight."
+        default=None,
+        description="Weights to compare, 0 among them; absent: 0 and the arm's own weight.",
     )
     folds: int | None = Field(
-        None, ge=2, description="Folds; absent: the smallest class's labels, 5 at most."
+        default=None, ge=2, description="Folds; absent: the smallest class's labels, 5 at most."
     )
 
     @field_validator("lambdas")

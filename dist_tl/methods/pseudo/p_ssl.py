@@ -35,20 +35,27 @@ BatchNorm = Literal["joint", "separate"]
 class PSSLConfig(StrictModel):
     """How pseudo samples enter the training of the target network."""
 
-    algorithm: Algorithm = Field("uda", description="The unsupervised loss.")
-    weight: float = Field(0.1, ge=0, description="Lambda, the unsupervised loss's weight; 0: off.")
+    algorithm: Algorithm = Field(default="uda", description="The unsupervised loss.")
+    weight: float = Field(
+        default=0.1, ge=0, description="Lambda, the unsupervised loss's weight; 0: off."
+    )
     batchnorm: BatchNorm = Field(
-        "joint",
+        default="joint",
         description="joint: real and pseudo images in one pass, statistics from all; separate: "
         "pseudo images in their own pass, running statistics untouched.",
     )
     threshold: float | None = Field(
-        None, ge=0, le=1, description="Confidence a pseudo image needs; absent: the algorithm's."
+        default=None,
+        ge=0,
+        le=1,
+        description="Confidence a pseudo image needs; absent: the algorithm's.",
     )
     sharpening: float | None = Field(
-        None, gt=0, description="Temperature of UDA's target; absent: 0.4."
+        default=None, gt=0, description="Temperature of UDA's target; absent: 0.4."
     )
-    pseudo_per_labelled: int = Field(1, ge=1, description="U / B: pseudo images per labelled one.")
+    pseudo_per_labelled: int = Field(
+        default=1, ge=1, description="U / B: pseudo images per labelled one."
+    )
     condition: ConditionConfig = Field(
         default_factory=ConditionConfig, description="What the generator is asked for."
     )

@@ -23,10 +23,10 @@ class StoredDiffusionConfig(StrictModel):
         min_length=1, description="Folder or URL with model.safetensors and config.json."
     )
     guidance_scale: float | None = Field(
-        None, ge=0.0, description="Instead of the one it was saved with."
+        default=None, ge=0.0, description="Instead of the one it was saved with."
     )
     num_steps: int | None = Field(
-        None, ge=1, le=500, description="Instead of the number it was saved with."
+        default=None, ge=1, le=500, description="Instead of the number it was saved with."
     )
 
 

@@ -44,37 +44,39 @@ class DiffusionConfig(StrictModel):
 
     kind: Literal["diffusion"] = "diffusion"
     channels: tuple[int, ...] = Field(
-        (16, 32),
+        default=(16, 32),
         min_length=1,
         description="Width of each level, finest first; each level halves the image. "
         "Multiples of 8.",
     )
-    layers_per_level: int = Field(1, ge=1, description="Residual layers in each level.")
+    layers_per_level: int = Field(default=1, ge=1, description="Residual layers in each level.")
     attention: bool = Field(
-        False, description="Self-attention on the coarsest level and in the middle."
+        default=False, description="Self-attention on the coarsest level and in the middle."
     )
     prediction: Literal["v", "noise", "image"] = Field(
-        "v", description="What the network predicts from a noisy image."
+        default="v", description="What the network predicts from a noisy image."
     )
     noise_schedule: Literal["cosine", "linear", "scaled_linear"] = Field(
-        "cosine", description="How fast images turn into noise."
+        default="cosine", description="How fast images turn into noise."
     )
     snr_clip: float | None = Field(
-        5.0,
+        default=5.0,
         gt=0.0,
         description="Min-SNR weighting: the signal-to-noise ratio above which a noise level "
         "counts no more in the loss; null for the plain squared error.",
     )
     label_dropout: float = Field(
-        0.1, ge=0.0, lt=1.0, description="Share of training labels replaced by 'no class'."
+        default=0.1, ge=0.0, lt=1.0, description="Share of training labels replaced by 'no class'."
     )
     guidance_scale: float = Field(
-        1.0,
+        default=1.0,
         ge=0.0,
         description="1: conditional sampling, half the cost; above: closer to the class, less "
         "diverse.",
     )
-    num_steps: int = Field(10, ge=1, le=500, description="Network evaluations for each image.")
+    num_steps: int = Field(
+        default=10, ge=1, le=500, description="Network evaluations for each image."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "DiffusionConfig":

@@ -54,16 +54,19 @@ class PipelineConfig(StrictModel):
     path: str = Field(
         min_length=1, description="Folder written by save_pretrained, or the name of a hub model."
     )
-    revision: str | None = Field(None, description="Commit or tag, for hub models.")
+    revision: str | None = Field(default=None, description="Commit or tag, for hub models.")
     guidance_scale: float = Field(
-        1.5,
+        default=1.5,
         ge=0.0,
         description="1: conditional sampling, half the cost; above: closer to the class, less "
         "diverse.",
     )
-    num_steps: int = Field(25, ge=1, le=500, description="Network evaluations for each image.")
+    num_steps: int = Field(
+        default=25, ge=1, le=500, description="Network evaluations for each image."
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Precision of the transformer; images are decoded in float32."
+        default="float32",
+        description="Precision of the transformer; images are decoded in float32.",
     )
 
 

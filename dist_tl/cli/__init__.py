@@ -1,0 +1,1 @@
+"""The `dist-tl` command: verbs only."""

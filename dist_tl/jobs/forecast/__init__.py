@@ -1,0 +1,1 @@
+"""How much labelled data each feature map needs."""

@@ -1,0 +1,124 @@
+"""What a job of kind `forecast` can say: target data, and feature maps to choose from."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dist_tl.cluster.config import TrialsConfig
+from dist_tl.config import StrictModel
+from dist_tl.datasets.spec import DataConfig
+from dist_tl.jobs.spec import NAME, JobConfig
+from dist_tl.jobs.teacher import AnyTeacher
+from dist_tl.methods.hidden_manifold.forecast import LABELS_PER_FEATURE
+
+
+class PixelMap(StrictModel):
+    """The images as they are."""
+
+    kind: Literal["pixels"]
+    name: str = Field(default="pixels", pattern=NAME)
+
+
+class RandomMap(StrictModel):
+    """One layer of random weights: the features that nothing was learnt for."""
+
+    kind: Literal["random"]
+    name: str = Field(default="random", pattern=NAME)
+    hidden: int = Field(default=200, ge=1, description="Units.")
+    gain: float = Field(default=2.0, gt=0, description="Factor inside tanh, over sqrt(inputs).")
+
+
+class NetworkMap(StrictModel):
+    """A block of a trained network: the teacher's, or a hub expert's."""
+
+    kind: Literal["network"]
+    name: str = Field(pattern=NAME)
+    model: str | None = Field(
+        default=None,
+        description="Folder or URL with the network's files; absent: the job's teacher.",
+    )
+    block: int = Field(
+        default=-1, description="Of all block outputs in depth order; -1: the head's input."
+    )
+    grid: int = Field(
+        default=2, ge=1, le=8, description="Maps are averaged to grid x grid cells at most."
+    )
+
+
+MapConfig = Annotated[PixelMap | RandomMap | NetworkMap, Field(discriminator="kind")]
+
+
+class ForecastJob(JobConfig):
+    """How much labelled target data would each feature map need?"""
+
+    data: DataConfig = Field(
+        description="Target data; labels beyond `labelled` are not read but by `verify`."
+    )
+    maps: tuple[MapConfig, ...] = Field(min_length=1, description="Candidates, each by a name.")
+    teacher: AnyTeacher | None = Field(
+        default=None, description="The network of maps that name no model."
+    )
+    components: int = Field(
+        default=40, ge=1, description="Leading principal components kept of each map's features, K."
+    )
+    labelled: int = Field(
+        default=200, ge=10, description="Labelled items that the forecast sees, >= 5 K."
+    )
+    samples: tuple[int, ...] = Field(
+        default=(20, 40, 60, 100, 200, 400, 1000, 3000),
+        min_length=1,
+        description="Sizes n to forecast.",
+    )
+    lambdas: tuple[float, ...] = Field(
+        default=(1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+        min_length=1,
+        description="Ridge penalties to choose from.",
+    )
+    checked: tuple[int, ...] = Field(
+        default=(20, 40, 60),
+        min_length=1,
+        description="Sizes also measured, a third of labelled at most.",
+    )
+    draws: int = Field(default=20, ge=10, description="Labelled sets drawn for each measured size.")
+    bootstrap: int = Field(
+        default=100, ge=0, description="Resamples of the labelled items for the band."
+    )
+    target_mse: tuple[float, ...] = Field(
+        default=(0.25, 0.2, 0.15), description="Errors for which the labels needed are reported."
+    )
+    verify: bool = Field(
+        default=False,
+        description="Measure every size with all labels of the data: for benchmarks, where the "
+        "answer is known.",
+    )
+    trials: TrialsConfig = Field(default_factory=TrialsConfig, description="How tasks are run.")
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        names = [candidate.name for candidate in self.maps]
+        if len(set(names)) < len(names):
+            raise ValueError(f"maps: every name once, got {names}")
+        bare = [m.name for m in self.maps if isinstance(m, NetworkMap) and m.model is None]
+        if bare and self.teacher is None:
+            raise ValueError(f"teacher: missing, and the map {bare[0]} names no model of its own")
+        if min(self.samples) < 1 or min(self.checked) < 1:
+            raise ValueError("samples, checked: expected sizes of 1 or more")
+        if self.labelled < LABELS_PER_FEATURE * self.components:
+            raise ValueError(
+                f"{self.components} components need {LABELS_PER_FEATURE * self.components} "
+                f"labelled items, got {self.labelled}; label more, or keep "
+                f"{self.labelled // LABELS_PER_FEATURE} principal components or fewer"
+            )
+        if max(self.checked) > self.labelled // 3:
+            raise ValueError(
+                f"checked: expected sizes of a third of the {self.labelled} labelled items at most "
+                f"({self.labelled // 3}), got {max(self.checked)}"
+            )
+        if min(self.lambdas) < 1e-6:
+            raise ValueError(f"lambdas: solvable from 1e-6 on, got {min(self.lambdas):g}")
+        return self
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """All sizes of the forecast, the measured ones among them."""
+        return tuple(sorted({*self.samples, *self.checked}))

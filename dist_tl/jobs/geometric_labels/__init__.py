@@ -1,0 +1,1 @@
+"""Pseudo-labels by geometry, and what they are worth."""

@@ -1,0 +1,1 @@
+"""Choose few experts of a hub for each input."""

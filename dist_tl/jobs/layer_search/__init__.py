@@ -1,0 +1,1 @@
+"""Choose the feature maps of a teacher for few-shot tasks."""

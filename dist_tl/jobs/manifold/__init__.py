@@ -1,0 +1,1 @@
+"""Transfer between tasks whose relation is known."""

@@ -1,0 +1,1 @@
+"""Train a source classifier and a conditional generator."""

@@ -1,0 +1,106 @@
+"""What every kind of job says: where it runs, from which seed, and how long a training lasts.
+
+Imports neither ray nor deepspeed, so that reading a job is quick.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from dist_tl.cluster.config import SessionConfig, TrainersConfig
+from dist_tl.config import StrictModel
+from dist_tl.storage.model_files import absolute_place
+from dist_tl.train.checkpoints import CheckpointConfig
+from dist_tl.train.engine import EngineConfig, OptimizerConfig
+
+NAME = r"^[a-z0-9][a-z0-9_-]{0,39}$"
+# A folder of the user's, not a key of the run.
+ModelPlace = Annotated[str, Field(min_length=1), AfterValidator(absolute_place)]
+
+
+class BudgetConfig(StrictModel):
+    """How long one training stage learns, and how."""
+
+    steps: int = Field(ge=1, description="Optimizer steps.")
+    batch_size: int = Field(ge=1, description="Rows per step over all workers.")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+
+
+class JobConfig(StrictModel):
+    """Where a job runs and what its draws start from."""
+
+    kind: str = Field(description="What kind of job this is; `dist-tl run --help` lists them.")
+    run: str = Field(description="Folder or URL of the run; everything is written below it.")
+    store: Literal["direct", "embedded"] = Field(
+        default="direct",
+        description="embedded: serve the run's local folder by S3 on loopback while it runs; "
+        "direct: read and write `run` as it stands.",
+    )
+    seed: int = Field(default=0, ge=0)
+    session: SessionConfig = Field(default_factory=SessionConfig)
+
+    @field_validator("run")
+    @classmethod
+    def _run_is_a_place(cls, run: str) -> str:
+        if not run.strip():
+            raise ValueError("expected a folder or a URL, got nothing")
+        return run.rstrip("/")
+
+    @model_validator(mode="after")
+    def _embedded_needs_a_folder(self) -> Self:
+        if self.store == "embedded" and "://" in self.run:
+            raise ValueError(
+                f"store embedded serves a local folder, got run: {self.run}; use store: direct"
+            )
+        return self
+
+
+class TrainingJobConfig(JobConfig):
+    """What jobs with a group of sharded trainers say beside."""
+
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    checkpoints: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    trainers: TrainersConfig = Field(default_factory=TrainersConfig)
+    lanes: int = Field(
+        default=8,
+        ge=1,
+        description="Fixed data lanes: divisible by the workers, dividing the batches.",
+    )
+
+    @model_validator(mode="after")
+    def _lanes_fit(self) -> Self:
+        if self.lanes % self.trainers.workers:
+            fits = [n for n in range(1, self.lanes + 1) if self.lanes % n == 0]
+            raise ValueError(
+                f"{self.lanes} lanes cannot be shared by {self.trainers.workers} workers; use "
+                f"trainers.workers in {fits}"
+            )
+        return self
+
+    def check_cpus(self, beside: float, what: str) -> None:
+        """Refuse a private cluster that trainers fill: what works beside them would never start.
+
+        Raises:
+            ValueError: naming the smallest `session.num_cpus` that works.
+        """
+        needed = self.trainers.workers * self.trainers.cpus + beside
+        if self.session.num_cpus < needed:
+            raise ValueError(
+                f"session.num_cpus: {self.trainers.workers} trainers and {what} beside them need "
+                f"{needed:g}, got {self.session.num_cpus}. These are shares, not cores: more of "
+                "them than the machine has are fine"
+            )
+
+    def check_batch(self, what: str, batch_size: int) -> None:
+        """Refuse a batch that the lanes cannot share evenly.
+
+        Raises:
+            ValueError: it is not divisible; names the nearest sizes that are.
+        """
+        per_lane, rest = divmod(batch_size, self.lanes)
+        if rest:
+            near = [n * self.lanes for n in (per_lane, per_lane + 1) if n]
+            raise ValueError(
+                f"{what}: a batch of {batch_size} cannot be shared by {self.lanes} lanes; "
+                f"the nearest that work: {near}"
+            )

@@ -1,0 +1,1 @@
+"""Compare ways of getting a target model without source data."""
