@@ -1,6 +1,6 @@
 """`python -m dist_tl` is `dist-tl`."""
 
-from dist_tl.cli.main import main
+from dist_tl.cli.app import main
 
 if __name__ == "__main__":
     main()

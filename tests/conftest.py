@@ -16,7 +16,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 def command(monkeypatch, capsys):
     """Runs the command in this process; returns exit code, standard output, standard error."""
 
-    from dist_tl.cli import main as cli
+    from dist_tl.cli import app as cli
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["dist-tl", *map(str, words)])

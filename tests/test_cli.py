@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import dist_tl.jobs.run
-from dist_tl.cli import main as cli
+from dist_tl.cli import app as cli
 from dist_tl.errors import ConfigError, DataError, StorageError
 
 TRAINING = {"steps": 4, "batch_size": 8}

@@ -1,4 +1,4 @@
-"""What every kind of job says: where it runs, from which seed, and how long a training lasts.
+"""Fields that every kind of job has: where it runs, from which seed, how long a stage trains.
 
 Imports neither ray nor deepspeed, so that reading a job is quick.
 """
@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from dist_tl.cluster.config import SessionConfig, TrainersConfig
 from dist_tl.config import StrictModel
+from dist_tl.datasets.spec import DataConfig
 from dist_tl.storage.model_files import absolute_place
 from dist_tl.train.checkpoints import CheckpointConfig
 from dist_tl.train.engine import EngineConfig, OptimizerConfig
@@ -18,12 +19,30 @@ NAME = r"^[a-z0-9][a-z0-9_-]{0,39}$"
 ModelPlace = Annotated[str, Field(min_length=1), AfterValidator(absolute_place)]
 
 
+# What may change between two attempts at one run: it decides how fast results come, not which;
+# except `degrade`, whose effects are marked sample by sample.
+MAY_CHANGE = (
+    *("generators", "experts", "degrade", "trials"),
+    *("session", "checkpoints", "trainers", "store"),
+)
+
+
 class BudgetConfig(StrictModel):
-    """How long one training stage learns, and how."""
+    """Steps, batch size and optimizer of one training stage."""
 
     steps: int = Field(ge=1, description="Optimizer steps.")
     batch_size: int = Field(ge=1, description="Rows per step over all workers.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+
+
+class TargetDataConfig(StrictModel):
+    """The target task: little labelled data."""
+
+    data: DataConfig
+    labels_per_class: int = Field(ge=1, description="K: labelled training images of each class.")
+    test_fraction: float = Field(
+        default=0.5, gt=0, lt=1, description="Share set aside for testing before anything else."
+    )
 
 
 class JobConfig(StrictModel):

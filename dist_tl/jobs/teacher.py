@@ -1,4 +1,4 @@
-"""A frozen network to take features from: found where a job names it, or trained for the run.
+"""A frozen network to take features from: stored already, or trained first in the run.
 
 Imports neither ray nor deepspeed.
 """
@@ -24,7 +24,7 @@ TEACHER = "teacher"
 
 
 class TeacherConfig(StrictModel):
-    """A classifier that the run trains first: a stand-in for a downloaded one."""
+    """A classifier that the run trains first, in place of a downloaded one."""
 
     data: DataConfig
     network: NetworkConfig
@@ -49,15 +49,24 @@ def _one_kind(teacher: Any) -> Any:
 AnyTeacher = Annotated[TeacherConfig | StoredTeacher, BeforeValidator(_one_kind)]
 
 
-def teacher_place(teacher: TeacherConfig | StoredTeacher) -> str:
-    """Where the teacher's files are: a key of the run, or the URL that the job names."""
+def teacher_location(teacher: TeacherConfig | StoredTeacher) -> str:
+    """The location of the teacher's files: a key of the run, or the URL that the job names."""
     if isinstance(teacher, StoredTeacher):
         return teacher.model
     return layout.stage_model_prefix(TEACHER)
 
 
-def teacher_stage(teacher: TeacherConfig, *, seed: int) -> StageSpec:
-    """The training of the teacher, by one worker.
+def teacher_stages(
+    teacher: TeacherConfig | StoredTeacher | None, *, seed: int, name: str = TEACHER
+) -> list[StageSpec]:
+    """The training of a teacher; empty if there is none or it is stored already."""
+    if not isinstance(teacher, TeacherConfig):
+        return []
+    return [teacher_stage(teacher, seed=seed, name=name)]
+
+
+def teacher_stage(teacher: TeacherConfig, *, seed: int, name: str = TEACHER) -> StageSpec:
+    """The training of a teacher by one worker.
 
     Raises:
         ConfigError: its data is missing, or has fewer classes than two.
@@ -65,7 +74,7 @@ def teacher_stage(teacher: TeacherConfig, *, seed: int) -> StageSpec:
     """
     rows = load_rows(RowsSpec(data=teacher.data))
     return StageSpec(
-        name=TEACHER,
+        name=name,
         seed=seed,
         model=NewNetwork(network=teacher.network, num_classes=rows.num_classes),
         objective=SupervisedSpec(),

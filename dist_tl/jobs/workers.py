@@ -1,8 +1,8 @@
-"""The workers of a running job, and how their progress is shown while it waits for them."""
+"""What a running job works with on Ray: trainers, generators, trials and tasks, with progress."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,10 +14,11 @@ from dist_tl.cluster.tasks import run_tasks
 from dist_tl.cluster.trainers import TrainerGroup
 from dist_tl.cluster.trials import Trials
 from dist_tl.config import StrictModel
-from dist_tl.jobs.spec import TrainingJobConfig
+from dist_tl.jobs.spec import JobConfig, TrainingJobConfig
+from dist_tl.jobs.stage_records import generation_record, training_record
+from dist_tl.report.results import StageRecord
 from dist_tl.shards.drawing import GenerateSpec
 from dist_tl.storage.attempts import Attempt
-from dist_tl.storage.objects import ObjectStore
 from dist_tl.telemetry import Progress
 from dist_tl.train.spec import StageResult, StageSpec, read_result
 
@@ -25,106 +26,181 @@ Inputs = TypeVar("Inputs", bound=StrictModel)
 Output = TypeVar("Output", bound=StrictModel)
 
 
-@dataclass
 class Workers:
-    """Trainers, generators and trials of one run."""
+    """The actors and tasks of one run, and a record of every stage they finish.
 
-    store: ObjectStore
-    trainers: TrainerGroup
-    pool: GeneratorPool
-    trials: Trials
-    trials_config: TrialsConfig
-    attempt: int
-    progress: Progress
-    session: RaySession
-    generation: list[StageProgress] = field(default_factory=list)
-    trial_tickets: dict[str, Any] = field(default_factory=dict)
+    Attributes:
+        store: of the run.
+        attempt: number of this attempt at the run.
+        session: the Ray cluster.
+        generation: progress of every stage of pseudo samples.
+    """
+
+    def __init__(
+        self,
+        job: JobConfig,
+        attempt: Attempt,
+        progress: Progress,
+        session: RaySession,
+        *,
+        trainers: TrainerGroup | None = None,
+        pool: GeneratorPool | None = None,
+    ) -> None:
+        self.store, self.attempt = attempt.store, attempt.number
+        self.progress, self.session = progress, session
+        self.generation: list[StageProgress] = []
+        self._trainers, self._pool = trainers, pool
+        self._trials_config: TrialsConfig = getattr(job, "trials", None) or TrialsConfig()
+        self._trials = Trials(
+            self._trials_config, self.store.url, roles=session.roles, attempt=attempt.number
+        )
+        self._started: dict[str, Any] = {}
+        self._records: dict[str, StageRecord] = {}
+
+    # The record.
+
+    def record(self, stage: StageRecord) -> None:
+        """Adds a stage to the timeline of the run; a later record of the same name replaces it."""
+        self._records[stage.name] = stage
+
+    def records(self) -> tuple[StageRecord, ...]:
+        """Every stage so far, in order of its start."""
+        stages = [*self._records.values(), *map(generation_record, self.generation)]
+        return tuple(sorted(stages, key=lambda stage: stage.started))
+
+    # Trainings.
 
     def train(self, specs: Sequence[StageSpec]) -> list[StageResult]:
-        """Train stages one after another on the whole group; done stages are only read.
+        """Trains stages one after another on all trainers; finished stages are only read.
 
         Raises:
-            DistTLError: the named error that a worker met.
+            DistTLError: the named error of a worker.
             WorkerError: workers died more often than they may be restarted.
         """
-        found = [read_result(self.store, spec) for spec in specs]
+        assert self._trainers is not None, "only jobs with `trainers` train on the group"
+        stored = [read_result(self.store, spec) for spec in specs]
         tickets = [
-            self.trainers.post(spec) if done is None else None
-            for spec, done in zip(specs, found, strict=True)
+            self._trainers.post(spec) if result is None else None
+            for spec, result in zip(specs, stored, strict=True)
         ]
         results = []
-        for spec, done, ticket in zip(specs, found, tickets, strict=True):
-            if done is None:
-                assert ticket is not None, "a stage without a result was posted above"
-                done = self.trainers.wait(ticket, on_poll=lambda s, spec=spec: self._show(spec, s))
-            results.append(done)
-            self.progress.update("training stages", len(results), len(specs), spec.name)
-            self._stage_done(spec, done)
+        for spec, result, ticket in zip(specs, stored, tickets, strict=True):
+            if result is None:
+                assert ticket is not None, "stages without a result were posted above"
+                on_poll = partial(self._show_training, spec)
+                result = self._trainers.wait(ticket, on_poll=on_poll)
+            results.append(result)
+            self.record(training_record(result, "train"))
+            self._show_stage("training stages", spec, result, len(results), len(specs))
         return results
 
-    def generate(self, spec: GenerateSpec, *, batch_size: int) -> None:
-        """Have a stage of pseudo samples made in the background; its manifest must be stored.
-
-        Args:
-            batch_size: the largest global batch that reads it.
-        """
-        self.generation.append(self.pool.add(spec, batch_size=batch_size))
-
-    def start_trials(self, name: str, specs: Sequence[StageSpec]) -> None:
-        """Start independent stages in a worker of their own, in the background."""
-        self.trial_tickets[name] = self.trials.start(specs)
-
-    def trial_results(self, name: str) -> list[StageResult]:
-        """The results of :meth:`start_trials`, waited for."""
-        return self.trials.results(self.trial_tickets[name], on_poll=self._check)
-
-    def run(
-        self,
-        name: str,
-        work: Callable[[Inputs, ObjectStore], Output],
-        tasks: Sequence[Task[Inputs]],
-        answer: type[Output],
-    ) -> list[Output]:
-        """Run independent tasks beside the trainers; the answers in their order.
+    def train_apart(self, name: str, specs: Sequence[StageSpec]) -> list[StageResult]:
+        """Trains independent stages side by side, one worker each; finished stages are only read.
 
         Raises:
-            DistTLError: the named error that a task met; what is done stays done.
+            DistTLError: the named error of a stage.
         """
-        return run_tasks(
+        for spec in specs:
+            self.start_trials(spec.name, [spec])
+        results = []
+        for spec in specs:
+            self.progress.update(name, len(results), len(specs), f"{spec.name}, {spec.steps} steps")
+            [result] = self.trial_results(spec.name)
+            results.append(result)
+            self.record(training_record(result, "train"))
+            self._show_stage(name, spec, result, len(results), len(specs))
+        return results
+
+    def start_trials(self, name: str, specs: Sequence[StageSpec]) -> None:
+        """Starts stages in one worker, one after another, in the background."""
+        self._started[name] = self._trials.start(specs)
+
+    def trial_results(self, name: str) -> list[StageResult]:
+        """Waits for the stages of :meth:`start_trials`.
+
+        Raises:
+            DistTLError: the named error of a stage.
+        """
+        results = self._trials.results(self._started[name], on_poll=self._check)
+        for result in results:
+            self.record(training_record(result, "trial"))
+        return results
+
+    # Tasks.
+
+    def run_tasks(
+        self,
+        name: str,
+        work: Callable[[Inputs, Any], Output],
+        tasks: Sequence[Task[Inputs]],
+        output: type[Output],
+    ) -> list[Output]:
+        """Runs independent tasks side by side; returns their outputs in order.
+
+        Raises:
+            DistTLError: the named error of a task; finished tasks are kept.
+        """
+        if not tasks:
+            return []
+        began = time.time()
+        self.progress.update(name, 0, len(tasks))
+        outputs = run_tasks(
             work,
             tasks,
-            answer,
+            output,
             self.store,
-            config=self.trials_config,
+            config=self._trials_config,
             roles=self.session.roles,
             attempt=self.attempt,
             on_poll=self._check,
             on_done=lambda done, total, task: self.progress.update(name, done, total, task),
         )
+        busy = sum(getattr(result, "seconds", 0.0) for result in outputs)
+        figures = {"tasks": float(len(tasks)), "task_seconds": busy}
+        self.record(
+            StageRecord(name=name, kind="trial", started=began, ended=time.time(), figures=figures)
+        )
+        return outputs
+
+    # Pseudo samples.
+
+    def generate(self, spec: GenerateSpec, *, batch_size: int) -> None:
+        """Generates a stage of pseudo samples in the background; its manifest must be stored.
+
+        Args:
+            batch_size: the largest global batch that reads the stage.
+        """
+        assert self._pool is not None, "only jobs with `trainers` generate"
+        self.generation.append(self._pool.add(spec, batch_size=batch_size))
 
     def finish_generation(self) -> None:
-        """Wait until every queued shard is committed."""
+        """Waits until every queued shard is committed."""
         while not all(stage.done for stage in self.generation):
             self._check()
             self._show_generation()
-            self.pool.wait(0.2)
+            assert self._pool is not None, "it has made the stages that are waited for"
+            self._pool.wait(0.2)
         self._show_generation()
 
     def _check(self) -> None:
         self.session.check()
-        self.pool.check()
+        if self._pool is not None:
+            self._pool.check()
 
-    def _show(self, spec: StageSpec, snapshot: Snapshot) -> None:
+    # Progress.
+
+    def _show_training(self, spec: StageSpec, snapshot: Snapshot) -> None:
         self._check()
-        step = snapshot.step.get(spec.name, 0)
-        loss = snapshot.loss.get(spec.name)
-        note = "starting the trainers" if not snapshot.ready else "waiting for the first step"
-        self.progress.update(
-            spec.name, step, spec.steps, note if loss is None else f"loss {loss:.3f}"
-        )
+        step, loss = snapshot.step.get(spec.name, 0), snapshot.loss.get(spec.name)
+        note = "waiting for the first step" if snapshot.ready else "starting the trainers"
+        note = note if loss is None else f"loss {loss:.3f}"
+        self.progress.update(spec.name, step, spec.steps, note)
         self._show_generation()
 
-    def _stage_done(self, spec: StageSpec, result: StageResult) -> None:
+    def _show_stage(
+        self, name: str, spec: StageSpec, result: StageResult, done: int, total: int
+    ) -> None:
+        self.progress.update(name, done, total, spec.name)
         note = f"{result.seconds:.1f} s"
         if result.correct:
             note += f", accuracy {result.accuracy:.1%}"
@@ -132,43 +208,30 @@ class Workers:
 
     def _show_generation(self) -> None:
         if self.generation:
+            assert self._pool is not None, "it makes the stages"
             committed = sum(stage.committed for stage in self.generation)
             total = sum(stage.num_shards for stage in self.generation)
-            note = f"{self.pool.num_workers} generator workers"
+            note = f"{self._pool.num_workers} generator workers"
             self.progress.update("pseudo-sample shards", committed, total, note)
 
 
 @contextmanager
-def open_workers(
-    job: TrainingJobConfig,
-    attempt: Attempt,
-    progress: Progress,
-    *,
-    generators: GeneratorsConfig | None = None,
-    trials: TrialsConfig | None = None,
-) -> Iterator[Workers]:
-    """Start Ray and the trainers; generators and trials start when there is work for them."""
+def open_workers(job: JobConfig, attempt: Attempt, progress: Progress) -> Iterator[Workers]:
+    """Starts Ray and, for jobs that have them, the trainers; other actors start with their work."""
     with ExitStack() as stack:
-        progress.say("starting Ray and the trainers")
-        store, roles = attempt.store, job.session.roles
+        progress.say("starting Ray")
         session = stack.enter_context(RaySession(job.session, watch=attempt.poll))
-        mailbox = open_mailbox()
+        if not isinstance(job, TrainingJobConfig):
+            yield Workers(job, attempt, progress, session)
+            return
+        mailbox, roles = open_mailbox(), job.session.roles
         pool = GeneratorPool(
-            generators or GeneratorsConfig(),
-            store.url,
+            getattr(job, "generators", None) or GeneratorsConfig(),
+            attempt.store.url,
             positions=partial(read_positions, mailbox),
             roles=roles,
         )
         trainers = TrainerGroup(job.trainers, attempt, mailbox, roles=roles)
         stack.enter_context(trainers)
         stack.enter_context(pool)
-        yield Workers(
-            store=store,
-            trainers=trainers,
-            pool=pool,
-            trials=Trials(trials or TrialsConfig(), store.url, roles=roles, attempt=attempt.number),
-            trials_config=trials or TrialsConfig(),
-            attempt=attempt.number,
-            progress=progress,
-            session=session,
-        )
+        yield Workers(job, attempt, progress, session, trainers=trainers, pool=pool)

@@ -9,7 +9,8 @@ from safetensors.numpy import load as load_arrays
 from dist_tl.errors import ConfigError
 from dist_tl.report.gallery import Gallery
 from dist_tl.report.page import build_page
-from dist_tl.report.results import AnyResults, StudyResults, read_any_results
+from dist_tl.report.results import AnyResults, StudyResults
+from dist_tl.report.results import read_results as parse_results
 from dist_tl.report.study import build_study_page
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
@@ -27,7 +28,7 @@ def read_results(store: ObjectStore) -> AnyResults:
             f"{store.url} holds no {layout.RESULTS}; start the job with `dist-tl run`, or let it "
             "end, and then report"
         )
-    return read_any_results(data)
+    return parse_results(data)
 
 
 def write_report(store: ObjectStore) -> str:

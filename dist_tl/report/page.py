@@ -13,7 +13,7 @@ from dist_tl.report import gallery as pictures
 from dist_tl.report import plots
 from dist_tl.report.figures import figures, text_columns
 from dist_tl.report.gallery import Gallery
-from dist_tl.report.results import ComparisonResults, Results, StageRecord
+from dist_tl.report.results import ComparisonResults, RunRecord, StageRecord
 from dist_tl.report.summary import MARKS_EXPLAINED, ordered, points, table_rows, verdict
 from dist_tl.report.svg import Plot, responsive
 
@@ -205,7 +205,7 @@ def byte_text(size: float) -> str:
     return f"{size:,.1f} TiB"
 
 
-def run_facts(results: Results) -> list[Fact]:
+def run_facts(results: RunRecord) -> list[Fact]:
     """What every page ends with."""
     return [
         Fact("Wall time", f"{results.wall_seconds:,.1f} s"),

@@ -1,4 +1,4 @@
-"""What a run found: scores, intervals, stages. Written by jobs, read by reports.
+"""Results of a run: scores, intervals, stages. Written by jobs, read by reports.
 
 Intervals are two-sided 95 % Student t over seeds; differences between arms are paired by seed,
 because two arms of one seed share their labels, their test split and their initial weights.
@@ -100,19 +100,6 @@ class GeneratorQuality(StrictModel):
     samples: int
 
 
-class Results(StrictModel):
-    """What every kind of run says of itself in results.json."""
-
-    run: str
-    kind: str
-    fingerprint: str
-    stages: tuple[StageRecord, ...]
-    findings: tuple[str, ...] = Field(description="Plain sentences, negative results included.")
-    versions: dict[str, str]
-    wall_seconds: float
-    peak_memory_bytes: int
-
-
 class Table(StrictModel):
     """A table as text."""
 
@@ -166,22 +153,74 @@ class HeatMap(StrictModel):
     note: str = ""
 
 
-class ComparisonResults(Results):
-    """Of a run that compares arms: everything the table and the page are made from."""
+class Findings(StrictModel):
+    """What a run found, whatever its kind."""
+
+    findings: tuple[str, ...] = Field(description="Plain sentences, negative results included.")
+    tables: tuple[Table, ...] = ()
+    charts: tuple[Chart, ...] = ()
+    heat_maps: tuple[HeatMap, ...] = ()
+
+
+class Comparison(Findings):
+    """Findings of a job that compares arms; `tables` stand next to the table of the arms."""
 
     baseline: str
     references: tuple[str, ...] = ()
     scores: tuple[Score, ...]
     summaries: tuple[ArmSummary, ...]
-    quality: GeneratorQuality | None
+    quality: GeneratorQuality | None = None
     overlap: dict[str, float] = Field(
         default_factory=dict,
         description="Seconds by which the first optimizer step of a stage came before the last "
         "commit of the shards it reads, by stage name.",
     )
-    tables: tuple[Table, ...] = Field(default=(), description="Beside the table of the arms.")
-    charts: tuple[Chart, ...] = ()
-    heat_maps: tuple[HeatMap, ...] = ()
+
+
+class Study(Findings):
+    """Findings of a job that measures: tables, curves, maps, and what they say."""
+
+    verdict: str = Field(description="The outcome in one sentence.")
+    facts: tuple[tuple[str, str], ...] = Field(default=(), description="Figures by name.")
+
+
+class RunRecord(StrictModel):
+    """Which run produced the findings of a results.json, and what it cost."""
+
+    run: str
+    kind: str
+    fingerprint: str
+    stages: tuple[StageRecord, ...]
+    versions: dict[str, str]
+    wall_seconds: float
+    peak_memory_bytes: int
+
+
+class ComparisonResults(RunRecord, Comparison):
+    """results.json of a job that compares arms."""
+
+
+class StudyResults(RunRecord, Study):
+    """results.json of a job that measures."""
+
+
+AnyResults = ComparisonResults | StudyResults
+
+
+def results_of(record: RunRecord, findings: Comparison | Study) -> AnyResults:
+    """The content of a run's results.json: its record and its findings."""
+    model = ComparisonResults if isinstance(findings, Comparison) else StudyResults
+    return model(**dict(record), **dict(findings))
+
+
+def read_results(text: str | bytes) -> AnyResults:
+    """Parses the content of a results.json.
+
+    Raises:
+        ValueError: the content is neither a comparison nor a study.
+    """
+    model = StudyResults if "verdict" in json.loads(text) else ComparisonResults
+    return model.model_validate_json(text)
 
 
 def summarise(
@@ -228,26 +267,3 @@ def _summary(
         reference=arm in references,
         note=note,
     )
-
-
-class StudyResults(Results):
-    """Of a run that measures rather than races: tables, curves, maps, and what they say."""
-
-    verdict: str = Field(description="The outcome in one sentence.")
-    tables: tuple[Table, ...]
-    charts: tuple[Chart, ...] = ()
-    heat_maps: tuple[HeatMap, ...] = ()
-    facts: tuple[tuple[str, str], ...] = Field(default=(), description="Figures by name.")
-
-
-AnyResults = ComparisonResults | StudyResults
-
-
-def read_any_results(text: str | bytes) -> AnyResults:
-    """The content of a results.json.
-
-    Raises:
-        ValueError: it is of no kind known here.
-    """
-    model = StudyResults if "verdict" in json.loads(text) else ComparisonResults
-    return model.model_validate_json(text)

@@ -9,7 +9,7 @@ from stand_in_api import StandInApi, until
 
 pytest.importorskip("kubernetes", reason="pip install 'dist_tl[kube]'")
 
-from dist_tl.cli import main as cli
+from dist_tl.cli import app as cli
 from dist_tl.deploy import kube as kube_module
 from dist_tl.storage import layout
 from dist_tl.storage.embedded import EmbeddedS3

@@ -170,7 +170,7 @@ def test_shards_are_answered_once_each_as_by_the_hub_in_one_piece(hub, inputs, t
     process.kill()
     process.wait()
     results = finish(start(job))
-    assert results["verdict"].startswith("200 samples are answered, each once, in 13 shards")
+    assert results["verdict"].startswith("200 samples predicted, each exactly once, in 13 shards")
     found = answers(tmp_path / "answers", 13)
     assert [sample.number for sample in found] == list(range(200))
     model = load_hub(ObjectStore(run / layout.model_prefix("hub_k2", 0)), ".")

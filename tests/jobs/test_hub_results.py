@@ -12,7 +12,7 @@ from dist_tl.jobs.hub.results import hub_results
 from dist_tl.jobs.hub.run import HubOutcome
 from dist_tl.jobs.hub.spec import HubJob
 from dist_tl.jobs.hub.tasks import EvaluateOutput, TimeOutput
-from dist_tl.report.results import read_any_results
+from dist_tl.report.results import read_results
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.rows import load_rows
@@ -235,7 +235,7 @@ def test_what_an_answer_costs_is_counted_for_every_arm(tmp_path):
 
 def test_the_results_come_back_from_their_file(tmp_path):
     found = results_of(outcome(tmp_path))
-    assert read_any_results(found.model_dump_json()) == found
+    assert read_results(found.model_dump_json()) == found
 
 
 # What is handed over.

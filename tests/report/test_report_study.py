@@ -10,7 +10,7 @@ from dist_tl.report.results import (
     StageRecord,
     StudyResults,
     Table,
-    read_any_results,
+    read_results,
 )
 from dist_tl.report.study import build_study_page
 from dist_tl.report.summary import markdown_tables, tables, verdict
@@ -108,7 +108,7 @@ def test_a_map_of_equal_cells_and_of_shares_can_be_drawn():
 
 
 def test_results_come_back_from_their_file_as_what_they_are():
-    assert read_any_results(study().model_dump_json()) == study()
+    assert read_results(study().model_dump_json()) == study()
 
 
 def test_terminal_and_markdown_show_the_tables():

@@ -7,28 +7,18 @@ import numpy as np
 
 from dist_tl.jobs.forecast.run import ForecastOutcome
 from dist_tl.jobs.forecast.tasks import CheckPoint, MapOutput
-from dist_tl.jobs.versions import versions
 from dist_tl.methods.hidden_manifold.forecast import Forecast, crossing, samples_for_mse
-from dist_tl.report.results import Chart, Series, StudyResults, Table
+from dist_tl.report.results import Chart, Series, Study, Table
 
 
-def forecast_results(
-    outcome: ForecastOutcome, *, run: str, fingerprint: str, wall_seconds: float
-) -> StudyResults:
-    """Everything the terminal and the page show."""
+def results(outcome: ForecastOutcome) -> Study:
+    """Curves, checks and crossings, for the terminal and the report."""
     curves = {name: _curve(answer) for name, answer in outcome.maps.items()}
     tables = [_needed(outcome, curves), _checks(outcome)]
     if outcome.job.verify:
         tables.append(_verification(outcome))
-    return StudyResults(
-        run=run,
-        kind="forecast",
-        fingerprint=fingerprint,
-        stages=outcome.stages,
+    return Study(
         findings=tuple(_findings(outcome, curves)),
-        versions=versions(),
-        wall_seconds=wall_seconds,
-        peak_memory_bytes=outcome.peak_memory_bytes,
         verdict=_verdict(outcome, curves),
         tables=tuple(tables),
         charts=tuple(_charts(outcome)),

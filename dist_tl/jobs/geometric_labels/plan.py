@@ -2,21 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from dist_tl.cluster.config import Task
 from dist_tl.config import fingerprint
 from dist_tl.datasets.spec import DataConfig
 from dist_tl.datasets.views import ViewsConfig
-from dist_tl.jobs.geometric_labels.spec import GeometricLabelsJob
+from dist_tl.jobs.geometric_labels.spec import BASELINE, GeometricLabelsJob
 from dist_tl.jobs.geometric_labels.tasks import FeaturesInputs, LabelsInputs, ShardsInputs
+from dist_tl.jobs.plan import PlanTable, TaskRow, plan_table
 from dist_tl.jobs.spec import BudgetConfig
-from dist_tl.jobs.teacher import teacher_place
-from dist_tl.seeds import derive_seed
+from dist_tl.jobs.stages import Part, repeat_seed, target_rows, training_stage
+from dist_tl.jobs.teacher import teacher_location, teacher_stages
 from dist_tl.shards.order import ShardPlan
 from dist_tl.storage import layout
+from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.models import ModelSpec, NewNetwork, PretrainedTrunk
 from dist_tl.train.objectives import SupervisedSpec
-from dist_tl.train.rows import RowsSpec, SplitSpec, load_rows
+from dist_tl.train.rows import RowsSpec, load_rows
 from dist_tl.train.spec import StageSpec
 
 ANCHORS = f"{layout.stage_prefix('anchors')}/points.safetensors"
@@ -40,26 +43,74 @@ class Labelling:
     digest: str
 
 
-class GeometryPlan:
-    """Names, tasks and stages.
+def plan(job: GeometricLabelsJob, store: ObjectStore) -> "GeometricLabelsPlan":
+    """The stages and tasks of a job.
 
     Raises:
-        ConfigError: the data cannot give what the job asks for.
-        DataError: it is damaged.
+        ConfigError: the data cannot give what the job needs.
+        DataError: the data is damaged.
     """
+    plan = GeometricLabelsPlan(job)
+    for repeat in range(job.seeds):
+        load_rows(plan.rows(repeat, "train"))
+    return plan
 
-    def __init__(self, job: GeometricLabelsJob) -> None:
-        self.job = job
-        pool, target = load_rows(RowsSpec(data=job.pool)), load_rows(RowsSpec(data=job.target.data))
-        self.pool_size, self.image_shape = len(pool), pool.image_shape
-        self.num_classes = target.num_classes
-        for repeat in range(job.seeds):
-            load_rows(self.rows(job.target.data, repeat, "train"))
+
+@dataclass(frozen=True)
+class GeometricLabelsPlan:
+    """Names, tasks and stages of a job."""
+
+    job: GeometricLabelsJob
+
+    @cached_property
+    def pool_size(self) -> int:
+        """Number of images in the pool."""
+        return len(load_rows(RowsSpec(data=self.job.pool)))
+
+    @cached_property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the pool's images."""
+        return load_rows(RowsSpec(data=self.job.pool)).image_shape
+
+    def table(self) -> PlanTable:
+        """Trainings, and tasks by phase."""
+        job, chunks = self.job, len(self.features("pool", self.job.pool))
+        rows = (
+            TaskRow(phase="features", tasks=chunks, work=f"{self.pool_size} pool images"),
+            TaskRow(phase="labels", tasks=chunks, work=f"m = {job.m}, {len(job.arms) - 1} ways"),
+        )
+        # The number of classes of an arm is known once the pool is labelled; 2 stands in for it.
+        labellings = [
+            Labelling(arm, self.pool_size, 2, "", "") for arm in job.arms if arm != BASELINE
+        ]
+        stages = [
+            *self.extractors(),
+            *map(self.base, labellings),
+            *(self.arm(*key) for key in self.arm_keys()),
+        ]
+        return plan_table(job, tasks=rows, train=stages)
+
+    def extractors(self) -> list[StageSpec]:
+        """The training of the extractor, if the job trains one."""
+        return teacher_stages(self.job.extractor, seed=self.job.seed)
+
+    def arm_keys(self) -> list[tuple[str, float, int]]:
+        """Arm, learning rate and repeat of every fine-tuning."""
+        return [
+            (arm, rate, repeat)
+            for repeat in range(self.job.seeds)
+            for arm in self.job.arms
+            for rate in self.job.rates
+        ]
+
+    def arm(self, arm: str, rate: float, repeat: int) -> StageSpec:
+        """The fine-tuning of one arm."""
+        return self.fine_tuning(arm, repeat, rate, base=None if arm == BASELINE else arm)
 
     def features(self, name: str, data: DataConfig) -> list[Task[FeaturesInputs]]:
         """Features of a data set, in chunks."""
         count, width = len(load_rows(RowsSpec(data=data))), self.job.rows_per_task
-        place = teacher_place(self.job.extractor)
+        place = teacher_location(self.job.extractor)
         return [
             Task(
                 f"features-{name}-{part}",
@@ -160,29 +211,17 @@ class GeometryPlan:
         swept = budget.optimizer.model_copy(update={"learning_rate": rate})
         stage = self._stage(
             f"{name}-lr{rate:g}-seed{repeat}",
-            self.repeat_seed(repeat),
+            repeat_seed(self.job, repeat),
             model,
-            self.rows(data, repeat, "train"),
+            self.rows(repeat, "train", data),
             data.views,
             budget.model_copy(update={"optimizer": swept}),
         )
-        return stage.model_copy(update={"evaluate": self.rows(data, repeat, "test")})
+        return stage.model_copy(update={"evaluate": self.rows(repeat, "test", data)})
 
-    def rows(self, data: DataConfig, repeat: int, part: str) -> RowsSpec:
-        """A part of the target data."""
-        target = self.job.target
-        split = SplitSpec(
-            labels_per_class=target.labels_per_class,
-            test_fraction=target.test_fraction,
-            data_seed=self.job.seed,
-            draw_seed=self.repeat_seed(repeat),
-            part=part,
-        )
-        return RowsSpec(data=data, split=split)
-
-    def repeat_seed(self, repeat: int) -> int:
-        """Fixes labels, weights and order of one repeat."""
-        return derive_seed(self.job.seed, "repeat", repeat)
+    def rows(self, repeat: int, part: Part, data: DataConfig | None = None) -> RowsSpec:
+        """A part of the target data, or of the data given."""
+        return target_rows(self.job, self.job.target, repeat, part, data=data)
 
     def _stage(
         self,
@@ -193,8 +232,9 @@ class GeometryPlan:
         views: ViewsConfig,
         budget: BudgetConfig,
     ) -> StageSpec:
-        job = self.job
-        return StageSpec(
+        return training_stage(
+            self.job,
+            budget,
             name=name,
             seed=seed,
             model=model,
@@ -202,12 +242,6 @@ class GeometryPlan:
             image_shape=self.image_shape,
             labelled=labelled,
             views=views,
-            steps=budget.steps,
-            batch_size=budget.batch_size,
-            lanes=job.lanes,
-            optimizer=budget.optimizer,
-            engine=job.engine,
-            checkpoints=job.checkpoints,
         )
 
 

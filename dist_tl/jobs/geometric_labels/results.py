@@ -2,44 +2,32 @@
 
 from collections.abc import Iterator
 
-from dist_tl.jobs.geometric_labels.run import GeometryOutcome
-from dist_tl.jobs.transfer.spec import BASELINE
-from dist_tl.jobs.versions import versions
+from dist_tl.jobs.geometric_labels.run import GeometricLabelsOutcome
+from dist_tl.jobs.geometric_labels.spec import BASELINE
 from dist_tl.methods.geometry.divergence import RankForecast, rank_forecast
 from dist_tl.report.results import (
     Chart,
     Interval,
     Series,
-    StageRecord,
-    StudyResults,
+    Study,
     Table,
     interval,
 )
 from dist_tl.seeds import numpy_rng
-from dist_tl.train.spec import StageResult
 
 RIVALS = ("nearest_m", "kmeans", "random_labels")
 
 
-def geometry_results(
-    outcome: GeometryOutcome, *, run: str, fingerprint: str, wall_seconds: float
-) -> StudyResults:
-    """Everything the terminal and the page show."""
+def results(outcome: GeometricLabelsOutcome) -> Study:
+    """Arms, labels and the divergence forecast, for the terminal and the report."""
     forecast = _forecast(outcome)
     tables = [_arms_table(outcome), _labels_table(outcome)]
     charts = [_rates_chart(outcome)]
     if forecast is not None:
         tables.append(_pairs_table(outcome))
         charts.append(_pairs_chart(outcome))
-    return StudyResults(
-        run=run,
-        kind="geometric_labels",
-        fingerprint=fingerprint,
-        stages=tuple(_stages(outcome)),
+    return Study(
         findings=tuple(_findings(outcome, forecast)),
-        versions=versions(),
-        wall_seconds=wall_seconds,
-        peak_memory_bytes=outcome.peak_memory_bytes,
         verdict=_verdict(outcome),
         tables=tuple(tables),
         charts=tuple(charts),
@@ -47,28 +35,30 @@ def geometry_results(
     )
 
 
-def _accuracies(outcome: GeometryOutcome, arm: str, rate: float) -> list[float]:
-    repeats = range(outcome.job.seeds)
+def _accuracies(outcome: GeometricLabelsOutcome, arm: str, rate: float) -> list[float]:
+    repeats = range(outcome.plan.job.seeds)
     return [outcome.tuned[arm, rate, repeat].accuracy for repeat in repeats]
 
 
-def _best_rate(outcome: GeometryOutcome, arm: str) -> float:
+def _best_rate(outcome: GeometricLabelsOutcome, arm: str) -> float:
     """Of the rates, the best by its mean over repeats: the same favour for every arm."""
-    return max(outcome.job.rates, key=lambda rate: interval(_accuracies(outcome, arm, rate)).mean)
+    return max(
+        outcome.plan.job.rates, key=lambda rate: interval(_accuracies(outcome, arm, rate)).mean
+    )
 
 
-def _best(outcome: GeometryOutcome, arm: str) -> list[float]:
+def _best(outcome: GeometricLabelsOutcome, arm: str) -> list[float]:
     return _accuracies(outcome, arm, _best_rate(outcome, arm))
 
 
-def _difference(outcome: GeometryOutcome, one: str, other: str) -> Interval:
+def _difference(outcome: GeometricLabelsOutcome, one: str, other: str) -> Interval:
     pairs = zip(_best(outcome, one), _best(outcome, other), strict=True)
     return interval([a - b for a, b in pairs])
 
 
-def _arms_table(outcome: GeometryOutcome) -> Table:
-    rows = []
-    for arm in outcome.job.arms:
+def _arms_table(outcome: GeometricLabelsOutcome) -> Table:
+    job, rows = outcome.plan.job, []
+    for arm in job.arms:
         labelling = outcome.labellings.get(arm)
         base = outcome.bases.get(arm)
         gain = None if arm == BASELINE else _difference(outcome, arm, BASELINE)
@@ -86,13 +76,13 @@ def _arms_table(outcome: GeometryOutcome) -> Table:
         title="Accuracy on the target's test split, %",
         header=("arm", "accuracy", f"gain over {BASELINE}", "rate", "classes", "pre-training loss"),
         rows=tuple(rows),
-        note=f"{outcome.job.seeds} seeds, 95 % intervals, gains paired by seed. Every arm at the "
-        f"best of {len(outcome.job.rates)} learning rates by its mean, so all are a little too "
+        note=f"{job.seeds} seeds, 95 % intervals, gains paired by seed. Every arm at the "
+        f"best of {len(job.rates)} learning rates by its mean, so all are a little too "
         "high, alike.",
     )
 
 
-def _labels_table(outcome: GeometryOutcome) -> Table:
+def _labels_table(outcome: GeometricLabelsOutcome) -> Table:
     rows = []
     for way, table in outcome.tables.items():
         counted = outcome.counted[way]
@@ -122,20 +112,20 @@ def _labels_table(outcome: GeometryOutcome) -> Table:
         title="What the labels look like",
         header=header,
         rows=tuple(rows),
-        note=f"m = {outcome.job.m} of {outcome.num_anchors} anchors; classes of fewer than "
-        f"{outcome.job.rare.min_count} items: {outcome.job.rare.rare}.",
+        note=f"m = {outcome.plan.job.m} of {outcome.num_anchors} anchors; classes of fewer than "
+        f"{outcome.plan.job.rare.min_count} items: {outcome.plan.job.rare.rare}.",
     )
 
 
-def _verdict(outcome: GeometryOutcome) -> str:
-    arms = outcome.job.g2l_arms
+def _verdict(outcome: GeometricLabelsOutcome) -> str:
+    arms = outcome.plan.job.g2l_arms
     if not arms:
         return "No arm labels by geometry."
     best = max(arms, key=lambda arm: interval(_best(outcome, arm)).mean)
     parts = [
         f"{_against(outcome, best, rival)} {rival}"
         for rival in ("nearest_m", "kmeans")
-        if rival in outcome.job.arms
+        if rival in outcome.plan.job.arms
     ]
     gain = _difference(outcome, best, BASELINE)
     beat = "beats" if gain.excludes_zero and gain.mean > 0 else "does not clearly beat"
@@ -143,16 +133,16 @@ def _verdict(outcome: GeometryOutcome) -> str:
     return f"{sentence}; geometry {' and '.join(parts)}." if parts else f"{sentence}."
 
 
-def _against(outcome: GeometryOutcome, one: str, other: str) -> str:
+def _against(outcome: GeometricLabelsOutcome, one: str, other: str) -> str:
     gap = _difference(outcome, one, other)
     if not gap.excludes_zero:
         return f"cannot be told ({_signed(gap)}) from"
     return f"is {'better' if gap.mean > 0 else 'worse'} ({_signed(gap)}) than"
 
 
-def _findings(outcome: GeometryOutcome, forecast: RankForecast | None) -> Iterator[str]:
-    arms = outcome.job.arms
-    for g2l in outcome.job.g2l_arms:
+def _findings(outcome: GeometricLabelsOutcome, forecast: RankForecast | None) -> Iterator[str]:
+    arms = outcome.plan.job.arms
+    for g2l in outcome.plan.job.g2l_arms:
         for rival in (*RIVALS, "human_labels"):
             if rival in arms:
                 yield f"{g2l} {_against(outcome, g2l, rival)} {rival}."
@@ -174,7 +164,7 @@ def _findings(outcome: GeometryOutcome, forecast: RankForecast | None) -> Iterat
         )
 
 
-def _forecast(outcome: GeometryOutcome) -> RankForecast | None:
+def _forecast(outcome: GeometricLabelsOutcome) -> RankForecast | None:
     pairs = outcome.pairs
     if len(pairs) < 3:
         return None
@@ -182,11 +172,11 @@ def _forecast(outcome: GeometryOutcome) -> RankForecast | None:
         [pair.js for pair in pairs],
         [pair.error for pair in pairs],
         [pair.target for pair in pairs],
-        rng=numpy_rng(outcome.job.seed, "divergence bootstrap"),
+        rng=numpy_rng(outcome.plan.job.seed, "divergence bootstrap"),
     )
 
 
-def _pairs_table(outcome: GeometryOutcome) -> Table:
+def _pairs_table(outcome: GeometricLabelsOutcome) -> Table:
     rows = [
         (
             pair.source,
@@ -204,11 +194,11 @@ def _pairs_table(outcome: GeometryOutcome) -> Table:
         header=header,
         rows=tuple(rows),
         note="Nats, between mean activations of the extractor; near/max labels, means over "
-        f"{outcome.job.pairs.seeds if outcome.job.pairs else 0} seeds.",
+        f"{outcome.plan.job.pairs.seeds if outcome.plan.job.pairs else 0} seeds.",
     )
 
 
-def _pairs_chart(outcome: GeometryOutcome) -> Chart:
+def _pairs_chart(outcome: GeometricLabelsOutcome) -> Chart:
     targets = list(dict.fromkeys(pair.target for pair in outcome.pairs))
     return Chart(
         title="Error against divergence",
@@ -227,10 +217,10 @@ def _pairs_chart(outcome: GeometryOutcome) -> Chart:
     )
 
 
-def _rates_chart(outcome: GeometryOutcome) -> Chart:
-    rates = tuple(sorted(outcome.job.rates))
+def _rates_chart(outcome: GeometricLabelsOutcome) -> Chart:
+    rates = tuple(sorted(outcome.plan.job.rates))
     series = []
-    for color, arm in enumerate(outcome.job.arms):
+    for color, arm in enumerate(outcome.plan.job.arms):
         means = [interval(_accuracies(outcome, arm, rate)).mean for rate in rates]
         series.append(
             Series(label=arm, x=rates, y=tuple(100 * mean for mean in means), color=color)
@@ -245,27 +235,10 @@ def _rates_chart(outcome: GeometryOutcome) -> Chart:
     )
 
 
-def _stages(outcome: GeometryOutcome) -> Iterator[StageRecord]:
-    yield from outcome.stages
-    for result in (*outcome.bases.values(), *outcome.tuned.values()):
-        yield _record(result)
-
-
-def _record(result: StageResult) -> StageRecord:
-    figures = {"steps": float(result.steps), "samples": float(result.samples)}
-    return StageRecord(
-        name=result.name,
-        kind="train",
-        started=result.started,
-        ended=result.ended,
-        figures=figures,
-    )
-
-
-def _facts(outcome: GeometryOutcome) -> Iterator[tuple[str, str]]:
+def _facts(outcome: GeometricLabelsOutcome) -> Iterator[tuple[str, str]]:
     yield "Pool", f"{outcome.plan.pool_size:,} images"
     yield "Anchors", f"{outcome.num_anchors}"
-    yield "Label length m", f"{outcome.job.m}"
+    yield "Label length m", f"{outcome.plan.job.m}"
     yield "Pre-trainings", f"{len(outcome.bases)}"
     yield "Fine-tunings", f"{len(outcome.tuned)}"
 

@@ -1,4 +1,4 @@
-"""The geometric labelling job: features, anchors, labels, shards, base models, transfer."""
+"""Runs a geometric labelling: features, anchors, labels, shards, base models, transfer."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -12,21 +12,18 @@ from torch import Tensor
 from dist_tl.cluster.anchors import choose_anchors_on_ray
 from dist_tl.config import fingerprint
 from dist_tl.errors import ConfigError
-from dist_tl.jobs.geometric_labels.plan import ANCHORS, GeometryPlan, Labelling, of_classes
-from dist_tl.jobs.geometric_labels.spec import GeometricLabelsJob
+from dist_tl.jobs.geometric_labels.plan import ANCHORS, GeometricLabelsPlan, Labelling, of_classes
 from dist_tl.jobs.geometric_labels.tasks import (
-    Counted,
     FeaturesOutput,
+    LabelCounts,
     LabelsOutput,
     ShardsOutput,
     compute_features,
     label_chunk,
     write_labelled_shards,
 )
-from dist_tl.jobs.phases import Phases
-from dist_tl.jobs.teacher import TeacherConfig, teacher_stage
 from dist_tl.jobs.versions import versions
-from dist_tl.jobs.workers import Workers, open_workers
+from dist_tl.jobs.workers import Workers
 from dist_tl.methods.geometry.classes import DROPPED, ClassTable, Label, RareConfig
 from dist_tl.methods.geometry.controls import kmeans_labels, shuffled_labels
 from dist_tl.methods.geometry.divergence import (
@@ -34,13 +31,9 @@ from dist_tl.methods.geometry.divergence import (
     js_divergence,
     kl_divergence,
 )
-from dist_tl.report.results import StageRecord
 from dist_tl.seeds import derive_seed, numpy_rng
 from dist_tl.shards.manifest import StageManifest, open_stage
 from dist_tl.storage import layout
-from dist_tl.storage.attempts import Attempt
-from dist_tl.storage.objects import ObjectStore
-from dist_tl.telemetry import Progress
 from dist_tl.train.rows import RowsSpec, load_rows
 from dist_tl.train.spec import StageResult, StageSpec
 
@@ -58,43 +51,33 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class GeometryOutcome:
-    """What a finished run is reported from; `tuned` is by arm, rate and repeat."""
+class GeometricLabelsOutcome:
+    """Results of all trainings and label tasks; `tuned` is by arm, rate and repeat."""
 
-    job: GeometricLabelsJob
-    plan: GeometryPlan
+    plan: GeometricLabelsPlan
     num_anchors: int
     tables: dict[str, ClassTable]
-    counted: dict[str, Counted]
+    counted: dict[str, LabelCounts]
     labellings: dict[str, Labelling]
     bases: dict[str, StageResult]
     tuned: dict[tuple[str, float, int], StageResult]
     pairs: tuple[Pair, ...]
-    stages: tuple[StageRecord, ...]
-    peak_memory_bytes: int
 
 
-def run_geometric_labels(
-    job: GeometricLabelsJob, attempt: Attempt, progress: Progress
-) -> GeometryOutcome:
-    """Run every stage and task that is not done yet.
+def run(plan: GeometricLabelsPlan, workers: Workers) -> GeometricLabelsOutcome:
+    """Runs every stage and task that has no output yet.
 
     Raises:
-        DistTLError: a named error; what is done stays done.
+        DistTLError: a named error; finished stages and tasks are kept.
     """
-    plan = GeometryPlan(job)
-    with open_workers(job, attempt, progress, trials=job.trials) as workers:
-        phases = Phases(job.trials, attempt, progress, workers.session)
-        run = _Run(plan, attempt.store, workers, phases)
-        run.features()
-        num_anchors = run.anchors()
-        tables, counted = run.labels()
-        labellings = run.labellings(tables)
-        bases, tuned = run.arms(labellings)
-        pairs = run.pairs()
-        memory = workers.session.peak_memory_bytes
-    return GeometryOutcome(
-        job=job,
+    steps = _Steps(plan, workers)
+    steps.features()
+    num_anchors = steps.anchors()
+    tables, counted = steps.labels()
+    labellings = steps.labellings(tables)
+    bases, tuned = steps.arms(labellings)
+    pairs = steps.pairs()
+    return GeometricLabelsOutcome(
         plan=plan,
         num_anchors=num_anchors,
         tables=tables,
@@ -103,30 +86,25 @@ def run_geometric_labels(
         bases=bases,
         tuned=tuned,
         pairs=pairs,
-        stages=tuple(phases.records),
-        peak_memory_bytes=memory,
     )
 
 
-class _Run:
-    """One run's steps, in order."""
+class _Steps:
+    """The steps of one run, in order."""
 
-    def __init__(
-        self, plan: GeometryPlan, store: ObjectStore, workers: Workers, phases: Phases
-    ) -> None:
-        self.plan, self.job, self.store = plan, plan.job, store
-        self.workers, self.phases = workers, phases
+    def __init__(self, plan: GeometricLabelsPlan, workers: Workers) -> None:
+        self.plan, self.job = plan, plan.job
+        self.workers, self.store = workers, workers.store
 
     def features(self) -> None:
         """The extractor, and what it sees in the pool, the anchors' data and the target."""
-        if isinstance(self.job.extractor, TeacherConfig):
-            self.phases.train("extractor", [teacher_stage(self.job.extractor, seed=self.job.seed)])
+        self.workers.train_apart("extractor", self.plan.extractors())
         tasks = self.plan.features("pool", self.job.pool)
         if self.job.anchors.data is not None:
             tasks += self.plan.features("anchors", self.job.anchors.data)
         if self.job.pairs is not None:
             tasks += self.plan.features("target", self.job.target.data)
-        self.phases.run("features", compute_features, tasks, FeaturesOutput)
+        self.workers.run_tasks("features", compute_features, tasks, FeaturesOutput)
 
     def anchors(self) -> int:
         """Store the anchors; they follow from the features alone."""
@@ -155,9 +133,9 @@ class _Run:
         )
         return torch.stack([proposal.point_D for proposal in chosen])
 
-    def labels(self) -> tuple[dict[str, ClassTable], dict[str, Counted]]:
+    def labels(self) -> tuple[dict[str, ClassTable], dict[str, LabelCounts]]:
         """Tuples and histograms of every chunk, and one class table a way."""
-        answers = self.phases.run("labels", label_chunk, self.plan.labels(), LabelsOutput)
+        answers = self.workers.run_tasks("labels", label_chunk, self.plan.labels(), LabelsOutput)
         totals = {way: _total([answer.ways[way] for answer in answers]) for way in answers[0].ways}
         tables = {
             way: ClassTable.of(dict(zip(total.labels, total.counts, strict=True)), self.job.rare)
@@ -223,7 +201,7 @@ class _Run:
             open_stage(self.store, manifest)
         tasks = [task for labelling in labellings for task in self.plan.shards(labelling)]
         name = "shards" if labellings and labellings[0].name in self.job.arms else "pair shards"
-        self.phases.run(name, write_labelled_shards, tasks, ShardsOutput)
+        self.workers.run_tasks(name, write_labelled_shards, tasks, ShardsOutput)
 
     def arms(
         self, labellings: dict[str, Labelling]
@@ -231,17 +209,8 @@ class _Run:
         """Base models, then every arm at every rate and repeat on the target."""
         names = list(labellings)
         bases = self.workers.train([self.plan.base(labellings[name]) for name in names])
-        keys = [
-            (arm, rate, repeat)
-            for repeat in range(self.job.seeds)
-            for arm in self.job.arms
-            for rate in self.job.rates
-        ]
-        specs = [
-            self.plan.fine_tuning(arm, repeat, rate, base=None if arm == "scratch" else arm)
-            for arm, rate, repeat in keys
-        ]
-        tuned = self.workers.train(specs)
+        keys = self.plan.arm_keys()
+        tuned = self.workers.train([self.plan.arm(*key) for key in keys])
         return dict(zip(names, bases, strict=True)), dict(zip(keys, tuned, strict=True))
 
     def pairs(self) -> tuple[Pair, ...]:
@@ -323,12 +292,12 @@ class _Run:
         return load_tensors(self.store.read(key))
 
 
-def _total(parts: list[Counted]) -> Counted:
+def _total(parts: list[LabelCounts]) -> LabelCounts:
     total: Counter[Label] = Counter()
     for part in parts:
         total.update(dict(zip(part.labels, part.counts, strict=True)))
     ordered = sorted(total.items())
-    return Counted(
+    return LabelCounts(
         labels=tuple(label for label, _ in ordered),
         counts=tuple(count for _, count in ordered),
         degenerate=sum(part.degenerate for part in parts),

@@ -7,9 +7,8 @@ from pydantic import Field, model_validator
 from dist_tl.cluster.config import TrialsConfig
 from dist_tl.config import StrictModel
 from dist_tl.datasets.spec import DataConfig
-from dist_tl.jobs.spec import BudgetConfig, TrainingJobConfig
+from dist_tl.jobs.spec import BudgetConfig, TargetDataConfig, TrainingJobConfig
 from dist_tl.jobs.teacher import AnyTeacher
-from dist_tl.jobs.transfer.spec import BASELINE
 from dist_tl.methods.geometry.classes import RareConfig
 from dist_tl.methods.geometry.item_labels import LabelConfig
 from dist_tl.models.networks import NetworkConfig
@@ -25,6 +24,7 @@ Arm = Literal[
     "random_labels",
     "human_labels",
 ]
+BASELINE = "scratch"
 FACTORS = {"max": "cholesky", "min": "qr"}  # small heights decide where min does
 
 
@@ -59,13 +59,11 @@ class PairsConfig(StrictModel):
     seeds: int = Field(default=2, ge=1, description="Fine-tunings of each pair.")
 
 
-class FewLabelsConfig(StrictModel):
-    """The target task."""
+class TargetConfig(TargetDataConfig):
+    """The target task: little labelled data."""
 
-    data: DataConfig
-    labels_per_class: int = Field(ge=1, description="K: labelled training images of each class.")
     test_fraction: float = Field(
-        default=0.6, gt=0, lt=1, description="Set aside before anything else."
+        default=0.6, gt=0, lt=1, description="Share set aside for testing before anything else."
     )
 
 
@@ -80,7 +78,7 @@ class GeometricLabelsJob(TrainingJobConfig):
     arms: tuple[Arm, ...] = get_args(Arm)
     network: NetworkConfig = Field(description="Of the base model and of the target.")
     pretraining: BudgetConfig
-    target: FewLabelsConfig
+    target: TargetConfig
     fine_tuning: BudgetConfig = Field(description="Its learning rate is swept over `rates`.")
     rates: tuple[float, ...] = Field(
         default=(3e-4, 1e-3, 3e-3),

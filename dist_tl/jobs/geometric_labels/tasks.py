@@ -54,7 +54,7 @@ class LabelsInputs(StrictModel):
     key: str = Field(description="Where the tuples are stored, by arm.")
 
 
-class Counted(StrictModel):
+class LabelCounts(StrictModel):
     """One way's histogram in one chunk."""
 
     labels: tuple[tuple[int, ...], ...]
@@ -66,7 +66,7 @@ class Counted(StrictModel):
 class LabelsOutput(StrictModel):
     """Histograms by arm."""
 
-    ways: dict[str, Counted]
+    ways: dict[str, LabelCounts]
     seconds: float
 
 
@@ -128,9 +128,9 @@ def label_chunk(inputs: LabelsInputs, store: ObjectStore) -> LabelsOutput:
     return LabelsOutput(ways=ways, seconds=time.monotonic() - began)
 
 
-def _counted(tuples_Nm: torch.Tensor, degenerate: int, margin: float) -> Counted:
+def _counted(tuples_Nm: torch.Tensor, degenerate: int, margin: float) -> LabelCounts:
     counts = sorted(histogram(tuples_Nm).items())
-    return Counted(
+    return LabelCounts(
         labels=tuple(label for label, _ in counts),
         counts=tuple(count for _, count in counts),
         degenerate=degenerate,

@@ -1,9 +1,10 @@
-"""What each expert and each routed hub of a job costs, counted before anything is trained."""
+"""Parameters, multiply-adds and memory of every expert and hub, counted before training."""
 
 from dist_tl.config import StrictModel
-from dist_tl.jobs.hub.plan import HubPlan
+from dist_tl.jobs.hub.stages import HubStages
 from dist_tl.methods.hub.cost import multiply_adds, routed_multiply_adds
 from dist_tl.models.networks import parameter_count
+from dist_tl.report.results import Table
 
 
 class HubRow(StrictModel):
@@ -16,7 +17,7 @@ class HubRow(StrictModel):
     training_bytes: int
 
 
-def hub_rows(plan: HubPlan) -> tuple[HubRow, ...]:
+def hub_rows(plan: HubStages) -> tuple[HubRow, ...]:
     """Experts, router, then every arm that routes; multiply-adds are of one image.
 
     A worker holds weights and gradients whole (stages 0 and 1), and its share of master weights
@@ -48,7 +49,23 @@ def hub_rows(plan: HubPlan) -> tuple[HubRow, ...]:
     return tuple(rows)
 
 
-def _row(plan: HubPlan, part: str, parameters: int, cost: float) -> HubRow:
+def cost_table(plan: HubStages) -> Table:
+    """The rows of :func:`hub_rows` as text."""
+    rows = (
+        (
+            row.part,
+            f"{row.parameters:,}",
+            f"{row.multiply_adds / 1e6:,.3f}",
+            f"{row.serving_bytes / 1e6:,.1f}",
+            f"{row.training_bytes / 1e6:,.1f}",
+        )
+        for row in hub_rows(plan)
+    )
+    header = ("part", "parameters", "million multiply-adds an image", "MB to serve")
+    return Table(title="Hub (counted)", header=(*header, "MB to train, a worker"), rows=tuple(rows))
+
+
+def _row(plan: HubStages, part: str, parameters: int, cost: float) -> HubRow:
     stage, workers = plan.job.engine.zero_stage, plan.job.trainers.workers
     shared = 3 if stage >= 1 else 0  # master weights and two moments
     whole = 2 if stage <= 1 else (1 if stage == 2 else 0)

@@ -1,4 +1,4 @@
-"""What a finished hub run hands over: models with their cards, and images with their routes."""
+"""Exports of a hub run: models with their cards, and a gallery of test images with their routes."""
 
 import json
 
@@ -6,6 +6,7 @@ import numpy as np
 from safetensors.numpy import save as save_arrays
 
 from dist_tl.datasets.images import LabelledImages
+from dist_tl.jobs.exports import export_model
 from dist_tl.jobs.hub.run import HubOutcome
 from dist_tl.jobs.hub.spec import HubArmConfig
 from dist_tl.storage import layout
@@ -14,60 +15,44 @@ from dist_tl.train.rows import load_rows
 
 IMAGES_PER_GROUP = 5
 
-CARD = """# {arm}, seed {seed}
-
-A target model made by dist_tl: {what}.
-
-| | |
-|---|---|
-| accuracy on the test split | {accuracy:.1%} ({correct} of {total}) |
-| classes | {classes} |
-| stage | {stage} |
-| stage fingerprint (job, data order, seeds) | {fingerprint} |
-| images (channels, height, width) | {image_shape}, float32 in [-1, 1] |
-
-{how}
-"""
-HUB = "`dist_tl.train.hub_model.load_hub(ObjectStore(FOLDER), '.')` loads it."
-NETWORK = "`dist_tl.models.files.load_network` loads its two files."
+LOAD_HUB = "`dist_tl.train.hub_model.load_hub(ObjectStore(FOLDER), '.')` loads it."
+LOAD_NETWORK = "`dist_tl.models.files.load_network` loads its two files."
 
 
-def export_hub(outcome: HubOutcome, store: ObjectStore) -> None:
-    """Copy the model of every arm that has one, for every seed, to where users look for it."""
+def export(outcome: HubOutcome, store: ObjectStore) -> None:
+    """Copies the model of every arm that has one to `models/`, and stores a gallery of routes."""
     for arm in outcome.plan.job.arms:
         for seed in range(outcome.plan.job.seeds):
+            stage = f"{arm.name}-seed{seed}"
             if arm.route == "best_single":
                 stage = f"single-{outcome.best[seed]}-seed{seed}"
-            else:
-                stage = f"{arm.name}-seed{seed}"
             if stage in outcome.stages:
-                _export(outcome, arm, seed, stage, store)
+                _export_arm(outcome, arm, seed, stage, store)
+    _write_gallery(outcome, store)
 
 
-def _export(
+def _export_arm(
     outcome: HubOutcome, arm: HubArmConfig, seed: int, stage: str, store: ObjectStore
 ) -> None:
-    source, place = layout.stage_model_prefix(stage), layout.model_prefix(arm.name, seed)
-    for key in store.list(source):
-        store.write(f"{place}{key.removeprefix(source)}", store.read(key))
-    result, is_hub = outcome.stages[stage], arm.route == "pathway"
-    card = CARD.format(
+    is_hub, target = arm.route == "pathway", outcome.plan.target
+    size = len(outcome.plan.job.hub)
+    export_model(
+        store,
+        outcome.stages[stage],
         arm=arm.name,
         seed=seed,
-        what=f"a hub of {len(outcome.plan.job.hub)} experts" if is_hub else "one network",
-        accuracy=result.accuracy,
-        correct=sum(result.correct),
-        total=len(result.correct),
-        classes=", ".join(outcome.plan.target.class_names),
-        stage=stage,
-        fingerprint=result.fingerprint,
-        image_shape=tuple(outcome.plan.target.image_shape),
-        how=HUB if is_hub else NETWORK,
+        facts={
+            "classes": ", ".join(target.class_names),
+            "images (channels, height, width)": (
+                f"{tuple(target.image_shape)}, float32 in [-1, 1]"
+            ),
+        },
+        how_to_load=LOAD_HUB if is_hub else LOAD_NETWORK,
+        what=f": a hub of {size} experts" if is_hub else ": one network",
     )
-    store.write(f"{place}/{layout.MODEL_CARD}", card.encode())
 
 
-def write_routes_gallery(outcome: HubOutcome, store: ObjectStore) -> None:
+def _write_gallery(outcome: HubOutcome, store: ObjectStore) -> None:
     """Store test images of every domain (or class) with the weights of their experts."""
     arms = [a for a in outcome.plan.job.arms if a.route == "pathway" and a.routes.by == "input"]
     if not arms:

@@ -1,269 +1,51 @@
-"""The stages and tasks of a hub job, from its file and its data."""
+"""Plans a hub job: its stages and tasks, warm starts included, and what every hub costs."""
 
-from dataclasses import dataclass
-from functools import cached_property
-
-from dist_tl.cluster.config import Task
-from dist_tl.datasets.images import LabelledImages
-from dist_tl.errors import ConfigError, DataError
-from dist_tl.jobs.hub.spec import ExpertConfig, HubArmConfig, HubJob
-from dist_tl.jobs.hub.tasks import EvaluateInputs, TimeInputs
-from dist_tl.jobs.teacher import teacher_stage
-from dist_tl.methods.pseudo.distillation import DistillationConfig
-from dist_tl.models.networks import Network, build_network
-from dist_tl.seeds import derive_seed, torch_rng
-from dist_tl.storage import layout
+from dist_tl.jobs.hub.cost import cost_table
+from dist_tl.jobs.hub.spec import HubJob
+from dist_tl.jobs.hub.stages import HubStages
+from dist_tl.jobs.hub.warm_start import WarmStart
+from dist_tl.jobs.plan import PlanTable, TaskRow, plan_table
 from dist_tl.storage.objects import ObjectStore
-from dist_tl.train.hub_model import ExpertSource, NewExpert, NewHub, build_expert
-from dist_tl.train.models import ModelSpec
-from dist_tl.train.objectives import DistillationSpec, HubSpec, ObjectiveSpec, SupervisedSpec
-from dist_tl.train.rows import FoldSpec, RowsSpec, SplitSpec, load_rows
-from dist_tl.train.spec import StageSpec
-
-MODEL_ARMS = ("distilled", "pathway")  # those with a training of their own
+from dist_tl.train.rows import load_rows
 
 
-@dataclass(frozen=True)
-class HubPlan:
-    """All that a job will do; nothing is started.
+def plan(job: HubJob, store: ObjectStore) -> "HubPlan":
+    """The stages and tasks of a job.
 
-    Attributes:
-        store: of the run.
+    Raises:
+        ConfigError: data or an expert does not fit; names the expert, its input and the target's.
+        DataError: data is damaged.
     """
+    plan = HubPlan(job, store)
+    load_rows(plan.rows(0, "train"))
+    load_rows(plan.rows(0, "train", held_out=True))
+    assert plan.experts, "building them checks them"
+    return plan
 
-    job: HubJob
-    store: ObjectStore
 
-    @cached_property
-    def target(self) -> LabelledImages:
-        """The target data, test split included."""
-        return load_rows(RowsSpec(data=self.job.target.data))
+class HubPlan(HubStages):
+    """All stages and tasks of a job."""
 
-    def check(self) -> None:
-        """Refuse what cannot work: data, shapes, missing checkpoints.
+    @property
+    def warm_start(self) -> WarmStart | None:
+        """The warm starts of the arms; None if the job has none."""
+        return WarmStart(self, self.job.warm_start) if self.job.warm_start else None
 
-        Raises:
-            ConfigError: names the expert, and what it takes and is given.
-            DataError: data is damaged.
-        """
-        load_rows(self.rows(0, "train"))
-        load_rows(self.rows(0, "train", held_out=True))
-        assert self.experts, "building them checks them"
-
-    @cached_property
-    def experts(self) -> dict[str, Network]:
-        """Every expert with a fresh head, by name; of one that is still to be trained, its make.
-
-        Raises:
-            ConfigError: an expert is missing, or does not take the target's images.
-            DataError: an expert's data is damaged.
-        """
-        return {
-            expert.name: build_expert(
-                self.source(expert) if expert.train is None else self._stand_in(expert),
-                self.store,
-                num_classes=self.target.num_classes,
-                image_shape=self.target.image_shape,
-                seed=0,
-            )
-            for expert in self.job.hub
-        }
-
-    def _stand_in(self, expert: ExpertConfig) -> ExpertSource:
-        assert expert.train is not None, "asked for experts that the run trains"
-        try:
-            data = load_rows(RowsSpec(data=expert.train.data))
-            adapted = expert.inputs.adapted_shape(self.target.image_shape)
-        except (ConfigError, DataError) as error:
-            raise type(error)(f"expert {expert.name}: {error}") from None
-        if adapted != data.image_shape:
-            raise ConfigError(
-                f"expert {expert.name}: it is trained on images of (channels, height, width) "
-                f"{data.image_shape}, and is given {adapted}; set its inputs, or its data's size"
-            )
-        return ExpertSource(
-            name=expert.name, network=expert.train.network, inputs=expert.inputs, tap=expert.tap
-        )
-
-    def router(self) -> Network:
-        """A router of the job's make, with fresh weights."""
-        return build_network(
-            self.job.router,
-            num_classes=2 * len(self.job.hub),
-            image_shape=self.target.image_shape,
-            rng=torch_rng(0, "router"),
-        )
-
-    # Rows.
-
-    def repeat_seed(self, repeat: int) -> int:
-        """The seed of everything that differs between repeats."""
-        return derive_seed(self.job.seed, "repeat", repeat)
-
-    def rows(self, repeat: int, part: str, *, held_out: bool | None = None) -> RowsSpec:
-        """A part of the target data; of the training part perhaps one side of a fold."""
-        split = SplitSpec(
-            labels_per_class=self.job.target.labels_per_class,
-            test_fraction=self.job.target.test_fraction,
-            data_seed=self.job.seed,
-            draw_seed=self.repeat_seed(repeat),
-            part=part,
-        )
-        fold = None
-        if held_out is not None:
-            count = self.job.validation_folds
-            seed = self.repeat_seed(repeat)
-            fold = FoldSpec(index=0, count=count, seed=seed, held_out=held_out)
-        return RowsSpec(data=self.job.target.data, split=split, fold=fold)
-
-    # Experts.
-
-    def pretraining(self) -> list[StageSpec]:
-        """The trainings of experts that the run makes itself, one worker each."""
-        return [
-            teacher_stage(expert.train, seed=derive_seed(self.job.seed, expert.name)).model_copy(
-                update={"name": f"expert-{expert.name}"}
-            )
-            for expert in self.job.hub
-            if expert.train is not None
+    def table(self) -> PlanTable:
+        """Trainings, tasks by phase, and the cost of every expert and hub."""
+        warm, first = self.warm_start, self.job.hub[0].name
+        stages = self.pretraining()
+        for repeat in range(self.job.seeds):
+            stages += warm.starts(repeat) if warm else []
+            stages += [*self.picks(repeat), *self.singles(repeat)]
+            stages += [self.arm(arm, repeat, best=first) for arm in self.model_arms()]
+        rows = [
+            *(warm.task_rows() if warm else ()),
+            TaskRow(
+                phase="evaluation",
+                tasks=len(self.evaluation_keys()),
+                work="routes on the test split",
+            ),
+            TaskRow(phase="timing", tasks=1, work="every arm, one after another"),
         ]
-
-    def source(self, expert: ExpertConfig) -> ExpertSource:
-        """Where an expert's pre-trained weights are."""
-        model = expert.model
-        if expert.train is not None:
-            model = layout.stage_model_prefix(f"expert-{expert.name}")
-        return ExpertSource(
-            name=expert.name,
-            model=model,
-            network=expert.network,
-            inputs=expert.inputs,
-            tap=expert.tap,
-        )
-
-    # Trainings.
-
-    def singles(self, repeat: int) -> list[StageSpec]:
-        """Every expert fine-tuned on the labelled images."""
-        return [
-            self._stage(f"single-{expert.name}-seed{repeat}", repeat, self._alone(expert, repeat))
-            for expert in self.job.hub
-        ]
-
-    def picks(self, repeat: int) -> list[StageSpec]:
-        """The same on all but one fold, measured on that fold: what picks the best one."""
-        return [
-            self._stage(
-                f"pick-{expert.name}-seed{repeat}",
-                repeat,
-                self._alone(expert, repeat, picking=True),
-            ).model_copy(
-                update={
-                    "labelled": self.rows(repeat, "train", held_out=False),
-                    "evaluate": self.rows(repeat, "train", held_out=True),
-                }
-            )
-            for expert in self.job.hub
-        ]
-
-    def _alone(self, expert: ExpertConfig, repeat: int, *, picking: bool = False) -> NewExpert:
-        name = f"{'pick' if picking else 'single'}-{expert.name}-seed{repeat}"
-        return NewExpert(
-            expert=self.source(expert), num_classes=self.target.num_classes, warm=self._warm(name)
-        )
-
-    def _warm(self, stage: str) -> str | None:
-        """Where the warm start of a stage leaves what it learnt; None where there is none."""
-        return layout.stage_model_prefix(f"warm-{stage}") if self.job.warm_start else None
-
-    def model_arms(self) -> list[HubArmConfig]:
-        """The arms that train a model of their own."""
-        return [arm for arm in self.job.arms if arm.route in MODEL_ARMS]
-
-    def arm(self, arm: HubArmConfig, repeat: int, *, best: str) -> StageSpec:
-        """The training of one arm.
-
-        Args:
-            best: the single expert that validation picked; the distilled student is of its make.
-        """
-        name = f"{arm.name}-seed{repeat}"
-        if arm.route == "pathway":
-            return self._stage(name, repeat, self.hub(arm, repeat), HubSpec(loss=arm.loss))
-        teachers = tuple(layout.stage_model_prefix(spec.name) for spec in self.singles(repeat))
-        student = next(expert for expert in self.job.hub if expert.name == best)
-        config = DistillationConfig(temperature=self.job.distillation_temperature)
-        objective = DistillationSpec(distillation=config, teacher=teachers)
-        return self._stage(name, repeat, self._alone(student, repeat), objective)
-
-    def hub(self, arm: HubArmConfig, repeat: int) -> NewHub:
-        """The model of an arm that routes."""
-        return NewHub(
-            experts=tuple(map(self.source, self.job.hub)),
-            router=self.job.router,
-            routes=arm.routes,
-            batchnorm=self.job.expert_batchnorm,
-            first_bias=arm.first_bias,
-            warm=self._warm(f"{arm.name}-seed{repeat}"),
-            num_classes=self.target.num_classes,
-        )
-
-    def _stage(
-        self,
-        name: str,
-        repeat: int,
-        model: ModelSpec,
-        objective: ObjectiveSpec | None = None,
-    ) -> StageSpec:
-        training = self.job.target.training
-        return StageSpec(
-            name=name,
-            seed=self.repeat_seed(repeat),
-            model=model,
-            objective=objective or SupervisedSpec(),
-            image_shape=self.target.image_shape,
-            labelled=self.rows(repeat, "train"),
-            views=self.job.target.data.views,
-            steps=training.steps,
-            batch_size=training.batch_size,
-            lanes=self.job.lanes,
-            optimizer=training.optimizer,
-            engine=self.job.engine,
-            evaluate=self.rows(repeat, "test"),
-            checkpoints=self.job.checkpoints,
-        )
-
-    # What is measured.
-
-    def evaluations(self) -> list[Task[EvaluateInputs]]:
-        """Routes and answers of every hub, and of the ensemble, on the test split."""
-        tasks = []
-        for arm in self.job.arms:
-            for repeat in range(self.job.seeds):
-                if (inputs := self._evaluation(arm, repeat)) is not None:
-                    tasks.append(Task(f"evaluate-{arm.name}-seed{repeat}", inputs))
-        return tasks
-
-    def _evaluation(self, arm: HubArmConfig, repeat: int) -> EvaluateInputs | None:
-        rows = self.rows(repeat, "test")
-        if arm.route == "pathway":
-            place = layout.stage_model_prefix(f"{arm.name}-seed{repeat}")
-            return EvaluateInputs(hub=place, members=(), rows=rows)
-        if arm.route == "ensemble":
-            names = [spec.name for spec in self.singles(repeat)]
-            members = tuple(map(layout.stage_model_prefix, names))
-            return EvaluateInputs(hub=None, members=members, rows=rows)
-        return None
-
-    def timing(self, best: str) -> Task[TimeInputs]:
-        """Seconds and multiply-adds of every arm's first model, measured one after another."""
-        models = {}
-        for arm in self.job.arms:
-            if arm.route == "ensemble":
-                names = tuple(spec.name for spec in self.singles(0))
-            elif arm.route == "best_single":
-                names = (f"single-{best}-seed0",)
-            else:
-                names = (f"{arm.name}-seed0",)
-            models[arm.name] = tuple(map(layout.stage_model_prefix, names))
-        hubs = tuple(arm.name for arm in self.job.arms if arm.route == "pathway")
-        return Task("timing", TimeInputs(models=models, hubs=hubs, rows=self.rows(0, "test")))
+        return plan_table(self.job, train=stages, tasks=rows, tables=(cost_table(self),))

@@ -10,11 +10,9 @@ from dist_tl.datasets.images import LabelledImages
 from dist_tl.jobs.comparisons import against, paired_gain
 from dist_tl.jobs.hub.run import HubOutcome
 from dist_tl.jobs.hub.spec import BASELINE, HubArmConfig
-from dist_tl.jobs.records import training_record
-from dist_tl.jobs.versions import versions
 from dist_tl.report.results import (
     Chart,
-    ComparisonResults,
+    Comparison,
     HeatMap,
     Score,
     Series,
@@ -26,33 +24,22 @@ from dist_tl.train.rows import load_rows
 from dist_tl.train.spec import StageResult
 
 
-def hub_results(
-    outcome: HubOutcome, *, run: str, fingerprint: str, wall_seconds: float
-) -> ComparisonResults:
-    """results.json of a finished run."""
+def results(outcome: HubOutcome) -> Comparison:
+    """Scores, routes and costs of a finished run."""
     scores = tuple(_scores(outcome))
     # Which single expert is best on the test split is not known to those who must choose.
     references = tuple(f"single {expert.name}" for expert in outcome.plan.job.hub)
-    stages = (training_record(result, "train") for result in outcome.stages.values())
-    return ComparisonResults(
-        run=run,
-        kind="hub",
-        fingerprint=fingerprint,
+    return Comparison(
         baseline=BASELINE,
         references=references,
         scores=scores,
         summaries=summarise(
             scores, baseline=BASELINE, references=references, notes=_notes(outcome)
         ),
-        stages=tuple(sorted(stages, key=lambda record: record.started)),
-        quality=None,
         tables=(_cost_table(outcome), *_route_tables(outcome)),
         charts=(_cost_chart(outcome, scores),),
         heat_maps=tuple(_usage_maps(outcome)),
         findings=tuple(_findings(outcome, scores)),
-        versions=versions(),
-        wall_seconds=wall_seconds,
-        peak_memory_bytes=outcome.peak_memory_bytes,
     )
 
 

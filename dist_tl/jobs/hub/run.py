@@ -1,36 +1,23 @@
-"""The hub job: experts, single ones fine-tuned, hubs trained, all of it measured. Wiring only."""
+"""Runs a hub job: experts, single fine-tunings, hubs, and their measurement."""
 
 from dataclasses import dataclass
 
-from dist_tl.jobs.hub.features import (
-    FeaturesOutput,
-    RowsOutput,
-    compute_features,
-    write_rows,
-)
+from dist_tl.jobs.hub.features import FeaturesOutput, RowsOutput, compute_features, write_rows
 from dist_tl.jobs.hub.plan import HubPlan
-from dist_tl.jobs.hub.spec import HubJob
-from dist_tl.jobs.hub.tasks import (
-    EvaluateOutput,
-    TimeOutput,
-    evaluate,
-    measure_time,
-)
-from dist_tl.jobs.hub.warm_start import WarmPlan, warm_plan
-from dist_tl.jobs.workers import Workers, open_workers
+from dist_tl.jobs.hub.tasks import EvaluateOutput, TimeOutput, evaluate, measure_time
+from dist_tl.jobs.hub.warm_start import WarmStart
+from dist_tl.jobs.workers import Workers
 from dist_tl.shards.manifest import open_stage
-from dist_tl.storage.attempts import Attempt
-from dist_tl.telemetry import Progress
 from dist_tl.train.spec import StageResult, StageSpec
 
 
 @dataclass(frozen=True)
 class HubOutcome:
-    """What all trainings and measurements came to.
+    """Results of all trainings and measurements.
 
     Attributes:
         stages: results of every training, by stage name.
-        best: of each repeat, the expert that validation picked.
+        best: the expert that validation picked, by repeat.
         evaluations: by (arm, repeat).
     """
 
@@ -39,71 +26,49 @@ class HubOutcome:
     best: tuple[str, ...]
     evaluations: dict[tuple[str, int], EvaluateOutput]
     timing: TimeOutput
-    peak_memory_bytes: int
 
 
-def run_hub(job: HubJob, attempt: Attempt, progress: Progress) -> HubOutcome:
-    """Run every stage and task that is not done yet.
+def run(plan: HubPlan, workers: Workers) -> HubOutcome:
+    """Runs every stage and task that has no output yet.
 
     Raises:
-        ConfigError: the job cannot work; nothing was started.
-        DistTLError: the named error that a stage met; what is done stays done.
+        DistTLError: the named error of a stage; finished stages and tasks are kept.
     """
-    plan = HubPlan(job, attempt.store)
-    plan.check()
-    with open_workers(job, attempt, progress, trials=job.trials) as workers:
-        stages: dict[str, StageResult] = {}
-        _pretrain(workers, plan.pretraining(), stages)
-        if (warm := warm_plan(plan)) is not None:
-            _cache_features(warm, workers)
-        best = tuple(_train_repeat(plan, repeat, workers, stages) for repeat in range(job.seeds))
-        answers = workers.run("evaluation", evaluate, plan.evaluations(), EvaluateOutput)
-        [times] = workers.run("timing", measure_time, [plan.timing(best[0])], TimeOutput)
-        memory = workers.session.peak_memory_bytes
-    keys = [
-        (arm.name, repeat)
-        for arm in job.arms
-        for repeat in range(job.seeds)
-        if arm.route in ("pathway", "ensemble")
-    ]
+    pretraining = plan.pretraining()
+    experts = workers.train_apart("experts", pretraining)
+    stages = {spec.name: result for spec, result in zip(pretraining, experts, strict=True)}
+    if (warm := plan.warm_start) is not None:
+        _cache_features(warm, workers)
+    best = tuple(_train_repeat(plan, repeat, workers, stages) for repeat in range(plan.job.seeds))
+    outputs = workers.run_tasks("evaluation", evaluate, plan.evaluations(), EvaluateOutput)
+    [timing] = workers.run_tasks("timing", measure_time, [plan.timing(best[0])], TimeOutput)
     return HubOutcome(
         plan=plan,
         stages=stages,
         best=best,
-        evaluations=dict(zip(keys, answers, strict=True)),
-        timing=times,
-        peak_memory_bytes=memory,
+        evaluations=dict(zip(plan.evaluation_keys(), outputs, strict=True)),
+        timing=timing,
     )
 
 
-def _pretrain(workers: Workers, specs: list[StageSpec], stages: dict[str, StageResult]) -> None:
-    """Experts do not wait for each other: one worker each."""
-    for spec in specs:
-        workers.start_trials(spec.name, [spec])
-    for done, spec in enumerate(specs, 1):
-        [stages[spec.name]] = workers.trial_results(spec.name)
-        workers.progress.update("experts", done, len(specs), spec.name)
-
-
-def _cache_features(warm: WarmPlan, workers: Workers) -> None:
-    workers.run("cached features", compute_features, warm.features(), FeaturesOutput)
+def _cache_features(warm: WarmStart, workers: Workers) -> None:
+    workers.run_tasks("cached features", compute_features, warm.features(), FeaturesOutput)
     for manifest in warm.manifests():
         open_stage(workers.store, manifest)
-    workers.run("cached rows", write_rows, warm.cached_rows(), RowsOutput)
+    workers.run_tasks("cached rows", write_rows, warm.cached_rows(), RowsOutput)
 
 
 def _train_repeat(
     plan: HubPlan, repeat: int, workers: Workers, stages: dict[str, StageResult]
 ) -> str:
-    """Train all arms of a repeat; the expert that validation picked."""
-    picks = plan.picks(repeat)
-    warm = warm_plan(plan)
+    """Trains all arms of a repeat; returns the expert that validation picks."""
+    picks, warm = plan.picks(repeat), plan.warm_start
     starts = warm.starts(repeat) if warm else []
     _train(workers, [*starts, *picks, *plan.singles(repeat)], stages)
     names = [expert.name for expert in plan.job.hub]
     # On equal accuracy the first of the hub.
-    scores = [stages[spec.name].accuracy for spec in picks]
-    best = names[scores.index(max(scores))]
+    accuracies = [stages[spec.name].accuracy for spec in picks]
+    best = names[accuracies.index(max(accuracies))]
     _train(workers, [plan.arm(arm, repeat, best=best) for arm in plan.model_arms()], stages)
     return best
 

@@ -12,9 +12,14 @@ from pydantic import Field, field_validator, model_validator
 
 from dist_tl.cluster.config import TrialsConfig
 from dist_tl.config import StrictModel, parse_yaml
-from dist_tl.datasets.spec import DataConfig
 from dist_tl.errors import ConfigError
-from dist_tl.jobs.spec import NAME, BudgetConfig, ModelPlace, TrainingJobConfig
+from dist_tl.jobs.spec import (
+    NAME,
+    BudgetConfig,
+    ModelPlace,
+    TargetDataConfig,
+    TrainingJobConfig,
+)
 from dist_tl.jobs.teacher import TeacherConfig
 from dist_tl.methods.hub.losses import HubLossConfig
 from dist_tl.methods.hub.pathway import BatchNorm
@@ -84,14 +89,9 @@ class HubArmConfig(StrictModel):
     )
 
 
-class HubTargetConfig(StrictModel):
-    """The target task."""
+class TargetConfig(TargetDataConfig):
+    """The target task, and how long every arm trains."""
 
-    data: DataConfig
-    labels_per_class: int = Field(ge=1, description="K: labelled training images of each class.")
-    test_fraction: float = Field(
-        default=0.5, gt=0, lt=1, description="Set aside before anything else."
-    )
     training: BudgetConfig = Field(description="The same for every arm.")
 
 
@@ -110,7 +110,7 @@ class HubJob(TrainingJobConfig):
     hub: tuple[ExpertConfig, ...] = Field(
         min_length=1, description="The experts in order, or the path of a YAML file of them."
     )
-    target: HubTargetConfig
+    target: TargetConfig
     seeds: int = Field(default=5, ge=1, description="Repeats with other labels, heads and order.")
     arms: tuple[HubArmConfig, ...] = Field(min_length=1)
     router: NetworkConfig = Field(description="A light network; its trunk is used.")

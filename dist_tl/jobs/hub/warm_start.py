@@ -1,4 +1,4 @@
-"""The warm starts of a hub job: cached features, and trainings on them before those of the arms."""
+"""Warm starts of a hub job: cached features, and trainings on them before those of the arms."""
 
 import math
 from dataclasses import dataclass
@@ -8,8 +8,10 @@ from dist_tl.cluster.config import Task
 from dist_tl.config import fingerprint
 from dist_tl.datasets.views import ViewsConfig
 from dist_tl.jobs.hub.features import FeaturesInputs, RowsInputs
-from dist_tl.jobs.hub.plan import HubPlan
 from dist_tl.jobs.hub.spec import ExpertConfig, WarmStartConfig
+from dist_tl.jobs.hub.stages import HubStages
+from dist_tl.jobs.plan import TaskRow
+from dist_tl.jobs.stages import repeat_seed, training_stage
 from dist_tl.jobs.versions import versions
 from dist_tl.shards.manifest import StageManifest
 from dist_tl.shards.order import ShardPlan
@@ -22,10 +24,10 @@ from dist_tl.train.spec import StageSpec
 
 
 @dataclass(frozen=True)
-class WarmPlan:
+class WarmStart:
     """The tasks and stages of a job's warm starts."""
 
-    plan: HubPlan
+    plan: HubStages
     config: WarmStartConfig
 
     def features(self) -> list[Task[FeaturesInputs]]:
@@ -97,6 +99,14 @@ class WarmPlan:
             for task in self.cached_rows()
         ]
 
+    def task_rows(self) -> tuple[TaskRow, TaskRow]:
+        """The tasks by phase."""
+        work = "every expert over all labelled images"
+        return (
+            TaskRow(phase="cached features", tasks=len(self.features()), work=work),
+            TaskRow(phase="cached rows", tasks=len(self.cached_rows()), work="shards of features"),
+        )
+
     def starts(self, repeat: int) -> list[StageSpec]:
         """Heads of single experts, for their own sakes and for picking, and whole hubs."""
         stages = []
@@ -132,23 +142,14 @@ class WarmPlan:
     def _stage(
         self, name: str, repeat: int, rows: str, model: ModelSpec, objective: ObjectiveSpec
     ) -> StageSpec:
-        return StageSpec(
+        return training_stage(
+            self.plan.job,
+            self.config.training,
             name=f"warm-{name}",
-            seed=self.plan.repeat_seed(repeat),
+            seed=repeat_seed(self.plan.job, repeat),
             model=model,
             objective=objective,
             image_shape=(self._row_width, 1, 1),
             labelled=self._shard_plan(f"{rows}-seed{repeat}"),
             views=ViewsConfig(kind="none"),
-            steps=self.config.training.steps,
-            batch_size=self.config.training.batch_size,
-            lanes=self.plan.job.lanes,
-            optimizer=self.config.training.optimizer,
-            engine=self.plan.job.engine,
-            checkpoints=self.plan.job.checkpoints,
         )
-
-
-def warm_plan(plan: HubPlan) -> WarmPlan | None:
-    """The warm starts of a job; None where it has none."""
-    return None if plan.job.warm_start is None else WarmPlan(plan, plan.job.warm_start)

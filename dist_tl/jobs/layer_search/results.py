@@ -4,27 +4,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from dist_tl.jobs.layer_search.run import LayerSearchOutcome
-from dist_tl.jobs.layer_search.tasks import EpisodeOutput
-from dist_tl.jobs.versions import versions
-from dist_tl.report.results import Chart, HeatMap, Interval, Series, StudyResults, Table, interval
+from dist_tl.jobs.layer_search.tasks import EpisodeScore
+from dist_tl.report.results import Chart, HeatMap, Interval, Series, Study, Table, interval
 
-Value = Callable[[EpisodeOutput], float | None]
+Value = Callable[[EpisodeScore], float | None]
 PENULTIMATE, ORACLE = "penultimate", "oracle (diagnostic)"
 
 
-def layer_search_results(
-    outcome: LayerSearchOutcome, *, run: str, fingerprint: str, wall_seconds: float
-) -> StudyResults:
-    """Everything the terminal and the page show."""
-    return StudyResults(
-        run=run,
-        kind="layer_search",
-        fingerprint=fingerprint,
-        stages=outcome.stages,
+def results(outcome: LayerSearchOutcome) -> Study:
+    """Accuracies, gains and selected layers, for the terminal and the report."""
+    return Study(
         findings=tuple(_findings(outcome)),
-        versions=versions(),
-        wall_seconds=wall_seconds,
-        peak_memory_bytes=outcome.peak_memory_bytes,
         verdict=_verdict(outcome),
         tables=(_accuracy_table(outcome), _gain_table(outcome)),
         charts=(_by_layer(outcome), _gain_chart(outcome)),
@@ -51,11 +41,11 @@ def _arms(outcome: LayerSearchOutcome) -> dict[str, Value]:
     return arms
 
 
-def _mean(episodes: Sequence[EpisodeOutput], value: Value) -> Interval:
+def _mean(episodes: Sequence[EpisodeScore], value: Value) -> Interval:
     return interval([v for v in map(value, episodes) if v is not None])
 
 
-def _paired(episodes: Sequence[EpisodeOutput], one: Value, other: Value) -> Interval:
+def _paired(episodes: Sequence[EpisodeScore], one: Value, other: Value) -> Interval:
     """Difference over the episodes in which both were measured."""
     pairs = [(one(episode), other(episode)) for episode in episodes]
     return interval([a - b for a, b in pairs if a is not None and b is not None])

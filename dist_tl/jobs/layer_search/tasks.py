@@ -75,7 +75,7 @@ class EpisodesInputs(StrictModel):
     teacher: str = ""
 
 
-class EpisodeOutput(StrictModel):
+class EpisodeScore(StrictModel):
     """One episode."""
 
     single: tuple[float, ...]
@@ -118,7 +118,7 @@ class ExportOutput(StrictModel):
 class EpisodesOutput(StrictModel):
     """A batch of them."""
 
-    episodes: tuple[EpisodeOutput, ...]
+    episodes: tuple[EpisodeScore, ...]
     seconds: float
 
 
@@ -248,7 +248,7 @@ def _one_episode(
     episode: Episode,
     index: int,
     store: ObjectStore,
-) -> EpisodeOutput:
+) -> EpisodeScore:
     gram_LES, support_S, query_Q = _tensors(phis, episode)
     size = len(support_S)
     if inputs.views:
@@ -269,7 +269,7 @@ def _one_episode(
         inputs.search,
         rng=numpy_rng(inputs.seed, "random sets", inputs.shots, index),
     )
-    return EpisodeOutput(
+    return EpisodeScore(
         single=scores.single,
         all_layers=scores.all_layers,
         random=scores.random,

@@ -34,7 +34,7 @@ class Curves:
     """Errors by arm, cell and training set size: one number an instance."""
 
     def __init__(self, outcome: ManifoldOutcome) -> None:
-        self.job = outcome.job
+        self.job = outcome.plan.job
         self._outcome = outcome
 
     def simulated(self, arm: str, cell: Cell, num: int) -> list[float]:

@@ -1,12 +1,19 @@
-"""The tasks of a manifold job, from its file alone: nothing is started."""
+"""Plans a manifold job: its tasks, from its file alone."""
 
 from dist_tl.cluster.config import Task
 from dist_tl.jobs.manifold.sources import MomentsInputs, Setting, SourceInputs
 from dist_tl.jobs.manifold.spec import Cell, ManifoldJob
 from dist_tl.jobs.manifold.tasks import BaselineInputs, CellInputs, Readouts
+from dist_tl.jobs.plan import PlanTable, TaskRow, plan_table
 from dist_tl.methods.hidden_manifold.gaussian_model import CHUNK
 from dist_tl.methods.hidden_manifold.sampling import Knobs
 from dist_tl.storage import layout
+from dist_tl.storage.objects import ObjectStore
+
+
+def plan(job: ManifoldJob, store: ObjectStore) -> "ManifoldPlan":
+    """The tasks of a job."""
+    return ManifoldPlan(job)
 
 
 class ManifoldPlan:
@@ -14,6 +21,23 @@ class ManifoldPlan:
 
     def __init__(self, job: ManifoldJob) -> None:
         self.job = job
+
+    def table(self) -> PlanTable:
+        """The tasks by phase."""
+        job = self.job
+        points = f"{len(job.samples) * len(job.lambdas)} points, {job.draws} draws each"
+        source = f"{job.source_samples} samples, {job.hidden} hidden units"
+        rows = (
+            TaskRow(phase="sources", tasks=len(self.sources()), work=source),
+            TaskRow(
+                phase="moments",
+                tasks=len(self.moments()),
+                work=f"{job.moment_samples} samples a cell",
+            ),
+            TaskRow(phase="baselines", tasks=len(self.baselines()), work=points),
+            TaskRow(phase="cells", tasks=len(self.cells()), work=points),
+        )
+        return plan_table(job, tasks=rows)
 
     def source_keys(self) -> list[tuple[int, int]]:
         """Instance and latent size of every source."""

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from dist_tl.jobs.manifold.claims import Claim, Curves, claims, difference
 from dist_tl.jobs.manifold.run import ManifoldOutcome
 from dist_tl.jobs.manifold.spec import Cell, SweepConfig
-from dist_tl.jobs.versions import versions
-from dist_tl.report.results import Chart, HeatMap, Interval, Series, StudyResults, Table, interval
+from dist_tl.report.results import Chart, HeatMap, Interval, Series, Study, Table, interval
 
 NAMES = {
     "transferred": "transferred features",
@@ -17,20 +16,11 @@ NAMES = {
 READOUT_ARMS = ("transferred", "random")
 
 
-def manifold_results(
-    outcome: ManifoldOutcome, *, run: str, fingerprint: str, wall_seconds: float
-) -> StudyResults:
-    """Everything the terminal and the page show."""
+def results(outcome: ManifoldOutcome) -> Study:
+    """Claims, errors and gains, for the terminal and the report."""
     curves, judged = Curves(outcome), claims(outcome)
-    return StudyResults(
-        run=run,
-        kind="manifold",
-        fingerprint=fingerprint,
-        stages=outcome.stages,
+    return Study(
         findings=tuple(_findings(outcome, curves)),
-        versions=versions(),
-        wall_seconds=wall_seconds,
-        peak_memory_bytes=outcome.peak_memory_bytes,
         verdict=_verdict(judged, curves),
         tables=(*_claims_table(judged), _errors_table(curves), *_sweep_tables(curves)),
         charts=(_learning_curves(curves), *_sweep_charts(curves)),
@@ -268,12 +258,12 @@ def _theory_gap(curves: Curves, arm: str, cell: Cell) -> Iterator[str]:
 
 
 def _facts(outcome: ManifoldOutcome) -> Iterator[tuple[str, str]]:
-    job = outcome.job
+    job = outcome.plan.job
     yield "Sizes", f"D = {job.model.inputs}, K = {job.hidden}, n_s = {job.source_samples}"
     yield "Instances", f"{job.instances}, {job.draws} draws each"
     yield "Cells", f"{len(job.cells())}"
-    for stage in outcome.stages:
-        yield f"Tasks: {stage.name}", f"{stage.figures['tasks']:.0f}"
+    for row in outcome.plan.table().tasks:
+        yield f"Tasks: {row.phase}", f"{row.tasks}"
 
 
 def _points(value: float) -> str:

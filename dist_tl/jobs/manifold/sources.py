@@ -73,7 +73,7 @@ class MomentsInputs(StrictModel):
     sums: str = Field(description="Key under which the sums are stored.")
 
 
-class Stored(StrictModel):
+class MomentsOutput(StrictModel):
     """A task whose outcome is a file."""
 
     seconds: float
@@ -99,7 +99,7 @@ def train_source(inputs: SourceInputs, store: ObjectStore) -> SourceOutput:
     return SourceOutput(error=error, seconds=time.monotonic() - began)
 
 
-def sum_moments(inputs: MomentsInputs, store: ObjectStore) -> Stored:
+def sum_moments(inputs: MomentsInputs, store: ObjectStore) -> MomentsOutput:
     """Sum the moments of some chunks; every chunk's samples follow from its index."""
     began, setting, seed = time.monotonic(), inputs.setting, inputs.setting.instance_seed
     task = draw_tasks(setting.model, seed=seed).target
@@ -115,7 +115,7 @@ def sum_moments(inputs: MomentsInputs, store: ObjectStore) -> Stored:
     assert plain is not None, "a task is planned with one chunk or more"
     tensors = _to_tensors("plain", plain) | ({} if bins is None else _to_tensors("bins", bins))
     store.write(inputs.sums, save_tensors(tensors))
-    return Stored(seconds=time.monotonic() - began)
+    return MomentsOutput(seconds=time.monotonic() - began)
 
 
 def read_weights(store: ObjectStore, key: str) -> Tensor:

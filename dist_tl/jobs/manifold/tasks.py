@@ -88,14 +88,14 @@ class Point(StrictModel):
         return sum(self.errors) / len(self.errors)
 
 
-class PointsOutput(StrictModel):
+class ErrorsOutput(StrictModel):
     """All points of a cell or a baseline."""
 
     points: tuple[Point, ...]
     seconds: float
 
 
-def measure_cell(inputs: CellInputs, store: ObjectStore) -> PointsOutput:
+def measure_cell(inputs: CellInputs, store: ObjectStore) -> ErrorsOutput:
     """Transferred features in one cell: simulation, Gaussian theory, mixture theory."""
     began, setting = time.monotonic(), inputs.setting
     task = draw_tasks(setting.model, seed=setting.instance_seed).target
@@ -110,10 +110,10 @@ def measure_cell(inputs: CellInputs, store: ObjectStore) -> PointsOutput:
         points = _with_mixture(points, bins, inputs)
     if inputs.fine_tuned:
         points += _trained_points("fine_tuned", task, setting, inputs.readouts, weights_KD.float())
-    return PointsOutput(points=tuple(points), seconds=time.monotonic() - began)
+    return ErrorsOutput(points=tuple(points), seconds=time.monotonic() - began)
 
 
-def measure_baseline(inputs: BaselineInputs, store: ObjectStore) -> PointsOutput:
+def measure_baseline(inputs: BaselineInputs, store: ObjectStore) -> ErrorsOutput:
     """Random features, and students from scratch; the knobs leave their law alone."""
     began, setting, seed = time.monotonic(), inputs.setting, inputs.setting.instance_seed
     task = draw_tasks(setting.model, seed=seed).target
@@ -129,7 +129,7 @@ def measure_baseline(inputs: BaselineInputs, store: ObjectStore) -> PointsOutput
     points = _readout_points(view, setting, inputs.readouts, covariances)
     if inputs.two_layer:
         points += _trained_points("two_layer", task, setting, inputs.readouts, None)
-    return PointsOutput(points=tuple(points), seconds=time.monotonic() - began)
+    return ErrorsOutput(points=tuple(points), seconds=time.monotonic() - began)
 
 
 @dataclass(frozen=True)

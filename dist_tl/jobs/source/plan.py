@@ -5,14 +5,17 @@ moments of features; `forbid_source_data` refuses any later stage that would loo
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from pydantic import Field
 
 from dist_tl.config import StrictModel, fingerprint
 from dist_tl.datasets.views import ViewsConfig
 from dist_tl.errors import ConfigError
+from dist_tl.jobs.plan import PlanTable, plan_table
+from dist_tl.jobs.source.spec import SourceAssets, SourceConfig, SourceJob
 from dist_tl.jobs.spec import BudgetConfig, TrainingJobConfig
-from dist_tl.jobs.transfer.spec import SourceAssets, SourceConfig
+from dist_tl.jobs.stages import training_stage
 from dist_tl.models.generators.config import GeneratorConfig, StoredDiffusionConfig
 from dist_tl.shards.drawing import generator_fingerprint, open_generator
 from dist_tl.storage import layout
@@ -57,6 +60,34 @@ class SourceFacts(StrictModel):
         default=None,
         description="The source data, for the one reference that may read it in this phase.",
     )
+
+
+def plan(job: SourceJob, store: ObjectStore) -> "SourcePlan":
+    """The stages of a job that trains a source; its data is opened only if it is still needed.
+
+    Raises:
+        ConfigError: the job asks for more than the source data has.
+        DataError: the source data is damaged.
+    """
+    return SourcePlan(job, find_source(store) or planned_facts(job.source, job.seed))
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """The stages of one job."""
+
+    job: SourceJob
+    source: SourceFacts
+
+    def table(self) -> PlanTable:
+        """The trainings of classifier and generator."""
+        return plan_table(self.job, train=source_stages(self.job, self.job.source, self.source))
+
+
+def find_source(store: ObjectStore) -> SourceFacts | None:
+    """The facts about the source of this run; None if the source phase has not finished."""
+    data = store.read_or_none(layout.result_key(PHASE))
+    return None if data is None else SourceFacts.model_validate_json(data)
 
 
 def source_rows(source: SourceConfig, seed: int, *, held_out: bool) -> RowsSpec:
@@ -106,7 +137,9 @@ def _stage(
     views: ViewsConfig,
     image_shape: tuple[int, int, int],
 ) -> StageSpec:
-    return StageSpec(
+    return training_stage(
+        job,
+        budget,
         name=name,
         seed=job.seed,
         model=model,
@@ -114,12 +147,6 @@ def _stage(
         image_shape=image_shape,
         labelled=source_rows(source, job.seed, held_out=False),
         views=views,
-        steps=budget.steps,
-        batch_size=budget.batch_size,
-        lanes=job.lanes,
-        optimizer=budget.optimizer,
-        engine=job.engine,
-        checkpoints=job.checkpoints,
     )
 
 

@@ -1,6 +1,7 @@
-"""The source phase: train (or find) a source classifier and a generator, then forget the data."""
+"""Trains a source classifier and a generator; afterwards the source data is not read again."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,12 +13,14 @@ from dist_tl.jobs.source.plan import (
     CLASSIFIER,
     PHASE,
     SourceFacts,
+    SourcePlan,
+    find_source,
     planned_facts,
     source_rows,
     source_stages,
 )
+from dist_tl.jobs.source.spec import SourceConfig
 from dist_tl.jobs.spec import TrainingJobConfig
-from dist_tl.jobs.transfer.spec import SourceConfig
 from dist_tl.jobs.workers import Workers
 from dist_tl.methods.pseudo.quality import agreement, feature_moments, frechet_distance
 from dist_tl.models.networks import Network
@@ -36,10 +39,21 @@ FEATURE_BATCH = 512
 MOMENTS = f"{layout.stage_prefix(PHASE)}/moments.safetensors"
 
 
-def find_source(store: ObjectStore) -> SourceFacts | None:
-    """What an earlier start of this run learnt of its source; None where that phase did not end."""
-    data = store.read_or_none(layout.result_key(PHASE))
-    return None if data is None else SourceFacts.model_validate_json(data)
+@dataclass(frozen=True)
+class SourceOutcome:
+    """The trained source."""
+
+    source: SourceFacts
+
+
+def run(plan: SourcePlan, workers: Workers) -> SourceOutcome:
+    """Trains the source, unless an earlier attempt has.
+
+    Raises:
+        DistTLError: the named error of a stage; finished stages are kept.
+    """
+    stored = find_source(workers.store)
+    return SourceOutcome(stored or train_source(plan.job, plan.job.source, workers))
 
 
 def train_source(

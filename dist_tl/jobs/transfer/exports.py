@@ -1,69 +1,43 @@
-"""What a finished transfer run hands over: models with their cards, and images to look at."""
+"""Exports of a transfer run: models with their cards, and a gallery of images."""
 
 import json
 
 import numpy as np
 from safetensors.numpy import save as save_arrays
 
+from dist_tl.jobs.exports import export_model
 from dist_tl.jobs.transfer.run import TransferOutcome
 from dist_tl.shards.drawing import GenerateSpec
 from dist_tl.shards.reader import read_shard
 from dist_tl.shards.sample import PseudoSample
 from dist_tl.storage import layout
-from dist_tl.storage.model_files import read_model_files
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.rows import load_rows
-from dist_tl.train.spec import StageResult
 
 GALLERY_IMAGES = 24
 
-CARD = """# {arm}, seed {seed}
-
-A target model made by dist_tl.
-
-| | |
-|---|---|
-| accuracy on the test split | {accuracy:.1%} ({correct} of {total}) |
-| classes | {classes} |
-| stage | {stage} |
-| stage fingerprint (job, data order, seeds) | {fingerprint} |
-| generator fingerprint | {generator} |
-| images (channels, height, width) | {image_shape}, float32 in [-1, 1] |
-| optimizer steps of the last stage | {steps} |
-
-`model.safetensors` and `config.json` are all that is needed to load it:
-`dist_tl.models.files.load_network({{name: open(name, "rb").read() for name in FILES}})`.
-"""
+HOW_TO_LOAD = """`model.safetensors` and `config.json` are all that is needed to load it:
+`dist_tl.models.files.load_network({name: open(name, "rb").read() for name in FILES})`."""
 
 
-def export_models(outcome: TransferOutcome, store: ObjectStore) -> None:
-    """Copy the final model of every arm and seed to where users look for it."""
+def export(outcome: TransferOutcome, store: ObjectStore) -> None:
+    """Copies the final model of every arm and seed to `models/`, and stores a gallery."""
     for (arm, seed), stage in outcome.final.items():
-        place = layout.model_prefix(arm, seed)
-        for name, data in read_model_files(store, layout.stage_model_prefix(stage)).items():
-            store.write(f"{place}/{name}", data)
-        card = _card(outcome, arm, seed, outcome.stages[stage])
-        store.write(f"{place}/{layout.MODEL_CARD}", card.encode())
+        result = outcome.stages[stage]
+        facts = {
+            "classes": ", ".join(outcome.plan.target.class_names),
+            "generator fingerprint": outcome.plan.source.generator_fingerprint,
+            "images (channels, height, width)": (
+                f"{tuple(outcome.plan.target.image_shape)}, float32 in [-1, 1]"
+            ),
+            "optimizer steps of the last stage": result.steps,
+        }
+        export_model(store, result, arm=arm, seed=seed, facts=facts, how_to_load=HOW_TO_LOAD)
+    _write_gallery(outcome, store)
 
 
-def _card(outcome: TransferOutcome, arm: str, seed: int, result: StageResult) -> str:
-    return CARD.format(
-        arm=arm,
-        seed=seed,
-        accuracy=result.accuracy,
-        correct=sum(result.correct),
-        total=len(result.correct),
-        classes=", ".join(outcome.plan.target.class_names),
-        stage=result.name,
-        fingerprint=result.fingerprint,
-        generator=outcome.plan.source.generator_fingerprint,
-        image_shape=tuple(outcome.plan.target.image_shape),
-        steps=result.steps,
-    )
-
-
-def write_gallery(outcome: TransferOutcome, store: ObjectStore) -> None:
-    """Store a few pseudo samples with their conditions, and labelled target images beside them."""
+def _write_gallery(outcome: TransferOutcome, store: ObjectStore) -> None:
+    """Stores a few pseudo samples with their conditions, and labelled target images."""
     samples = [
         sample
         for stage in _looked_at(outcome)

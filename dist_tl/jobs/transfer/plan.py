@@ -1,8 +1,8 @@
-"""Every stage of a transfer job, as pure functions of the job and of what its source is.
+"""Plans a transfer job: every stage, as a pure function of the job and of facts about its data.
 
-Names, seeds and budgets are decided here and nowhere else, so that the plan a user is shown, the
-run, and a run that goes on after an interruption cannot disagree. Arms of one seed share the
-labelled images, the order they are seen in and the initial weights: their difference is paired.
+Names, seeds and budgets are decided here and nowhere else, so that the plan shown to a user, a run
+and a resumed run cannot disagree. Arms of one seed share the labelled images, their order and the
+initial weights: their difference is paired.
 """
 
 import hashlib
@@ -11,16 +11,27 @@ from functools import cached_property
 
 from dist_tl.config import fingerprint
 from dist_tl.errors import ConfigError
-from dist_tl.jobs.source.plan import SourceFacts, forbid_source_data
+from dist_tl.jobs.plan import PlanTable, plan_table
+from dist_tl.jobs.source.plan import (
+    SourceFacts,
+    find_source,
+    forbid_source_data,
+    open_assets,
+    planned_facts,
+    source_stages,
+)
+from dist_tl.jobs.source.spec import SourceConfig
 from dist_tl.jobs.spec import BudgetConfig
+from dist_tl.jobs.stages import Part, repeat_seed, target_rows, training_stage
 from dist_tl.jobs.transfer.spec import ArmConfig, PPConfig, PSSLArmConfig, TransferJob
-from dist_tl.seeds import derive_seed
+from dist_tl.methods.pseudo.guard import GuardConfig, num_guard_folds
 from dist_tl.shards.drawing import ByClass, ByTarget, GenerateSpec
 from dist_tl.shards.order import ShardPlan, check_sizes
 from dist_tl.storage import layout
+from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.models import ModelSpec, NewNetwork, PretrainedTrunk
 from dist_tl.train.objectives import DistillationSpec, ObjectiveSpec, PSSLSpec, SupervisedSpec
-from dist_tl.train.rows import FoldSpec, RowsSpec, SplitSpec, load_rows
+from dist_tl.train.rows import FoldSpec, RowsSpec, load_rows
 from dist_tl.train.spec import StageSpec
 
 PP_SHARDS = "pp-shards"
@@ -38,21 +49,27 @@ class TargetFacts:
     fingerprint: str  # of all its images
 
 
-def check_target(job: TransferJob) -> TargetFacts:
-    """Load the target data in the driver: bad data is refused before any actor starts.
+def plan(job: TransferJob, store: ObjectStore) -> "TransferPlan":
+    """The stages of a job; source data is opened only if it is still needed.
 
     Raises:
-        ConfigError: K is larger than a class, or the job names data that is not there.
-        DataError: the data is damaged.
+        ConfigError: images, lanes or batches do not fit, or K is larger than a class; names both.
+        DataError: data is damaged.
     """
-    split = SplitSpec(
-        labels_per_class=job.target.labels_per_class,
-        test_fraction=job.target.test_fraction,
-        data_seed=job.seed,
-        draw_seed=0,
-        part="train",
-    )
-    load_rows(RowsSpec(data=job.target.data, split=split))
+    plan = TransferPlan(job, _source_facts(job, store), _target_facts(job))
+    plan.check()
+    return plan
+
+
+def _source_facts(job: TransferJob, store: ObjectStore) -> SourceFacts:
+    if not isinstance(job.source, SourceConfig):
+        return open_assets(store, job.source)
+    return find_source(store) or planned_facts(job.source, job.seed)
+
+
+def _target_facts(job: TransferJob) -> TargetFacts:
+    """Loads the target data in the driver: bad data is refused before any actor starts."""
+    load_rows(target_rows(job, job.target, 0, "train"))
     everything = load_rows(RowsSpec(data=job.target.data))
     return TargetFacts(
         image_shape=everything.image_shape,
@@ -60,6 +77,24 @@ def check_target(job: TransferJob) -> TargetFacts:
         class_names=everything.class_names,
         fingerprint=hashlib.sha256(everything.images.tobytes()).hexdigest()[:16],
     )
+
+
+@dataclass(frozen=True)
+class Guard:
+    """The cross-validation that chooses the lambda of one arm in one repeat.
+
+    Attributes:
+        weights: the lambdas that are compared.
+    """
+
+    arm: ArmConfig
+    repeat: int
+    weights: tuple[float, ...]
+    num_folds: int
+
+    def trial(self, weight: float) -> str:
+        """The name of the trial of one lambda."""
+        return f"{self.arm.name}-seed{self.repeat}-w{weight:g}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +106,7 @@ class TransferPlan:
     target: TargetFacts
 
     def check(self) -> None:
-        """Refuse what cannot work: image shapes, lanes, or source data as target data.
+        """Refuses image shapes, lanes and batches that do not fit, and source data as target data.
 
         Raises:
             ConfigError: naming both shapes, the nearest sizes that work, or the stage.
@@ -90,32 +125,54 @@ class TransferPlan:
             )
         forbid_source_data(self.training_stages(), self.job.source)
 
+    def table(self) -> PlanTable:
+        """All stages, those of the source first, and the guards' trials."""
+        return plan_table(
+            self.job,
+            generate=self.generate_stages(),
+            train=[*self.source_stages(), *self.references(), *self.training_stages()],
+            trials=sum(guard.num_folds * len(guard.weights) for guard in self.guards()),
+        )
+
+    def guards(self) -> list[Guard]:
+        """The lambda guards that have enough labels to cross-validate with."""
+        guards = []
+        for arm in self.pseudo_arms():
+            loss = self.p_ssl(arm).loss
+            if isinstance(loss.lambda_guard, GuardConfig):
+                for repeat in self.seeds:
+                    labels = load_rows(self.rows(repeat, "train")).labels
+                    if folds := num_guard_folds(labels, loss.lambda_guard):
+                        weights = loss.lambda_guard.candidates(loss.weight)
+                        guards.append(Guard(arm, repeat, weights, folds))
+        return guards
+
+    def source_stages(self) -> list[StageSpec]:
+        """The trainings of source classifier and generator; empty if both exist already."""
+        if not isinstance(self.job.source, SourceConfig):
+            return []
+        return source_stages(self.job, self.job.source, self.source)
+
+    def references(self) -> list[StageSpec]:
+        """Pre-trainings on the source data itself, for arms outside the setting."""
+        if not any(arm.route == "real_source" for arm in self.job.arms):
+            return []
+        return [self.real_source_trunk(repeat) for repeat in self.seeds]
+
     @cached_property
     def seeds(self) -> range:
         """The repeats."""
         return range(self.job.seeds)
 
-    def repeat_seed(self, repeat: int) -> int:
-        """The seed of everything that differs between repeats."""
-        return derive_seed(self.job.seed, "repeat", repeat)
-
-    def rows(self, repeat: int, part: str, fold: FoldSpec | None = None) -> RowsSpec:
+    def rows(self, repeat: int, part: Part, fold: FoldSpec | None = None) -> RowsSpec:
         """A part of the target data."""
-        target = self.job.target
-        split = SplitSpec(
-            labels_per_class=target.labels_per_class,
-            test_fraction=target.test_fraction,
-            data_seed=self.job.seed,
-            draw_seed=self.repeat_seed(repeat),
-            part=part,
-        )
-        return RowsSpec(data=target.data, split=split, fold=fold)
+        return target_rows(self.job, self.job.target, repeat, part, fold=fold)
 
     # Pseudo samples.
 
     def pp_shards(self) -> GenerateSpec:
         """The samples of pseudo pre-training: one set for all repeats."""
-        assert self.job.pp is not None, "jobs/transfer_spec.py requires pp where an arm uses it"
+        assert self.job.pp is not None, "the specification requires pp where an arm uses it"
         return self._generate(PP_SHARDS, self.job.seed, self.job.pp.num_samples, ByClass())
 
     def pseudo_shards(self, arm: ArmConfig, repeat: int) -> GenerateSpec:
@@ -127,7 +184,7 @@ class TransferPlan:
         per_step = self.unlabelled_batch_size(arm)
         return self._generate(
             f"{owner}-shards-seed{repeat}",
-            self.repeat_seed(repeat),
+            repeat_seed(self.job, repeat),
             config.samples or self.budget(arm).steps * per_step,
             ByTarget(condition=config.loss.condition),
             conditions=fingerprint(
@@ -189,7 +246,7 @@ class TransferPlan:
     def p_ssl(self, arm: ArmConfig) -> PSSLArmConfig:
         """The P-SSL settings of an arm."""
         config = arm.p_ssl or self.job.p_ssl
-        assert config is not None, "jobs/transfer_spec.py requires p_ssl where an arm uses it"
+        assert config is not None, "the specification requires p_ssl where an arm uses it"
         return config
 
     def budget(self, arm: ArmConfig) -> BudgetConfig:
@@ -216,8 +273,8 @@ class TransferPlan:
 
     def _pre_training(self, name: str, repeat: int, rows: RowsSpec | ShardPlan | None) -> StageSpec:
         pp: PPConfig | None = self.job.pp
-        assert pp is not None, "jobs/transfer_spec.py requires pp where an arm uses it"
-        assert rows is not None, "jobs/transfer_spec.py requires a trained source for real_source"
+        assert pp is not None, "the specification requires pp where an arm uses it"
+        assert rows is not None, "the specification requires a trained source for real_source"
         return self._stage(
             name,
             repeat,
@@ -258,15 +315,22 @@ class TransferPlan:
             evaluate=self.rows(repeat, "test"),
         )
 
-    def guard_stage(
-        self, arm: ArmConfig, repeat: int, weight: float, fold: int, num_folds: int
-    ) -> StageSpec:
-        """One cross-validation run of the lambda guard."""
-        seed = self.repeat_seed(repeat)
-        kept = FoldSpec(index=fold, count=num_folds, seed=seed, held_out=False)
-        held_out = FoldSpec(index=fold, count=num_folds, seed=seed, held_out=True)
-        spec = self.arm(arm, repeat, weight=weight)
-        return spec.model_copy(
+    def guard_stages(self, guard: Guard, weight: float) -> list[StageSpec]:
+        """The trainings of one lambda, one for each fold."""
+        return [self._guard_stage(guard, weight, fold) for fold in range(guard.num_folds)]
+
+    def _guard_stage(self, guard: Guard, weight: float, fold: int) -> StageSpec:
+        arm, repeat = guard.arm, guard.repeat
+        kept, held_out = (
+            FoldSpec(
+                index=fold,
+                count=guard.num_folds,
+                seed=repeat_seed(self.job, repeat),
+                held_out=is_held_out,
+            )
+            for is_held_out in (False, True)
+        )
+        return self.arm(arm, repeat, weight=weight).model_copy(
             update={
                 "name": f"guard-{arm.name}-w{weight:g}-fold{fold}-seed{repeat}",
                 "labelled": self.rows(repeat, "train", kept),
@@ -331,21 +395,17 @@ class TransferPlan:
         unlabelled_batch_size: int = 0,
         evaluate: RowsSpec | None = None,
     ) -> StageSpec:
-        return StageSpec(
+        return training_stage(
+            self.job,
+            budget,
             name=name,
-            seed=self.repeat_seed(repeat),
+            seed=repeat_seed(self.job, repeat),
             model=model,
             objective=objective,
             image_shape=self.target.image_shape,
             labelled=labelled,
             unlabelled=unlabelled,
-            views=self.job.target.data.views,
-            steps=budget.steps,
-            batch_size=budget.batch_size,
             unlabelled_batch_size=unlabelled_batch_size,
-            lanes=self.job.lanes,
-            optimizer=budget.optimizer,
-            engine=self.job.engine,
+            views=self.job.target.data.views,
             evaluate=evaluate,
-            checkpoints=self.job.checkpoints,
         )

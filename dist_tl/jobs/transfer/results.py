@@ -2,42 +2,30 @@
 
 from collections.abc import Iterator
 
-from dist_tl.cluster.generators import StageProgress
 from dist_tl.jobs.comparisons import against
-from dist_tl.jobs.records import training_record
 from dist_tl.jobs.transfer.plan import PP_SHARDS, TRUNKS
 from dist_tl.jobs.transfer.run import TransferOutcome
 from dist_tl.jobs.transfer.spec import BASELINE, REFERENCES, ArmConfig
-from dist_tl.jobs.versions import versions
-from dist_tl.report.results import ComparisonResults, Score, StageRecord, summarise
+from dist_tl.report.results import Comparison, Score, summarise
 from dist_tl.train.spec import StageResult
 
 UNGUARDED = " unguarded"
 
 
-def transfer_results(
-    outcome: TransferOutcome, *, run: str, fingerprint: str, wall_seconds: float
-) -> ComparisonResults:
-    """results.json of a finished run."""
+def results(outcome: TransferOutcome) -> Comparison:
+    """Scores, gains and plain findings of a finished run."""
     scores = tuple(_scores(outcome))
     references = tuple(a.name for a in outcome.plan.job.arms if a.route in REFERENCES)
-    return ComparisonResults(
-        run=run,
-        kind="transfer",
-        fingerprint=fingerprint,
+    return Comparison(
         baseline=BASELINE,
         references=references,
         scores=scores,
         summaries=summarise(
             scores, baseline=BASELINE, references=references, notes=_notes(outcome)
         ),
-        stages=tuple(sorted(_records(outcome), key=lambda record: record.started)),
         quality=outcome.quality,
         overlap=_overlap(outcome),
         findings=tuple(_findings(outcome, scores)),
-        versions=versions(),
-        wall_seconds=wall_seconds,
-        peak_memory_bytes=outcome.peak_memory_bytes,
     )
 
 
@@ -87,33 +75,6 @@ def _notes(outcome: TransferOutcome) -> dict[str, str]:
         notes[arm.name] = f"guard kept lambda > 0 in {kept} of {len(decisions)} seeds"
         notes[arm.name + UNGUARDED] = f"lambda {weight:g} always"
     return notes
-
-
-def _records(outcome: TransferOutcome) -> Iterator[StageRecord]:
-    for result in outcome.stages.values():
-        yield training_record(result, "train")
-    for results in outcome.trials.values():
-        for result in results:
-            yield training_record(result, "trial")
-    for stage in outcome.generation:
-        yield _generation_record(stage)
-
-
-def _generation_record(stage: StageProgress) -> StageRecord:
-    last = stage.last_commit_at or stage.started
-    return StageRecord(
-        name=stage.spec.name,
-        kind="generate",
-        started=min(at for at in (stage.first_order_at, stage.first_commit_at, last) if at),
-        ended=last,
-        figures={
-            "shards": float(stage.committed),
-            "bytes": float(stage.bytes),
-            "samples": float(stage.spec.num_samples),
-            "worker_s": stage.worker_seconds,
-            "last_commit_at": last,
-        },
-    )
 
 
 def _overlap(outcome: TransferOutcome) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a job of kind `source` or `transfer` can say.
+"""The specification of a job of kind `transfer`.
 
 Every default is a sane choice for a real run; the presets in `launch/presets` show small ones.
 """
@@ -10,13 +10,10 @@ from pydantic import Field, field_validator, model_validator
 
 from dist_tl.cluster.config import GeneratorsConfig, TrialsConfig
 from dist_tl.config import StrictModel
-from dist_tl.datasets.spec import DataConfig
-from dist_tl.datasets.views import ViewsConfig
-from dist_tl.jobs.spec import NAME, BudgetConfig, TrainingJobConfig
+from dist_tl.jobs.source.spec import SourceAssets, SourceConfig, check_source_batches
+from dist_tl.jobs.spec import NAME, BudgetConfig, TargetDataConfig, TrainingJobConfig
 from dist_tl.methods.pseudo.distillation import DistillationConfig
 from dist_tl.methods.pseudo.p_ssl import PSSLConfig
-from dist_tl.models.generators.config import GeneratorConfig
-from dist_tl.models.generators.diffusion import DiffusionConfig
 from dist_tl.models.networks import NetworkConfig
 from dist_tl.shards.writer import ShardConfig
 
@@ -36,39 +33,9 @@ BASELINE = "scratch"
 REFERENCES = ("finetune_source", "real_source", "real_unlabelled")
 
 
-class SourceConfig(StrictModel):
-    """Train a source classifier and a conditional generator: a stand-in for downloaded ones."""
-
-    data: DataConfig
-    holdout_folds: int = Field(
-        default=5, ge=2, description="One fold of so many is held out, to judge the generator."
-    )
-    classifier: NetworkConfig
-    classifier_training: BudgetConfig
-    generator: DiffusionConfig
-    generator_training: BudgetConfig
-    generator_ema_decay: float = Field(default=0.995, gt=0, lt=1)
-    generator_views: ViewsConfig = Field(
-        default_factory=lambda: ViewsConfig(kind="none"),
-        description="Of the generator's training images; the classifier's are the data's.",
-    )
-
-
-class SourceAssets(StrictModel):
-    """A source classifier and a conditional generator that exist already."""
-
-    classifier: str = Field(description="Folder or URL with model.safetensors and config.json.")
-    generator: GeneratorConfig
-
-
-class TargetConfig(StrictModel):
+class TargetConfig(TargetDataConfig):
     """The target task: little labelled data, and an architecture of the user's choosing."""
 
-    data: DataConfig
-    labels_per_class: int = Field(ge=1, description="K: labelled training images of each class.")
-    test_fraction: float = Field(
-        default=0.5, gt=0, lt=1, description="Set aside before anything else."
-    )
     network: NetworkConfig
     training: BudgetConfig = Field(description="Of arms that start from fresh weights.")
     fine_tuning: BudgetConfig | None = Field(
@@ -144,17 +111,6 @@ class DistillationArmConfig(StrictModel):
         default=None,
         description="Fine-tuning of the source classifier; absent: as other fine-tuning.",
     )
-
-
-class SourceJob(TrainingJobConfig):
-    """Train a source classifier and a conditional generator, and judge the generator."""
-
-    source: SourceConfig
-
-    @model_validator(mode="after")
-    def _batches_fit(self) -> Self:
-        check_source_batches(self, self.source)
-        return self
 
 
 class TransferJob(TrainingJobConfig):
@@ -244,13 +200,3 @@ class TransferJob(TrainingJobConfig):
     def packing(self) -> ShardConfig:
         """How pseudo samples are packed."""
         return self.shards or ShardConfig(lanes=self.lanes)
-
-
-def check_source_batches(job: TrainingJobConfig, source: SourceConfig) -> None:
-    """Refuse batches of the source's training that the lanes cannot share.
-
-    Raises:
-        ValueError: naming the field and the nearest sizes.
-    """
-    for name in ("classifier_training", "generator_training"):
-        job.check_batch(f"source.{name}.batch_size", getattr(source, name).batch_size)

@@ -1,12 +1,11 @@
 """The `dist-tl` command: verbs only.
 
-Exit codes: 0 done, 2 bad input, 3 failed and can be started again, 130 interrupted.
+Exit codes: 0 done, 2 bad input, 3 failed and can be resumed, 130 interrupted.
 """
 
 import json
 import logging
 import sys
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -16,33 +15,35 @@ from dist_tl.cli.display import TerminalProgress, console, errors, show_table
 from dist_tl.cli.remote import AsJson, logs, scale, status, stop
 from dist_tl.cli.submit import JobFile, Options, Overrides, kube_plan, show_kube_plan, submit
 from dist_tl.errors import ConfigError, DataError, DistTLError, SupersededError
+from dist_tl.jobs.kinds import KINDS
 from dist_tl.telemetry import configure_logging, redact
 
 if TYPE_CHECKING:  # these take seconds to import, and --help needs none of them
-    from dist_tl.jobs.hub.cost import HubRow
-    from dist_tl.jobs.plan import TrainRow
+    from dist_tl.jobs.plan import PlanTable
     from dist_tl.report.results import AnyResults
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
-GOES_ON = "stopped; the same command goes on from what is committed"
+RESUME = "stopped; the same command resumes from what is committed"
+JOB_KINDS = "Kinds of jobs: " + "; ".join(f"{name} ({k.summary})" for name, k in KINDS.items())
 
 app = typer.Typer(
     name="dist-tl",
     help="""Get the best target model from little labelled data, without the source data.
 
-    A job is a YAML file; `launch/presets` has some to start from. Any of its keys can be changed
-    on the command line by its path, e.g. [bold]target.labels_per_class=10 run=runs/k10[/bold].
+    A job is a YAML file; `launch/presets` has examples. Override any of its keys by its path on the
+    command line, e.g. [bold]target.labels_per_class=10 run=runs/k10[/bold].
 
-    dist-tl plan JOB.yaml     check a job and see what it will do; starts nothing\n
-    dist-tl run JOB.yaml      run it; the same command goes on after an interruption\n
+    dist-tl plan JOB.yaml     check a job and list what it will do; starts nothing\n
+    dist-tl run JOB.yaml      run it; the same command resumes after an interruption\n
     dist-tl forecast JOB.yaml how much labelled data each feature map would need\n
-    dist-tl report RUN        make the page of a finished run again\n
-    dist-tl doctor            what this machine has, and what would not work on it\n
-    dist-tl submit JOB.yaml   hand it to Kubernetes (--kube) or to a Ray cluster (--address URL)\n
-    dist-tl status RUN        how far it is; also: logs [-f] RUN, stop RUN\n
-    dist-tl scale RUN generators=4     change the generator pool while it runs
+    dist-tl report RUN        rebuild the report of a finished run\n
+    dist-tl doctor            check this machine: what works here, and what does not\n
+    dist-tl submit JOB.yaml   submit to Kubernetes (--kube) or a Ray cluster (--address URL)\n
+    dist-tl status RUN        progress of a run; also: logs [-f] RUN, stop RUN\n
+    dist-tl scale RUN generators=4     resize the generator pool of a running job
 
-    Exit codes: 0 done, 2 bad input, 3 failed and can be started again, 130 interrupted.""",
+    Exit codes: 0 done, 2 bad input, 3 failed and can be resumed, 130 interrupted.""",
+    epilog=JOB_KINDS,
     rich_markup_mode="rich",
     no_args_is_help=True,
     add_completion=False,
@@ -50,17 +51,17 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(epilog=JOB_KINDS)
 def plan(
     job: JobFile,
     overrides: Overrides = None,
     kube: Annotated[
-        bool, typer.Option("--kube", help="Also what it asks of Kubernetes, checked offline.")
+        bool, typer.Option("--kube", help="Also list the pods it requests, checked offline.")
     ] = False,
     options: Options = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a job against its data; show its stages, shards, actors and checkpoints.
+    """Check a job against its data; list its stages, shards, actors and checkpoints.
 
     Starts nothing and writes nothing.
     """
@@ -74,6 +75,12 @@ def plan(
         rows = {} if pods is None else {"pods": [row.model_dump(mode="json") for row in pods]}
         print(json.dumps({**table.model_dump(mode="json"), **rows}, indent=1))
         return
+    _show_plan(table)
+    if pods is not None:
+        show_kube_plan(pods)
+
+
+def _show_plan(table: "PlanTable") -> None:
     console.print(f"run {table.run}, store {table.store}", highlight=False)
     show_table("Actors", ("role", "size"), list(table.actors.items()))
     if table.generate:
@@ -85,35 +92,18 @@ def plan(
                 for row in table.generate
             ],
         )
-    if table.hub:
-        _show_hub(table.hub)
+    for extra in table.tables:
+        show_table(extra.title, extra.header, list(extra.rows))
     if table.tasks:
-        rows = [(row.phase, str(row.tasks), row.what) for row in table.tasks]
-        show_table("Tasks (Ray, phase after phase)", ("phase", "tasks", "what"), rows)
+        rows = [(row.phase, str(row.tasks), row.work) for row in table.tasks]
+        show_table("Tasks (Ray, one phase after another)", ("phase", "tasks", "work"), rows)
     if table.train:
-        _show_training(table.train)
+        _show_training(table)
     if table.trials:
         console.print(f"and {table.trials} short trials for the lambda guards", highlight=False)
-    if pods is not None:
-        show_kube_plan(pods)
 
 
-def _show_hub(hub: "Sequence[HubRow]") -> None:
-    rows = [
-        (
-            row.part,
-            f"{row.parameters:,}",
-            f"{row.multiply_adds / 1e6:,.3f}",
-            f"{row.serving_bytes / 1e6:,.1f}",
-            f"{row.training_bytes / 1e6:,.1f}",
-        )
-        for row in hub
-    ]
-    header = ("part", "parameters", "million multiply-adds an image", "MB to serve")
-    show_table("Hub (counted)", (*header, "MB to train, a worker"), rows)
-
-
-def _show_training(train: "Sequence[TrainRow]") -> None:
+def _show_training(table: "PlanTable") -> None:
     show_table(
         "Training (one worker group, in this order)",
         ("stage", "objective", "steps", "rows a step", "parameters", "MB a checkpoint"),
@@ -126,16 +116,16 @@ def _show_training(train: "Sequence[TrainRow]") -> None:
                 "of its trunk" if row.parameters is None else f"{row.parameters:,}",
                 "" if row.checkpoint_bytes is None else f"{row.checkpoint_bytes / 1e6:.1f}",
             )
-            for row in train
+            for row in table.train
         ],
     )
 
 
-@app.command()
+@app.command(epilog=JOB_KINDS)
 def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Run a job on a private Ray cluster, or on the one RAY_ADDRESS names.
 
-    Running the same job again goes on from what is committed. Ctrl-C stops cleanly.
+    Running the same job again resumes from what is committed. Ctrl-C stops cleanly.
     """
     from dist_tl.jobs.job_file import read_job
 
@@ -146,10 +136,8 @@ def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> N
     # Ray writes about lost workers to stdout, which belongs to the results alone.
     with TerminalProgress() as progress, redirect_stdout(sys.stderr):
         results = run_job(spec, progress)
-    if results is None:
-        return
     with open_store(spec) as store:
-        page = write_report(store)
+        report_key = write_report(store)
     if as_json:
         print(results.model_dump_json(indent=1))
         return
@@ -157,7 +145,7 @@ def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> N
     minutes, seconds = divmod(round(results.wall_seconds), 60)
     console.print(
         f"{minutes} min {seconds} s, peak memory {results.peak_memory_bytes / 2**30:.1f} GiB; "
-        f"page: {results.run}/{page}",
+        f"report: {results.run}/{report_key}",
         highlight=False,
         markup=False,
     )
@@ -165,17 +153,17 @@ def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> N
 
 @app.command()
 def forecast(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Say how much labelled target data each feature map would need, and how sure that is.
+    """Forecast how much labelled target data each feature map would need.
 
-    For jobs of kind forecast: the same as `run`. Candidates are pixels, random features, and any
-    block of trained networks; the forecast is checked on held-out labels.
+    Same as `run`, for jobs of kind forecast. Feature maps are pixels, random features and blocks of
+    trained networks; each forecast is checked on held-out labels.
     """
     from dist_tl.jobs.job_file import read_job
 
     spec = read_job(job, overrides or [])
     if spec.kind != "forecast":
         raise ConfigError(
-            f"{job}: kind: expected forecast, got {spec.kind}; start it with `dist-tl run`, or see "
+            f"{job}: kind: expected forecast, got {spec.kind}; run it with `dist-tl run`, or see "
             "launch/presets/forecast.yaml"
         )
     run(job, overrides, as_json)
@@ -189,21 +177,21 @@ def report(
         bool, typer.Option("--markdown", help="Print the results table as Markdown.")
     ] = False,
 ) -> None:
-    """Make the page of a finished run again, and print its table."""
+    """Rebuild the report of a finished run, and print its tables."""
     from dist_tl.report.collect import read_results, write_report
     from dist_tl.report.summary import markdown_tables
     from dist_tl.storage.objects import ObjectStore
 
     store = ObjectStore(run)
     results = read_results(store)
-    page = write_report(store)
+    key = write_report(store)
     if as_json:
         print(results.model_dump_json(indent=1))
     elif markdown:
         print(markdown_tables(results), end="")
     else:
         _show_results(results)
-        console.print(f"page: {store.url}/{page}", highlight=False, markup=False)
+        console.print(f"report: {store.url}/{key}", highlight=False, markup=False)
 
 
 def _show_results(results: "AnyResults") -> None:
@@ -221,11 +209,11 @@ def _show_results(results: "AnyResults") -> None:
 @app.command()
 def doctor(
     store: Annotated[
-        str | None, typer.Option("--store", help="A store to try, e.g. s3://bucket/prefix.")
+        str | None, typer.Option("--store", help="Also check a store, e.g. s3://bucket/prefix.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what this machine has, and what would not work on it and why."""
+    """Check this machine: what works here, what does not, and why."""
     from dist_tl.jobs.doctor import examine
 
     checks = examine(store)
@@ -233,7 +221,7 @@ def doctor(
         print(json.dumps([check.model_dump() for check in checks], indent=1))
     else:
         rows = [(check.name, check.state, check.finding) for check in checks]
-        show_table("What this machine has", ("what", "state", "finding"), rows)
+        show_table("This machine", ("component", "state", "details"), rows)
     if any(check.state == "fails" for check in checks):
         raise typer.Exit(FAILED)
 
@@ -243,17 +231,17 @@ for verb in (submit, status, logs, stop, scale):
 
 
 def main() -> NoReturn:
-    """Run the command; every named error becomes one message and an exit code."""
+    """Runs the command; every named error becomes one message and an exit code."""
     configure_logging(logging.WARNING)
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except (typer.Exit, SystemExit) as leaving:
         code: Any = getattr(leaving, "exit_code", getattr(leaving, "code", 0))
         if code == INTERRUPTED:
-            _say_how_to_go_on()
+            _say_how_to_resume()
         sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
-        _say_how_to_go_on()
+        _say_how_to_resume()
         sys.exit(INTERRUPTED)
     except typer.TyperException as error:
         error.show()
@@ -263,15 +251,15 @@ def main() -> NoReturn:
         sys.exit(BAD_INPUT)
     except DistTLError as error:
         _explain(error)
-        if not isinstance(error, SupersededError):  # another start goes on already
-            _say_how_to_go_on()
+        if not isinstance(error, SupersededError):  # a later attempt is running already
+            _say_how_to_resume()
         sys.exit(FAILED)
 
 
-def _say_how_to_go_on() -> None:
-    # Of the other verbs nothing goes on: they start nothing, or only watch.
+def _say_how_to_resume() -> None:
+    # The other verbs start nothing, or only watch.
     if sys.argv[1:2] in (["run"], ["forecast"]):
-        errors.print(GOES_ON)
+        errors.print(RESUME)
 
 
 def _explain(error: DistTLError) -> None:

@@ -1,0 +1,59 @@
+"""The specification of a source, and of a job of kind `source` that trains one."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from dist_tl.config import StrictModel
+from dist_tl.datasets.spec import DataConfig
+from dist_tl.datasets.views import ViewsConfig
+from dist_tl.jobs.spec import BudgetConfig, TrainingJobConfig
+from dist_tl.models.generators.config import GeneratorConfig
+from dist_tl.models.generators.diffusion import DiffusionConfig
+from dist_tl.models.networks import NetworkConfig
+
+
+class SourceConfig(StrictModel):
+    """Train a source classifier and a conditional generator: a stand-in for downloaded ones."""
+
+    data: DataConfig
+    holdout_folds: int = Field(
+        default=5, ge=2, description="One fold of so many is held out, to judge the generator."
+    )
+    classifier: NetworkConfig
+    classifier_training: BudgetConfig
+    generator: DiffusionConfig
+    generator_training: BudgetConfig
+    generator_ema_decay: float = Field(default=0.995, gt=0, lt=1)
+    generator_views: ViewsConfig = Field(
+        default_factory=lambda: ViewsConfig(kind="none"),
+        description="Of the generator's training images; the classifier's are the data's.",
+    )
+
+
+class SourceAssets(StrictModel):
+    """A source classifier and a conditional generator that exist already."""
+
+    classifier: str = Field(description="Folder or URL with model.safetensors and config.json.")
+    generator: GeneratorConfig
+
+
+class SourceJob(TrainingJobConfig):
+    """Train a source classifier and a conditional generator, and judge the generator."""
+
+    source: SourceConfig
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> Self:
+        check_source_batches(self, self.source)
+        return self
+
+
+def check_source_batches(job: TrainingJobConfig, source: SourceConfig) -> None:
+    """Refuse batches of the source's training that the lanes cannot share.
+
+    Raises:
+        ValueError: naming the field and the nearest sizes.
+    """
+    for name in ("classifier_training", "generator_training"):
+        job.check_batch(f"source.{name}.batch_size", getattr(source, name).batch_size)
