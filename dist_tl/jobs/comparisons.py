@@ -23,9 +23,28 @@ def against(left: str, right: str, by_arm: ByArm) -> str:
     return f"{left} against {right}: {_points(gain)}, {_judgement(gain)}."
 
 
+def percent(share: Interval) -> str:
+    """A share in per cent with its interval, e.g. "91.2 ± 1.3"."""
+    return _with_half_width(percent_points(share.mean), share)
+
+
+def signed_percent(gain: Interval) -> str:
+    """A gain in percentage points with sign and interval, e.g. "+1.2 ± 0.3"."""
+    return _with_half_width(f"{100 * gain.mean:+.1f}", gain)
+
+
+def percent_points(value: float) -> str:
+    """A share in per cent with one decimal."""
+    return f"{100 * value:.1f}"
+
+
+def _with_half_width(mean: str, value: Interval) -> str:
+    return mean if value.half_width is None else f"{mean} ± {100 * value.half_width:.1f}"
+
+
 def _points(gain: Interval) -> str:
     text = f"{gain.mean * 100:+.1f} points"
-    return text if gain.half_width is None else f"{text} ± {gain.half_width * 100:.1f}"
+    return _with_half_width(text, gain)
 
 
 def _judgement(gain: Interval) -> str:

@@ -58,6 +58,16 @@ class JobConfig(StrictModel):
     seed: int = Field(default=0, ge=0)
     session: SessionConfig = Field(default_factory=SessionConfig)
 
+    def identity(self) -> Self:
+        """This job with the run folder and all fields of MAY_CHANGE reset: what fixes its results."""
+        fields = type(self).model_fields
+        defaults = {
+            name: fields[name].get_default(call_default_factory=True)
+            for name in MAY_CHANGE
+            if name in fields
+        }
+        return self.model_copy(update={**defaults, "run": "run"})
+
     @field_validator("run")
     @classmethod
     def _run_is_a_place(cls, run: str) -> str:

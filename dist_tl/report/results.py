@@ -125,6 +125,29 @@ class Series(StrictModel):
     color: int = Field(default=0, ge=0, description="Series of one colour belong together.")
 
 
+def error_bars(
+    label: str,
+    x: Sequence[float],
+    intervals: Sequence[Interval],
+    *,
+    scale: float = 100.0,
+    color: int = 0,
+) -> Series:
+    """Points with their 95 % intervals.
+
+    Args:
+        scale: factor on means and half-widths; 100 for shares in per cent.
+    """
+    return Series(
+        label=label,
+        x=tuple(x),
+        y=tuple(scale * value.mean for value in intervals),
+        half_width=tuple(scale * (value.half_width or 0.0) for value in intervals),
+        style="points",
+        color=color,
+    )
+
+
 class Chart(StrictModel):
     """Curves over one axis."""
 
