@@ -1,78 +1,78 @@
-"""Every error a user of dist_tl can meet.
+"""All errors that users of dist_tl can see.
 
-Each class is also the built-in that a caller would expect, and takes one message and nothing
-else, so that it survives the trip through Ray. A message says what was expected, what came, and
-what to do.
+Each class also derives from the built-in exception that a caller would expect and takes a single
+message, so that Ray can pickle it. A message says what was expected, what was received, and how to
+fix it.
 """
 
 
 class DistTLError(Exception):
-    """Root of all errors that dist_tl raises on purpose."""
+    """Base class of all errors that dist_tl raises deliberately."""
 
 
 class ConfigError(DistTLError, ValueError):
-    """A job, an option or the data it names cannot work. Raised before any actor starts."""
+    """Raised if a job, an option or the data it names is invalid, before any actor starts."""
 
 
 class DataError(DistTLError, ValueError):
-    """A data set exists but cannot be used: an unreadable image, an empty class."""
+    """Raised if a data set exists but is unusable, e.g. an unreadable image or an empty class."""
 
 
 class StorageError(DistTLError, OSError):
-    """The object store refused, is unreachable, or lost what it had acknowledged."""
+    """Raised if the object store rejects a request, is unreachable, or lost a committed object."""
 
 
 class ShardError(DistTLError, ValueError):
-    """A shard is not what its entry says: truncated, altered, or of an unknown format."""
+    """Raised if a shard does not match its entry: truncated, altered, or of an unknown format."""
 
 
 class ShardTimeoutError(ShardError, TimeoutError):
-    """A shard was not committed in time: the generators fell too far behind or died."""
+    """Raised if a shard is not committed before the timeout: its generators are slow or died."""
 
 
 class CheckpointError(DistTLError, RuntimeError):
-    """A checkpoint cannot be written or read."""
+    """Raised if a checkpoint cannot be written or read."""
 
 
 class CheckpointNotFoundError(CheckpointError):
-    """No committed checkpoint exists where one was asked for."""
+    """Raised if a checkpoint is requested but none is committed."""
 
 
 class CheckpointMismatchError(CheckpointError):
-    """A committed checkpoint belongs to another job, model or number of workers."""
+    """Raised if a committed checkpoint is from another job, model or number of workers."""
 
 
 class WorkerError(DistTLError, RuntimeError):
-    """A Ray worker died more often than it may be restarted, or could not start."""
+    """Raised if a Ray worker cannot start, or died more often than it may be restarted."""
 
 
 class SupersededError(WorkerError):
-    """A later start of the same run has taken it over."""
+    """Raised if a later attempt of the same run has started: this attempt stops."""
 
 
 class WorkerLostError(WorkerError):
-    """A worker died, or its node did; what it was asked for may be asked of another."""
+    """Raised if a worker or its node died; its task can be retried on another worker."""
 
 
 class HeadLostError(WorkerError):
-    """The head of a job's cluster died; another attempt goes on from the last COMMIT."""
+    """Raised if the head of the cluster died; another attempt resumes from the last checkpoint."""
 
 
 class JobDeletedError(WorkerError):
-    """Somebody deleted the job while it was followed: no reason to start it again."""
+    """Raised if the job was deleted while it was monitored; it is not restarted."""
 
 
 class NumericsError(DistTLError, ArithmeticError):
-    """A computation left the finite numbers or its domain."""
+    """Raised if a computation produces NaN or infinity, or leaves its domain."""
 
 
 class NonFiniteLossError(NumericsError):
-    """The loss became NaN or infinite; the message names the step."""
+    """Raised if the loss is NaN or infinite; the message names the step."""
 
 
 class NotConvergedError(NumericsError):
-    """An iteration ran out of steps. Its last iterate is never returned."""
+    """Raised if an iteration does not converge in time; its last iterate is not returned."""
 
 
 class NotEuclideanError(NumericsError):
-    """Distances that no points in a Euclidean space have."""
+    """Raised if no points in a Euclidean space have the given distances."""

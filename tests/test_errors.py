@@ -1,6 +1,6 @@
-"""Every named error is also a built-in, takes one message, and survives the trip to the driver.
+"""Every error derives from a built-in, takes one message, and can be pickled.
 
-Through Ray itself: tests/cluster/test_trials.py.
+Transfer through Ray: tests/cluster/test_trials.py.
 """
 
 import pickle
@@ -24,9 +24,9 @@ BUILT_IN = {
     "CheckpointMismatchError": RuntimeError,
     "WorkerError": RuntimeError,
     "SupersededError": RuntimeError,
-    "WorkerLost": RuntimeError,
-    "HeadLost": RuntimeError,
-    "JobDeleted": RuntimeError,
+    "WorkerLostError": RuntimeError,
+    "HeadLostError": RuntimeError,
+    "JobDeletedError": RuntimeError,
     "NumericsError": ArithmeticError,
     "NonFiniteLossError": ArithmeticError,
     "NotConvergedError": ArithmeticError,
@@ -34,19 +34,19 @@ BUILT_IN = {
 }
 
 
-def test_the_tree_is_complete():
+def test_the_class_hierarchy_is_complete():
     assert {c.__name__ for c in CLASSES} == {"DistTLError", *BUILT_IN}
     assert all(issubclass(c, DistTLError) for c in CLASSES)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_named_error_is_caught_as_the_built_in_that_a_caller_expects(name):
+def test_an_error_can_be_caught_as_its_built_in(name):
     with pytest.raises(BUILT_IN[name], match="expected 3, got 4"):
         raise getattr(errors, name)("expected 3, got 4")
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_an_error_holds_its_message_and_nothing_else(kind):
+def test_an_error_holds_only_its_message(kind):
     error = kind("expected 3, got 4; use 3")
     assert str(error) == "expected 3, got 4; use 3"
     assert error.args == ("expected 3, got 4; use 3",)
@@ -64,5 +64,5 @@ def test_an_error_survives_pickling(kind, protocol):
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_every_error_says_when_it_is_raised(kind):
+def test_every_error_documents_when_it_is_raised(kind):
     assert kind.__doc__.strip().endswith(".")

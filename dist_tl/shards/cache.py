@@ -1,6 +1,6 @@
-"""Shards kept near: decoded ones in memory, tars in a folder that the ranks of a node share.
+"""Caches: decoded shards in memory, and tars in a folder that the ranks of a node share.
 
-Both are bounded, and both are only a shortcut: losing one costs time.
+Both are bounded and only save time: a cache miss reads the store.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from dist_tl.shards.reader import DecodedShard
 
 
 class MemoryCache:
-    """Decoded shards by index, the least recently used dropped first. Safe to share by threads."""
+    """LRU cache of decoded shards by index. Thread-safe."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -23,7 +23,7 @@ class MemoryCache:
         self._lock = threading.Lock()
 
     def get(self, index: int) -> DecodedShard | None:
-        """The shard, if it is here."""
+        """Returns the shard, or None if it is not cached."""
         with self._lock:
             shard = self._shards.get(index)
             if shard is not None:
@@ -31,23 +31,23 @@ class MemoryCache:
             return shard
 
     def put(self, index: int, shard: DecodedShard) -> None:
-        """Keep the shard, dropping others to make room; one that is too large is not kept."""
+        """Caches the shard and evicts others if needed; skips shards above the size limit."""
         with self._lock:
             if index in self._shards or shard.nbytes > self._max_bytes:
                 return
             self._shards[index] = shard
             self._bytes += shard.nbytes
             while self._bytes > self._max_bytes:
-                _, dropped = self._shards.popitem(last=False)
-                self._bytes -= dropped.nbytes
+                _, evicted = self._shards.popitem(last=False)
+                self._bytes -= evicted.nbytes
 
 
 class DiskCache:
-    """Tars by their hash in a local folder, the least recently used dropped first.
+    """LRU cache of tars by hash in a local folder.
 
-    Files appear whole or not at all, so processes may share the folder. What is read has to be
-    compared with its hash by the caller, as if it came from the store. A full or failing disk is
-    the same as no cache.
+    Files are written atomically, so that processes can share the folder. Callers must verify the
+    hash of the data, like that of data from the store. A full or failing disk acts as an empty
+    cache.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -55,7 +55,7 @@ class DiskCache:
         self._max_bytes = max_bytes
 
     def get(self, sha256: str) -> bytes | None:
-        """The tar of that hash, if it is here."""
+        """Returns the tar with this hash, or None if it is not cached."""
         path = self._path(sha256)
         try:
             data = path.read_bytes()
@@ -65,21 +65,21 @@ class DiskCache:
         return data
 
     def put(self, sha256: str, data: bytes) -> None:
-        """Keep a tar, dropping others to make room; one that is too large is not kept."""
+        """Caches a tar and evicts others if needed; skips tars above the size limit."""
         if len(data) > self._max_bytes:
             return
-        part = self._folder / f"{sha256}.{secrets.token_hex(4)}.part"
+        temporary = self._folder / f"{sha256}.{secrets.token_hex(4)}.part"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._make_room(len(data))
-            part.write_bytes(data)
-            os.replace(part, self._path(sha256))
+            temporary.write_bytes(data)
+            os.replace(temporary, self._path(sha256))
         except OSError:
             with contextlib.suppress(OSError):
-                part.unlink()
+                temporary.unlink()
 
     def drop(self, sha256: str) -> None:
-        """Forget a tar, because it is damaged."""
+        """Deletes a tar, e.g. a damaged one."""
         with contextlib.suppress(OSError):
             self._path(sha256).unlink()
 
@@ -89,7 +89,7 @@ class DiskCache:
     def _make_room(self, needed: int) -> None:
         files = []
         for path in self._folder.iterdir():
-            # Another process may drop a file at any moment.
+            # Another process may delete a file at any time.
             with contextlib.suppress(OSError):
                 status = path.stat()
                 files.append((status.st_mtime, status.st_size, path))

@@ -1,8 +1,8 @@
-"""From an order to its pseudo samples: condition, noise, generator, pixels.
+"""Generates the pseudo samples of a shard order: condition, noise, generator, pixels.
 
-Every draw belongs to a sample's number, so a shard's content does not depend on who makes it.
-The generator sees one whole shard's rows in fixed batches: floating-point rounding depends on the
-batch, and a retry must give the same bytes.
+All random draws are seeded by the sample's number, so a shard's content does not depend on the
+worker. The generator processes the rows of one shard in fixed batches: floating-point rounding
+depends on the batch, and a retry must produce the same bytes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,25 +44,25 @@ from dist_tl.storage.objects import ObjectStore
 
 
 class ByClass(StrictModel):
-    """Uniformly drawn source classes, stored as labels: for pseudo pre-training."""
+    """Draws source classes uniformly and stores them as labels (pseudo pre-training)."""
 
     kind: Literal["by_class"] = "by_class"
 
 
 class ByTarget(StrictModel):
-    """Conditions drawn from what the source classifier sees in target images: for P-SSL."""
+    """Draws conditions from the source classifier's output on target images (P-SSL)."""
 
     kind: Literal["by_target"] = "by_target"
     condition: ConditionConfig
 
 
 class ManifoldTaskConfig(StrictModel):
-    """One task of the correlated hidden manifold model in a generator's place."""
+    """Uses a task of the correlated hidden manifold model as the generator."""
 
     kind: Literal["manifold"] = "manifold"
     model: ManifoldConfig
     role: Literal["source", "target"]
-    seed: int = Field(description="Of the pair of tasks.")
+    seed: int = Field(description="Seed of the pair of tasks.")
 
 
 AnyGeneratorConfig = Annotated[
@@ -71,22 +71,26 @@ AnyGeneratorConfig = Annotated[
 
 
 class GenerateSpec(StrictModel):
-    """One stage of pseudo samples: everything that fixes its shards."""
+    """Specification of one stage of pseudo samples; determines its shards."""
 
-    name: str = Field(description="Of the stage; part of the samples' seeds.")
+    name: str = Field(description="Name of the stage; part of the samples' seeds.")
     seed: int
     generator: AnyGeneratorConfig
-    generator_fingerprint: str = Field(description="Of the generator's files and sampler.")
-    num_classes: int = Field(ge=2, description="Source classes.")
+    generator_fingerprint: str = Field(
+        description="Fingerprint of the generator's files and sampler settings."
+    )
+    num_classes: int = Field(ge=2, description="Number of source classes.")
     image_shape: tuple[int, int, int]
     draw: Annotated[ByClass | ByTarget, Field(discriminator="kind")]
-    conditions_fingerprint: str = Field(default="", description="Of the stored conditions, if any.")
+    conditions_fingerprint: str = Field(
+        default="", description="Fingerprint of the stored conditions, if any."
+    )
     num_samples: int = Field(ge=1)
-    batch_size: int = Field(default=256, ge=1, description="Rows the generator sees at once.")
+    batch_size: int = Field(default=256, ge=1, description="Batch size of the generator.")
     shards: ShardConfig
 
     def plan(self) -> ShardPlan:
-        """The stage's shards."""
+        """Returns the plan of the stage's shards."""
         content = self.model_dump(mode="json", exclude={"shards", "generator", "num_samples"})
         return self.shards.plan(
             stage=self.name,
@@ -97,7 +101,7 @@ class GenerateSpec(StrictModel):
         )
 
     def manifest(self, created_by: dict[str, str]) -> StageManifest:
-        """What the stage says of itself."""
+        """Returns the manifest of the stage."""
         by_target = isinstance(self.draw, ByTarget)
         return StageManifest(
             plan=self.plan(),
@@ -113,27 +117,27 @@ class GenerateSpec(StrictModel):
 def open_generate_stage(
     store: ObjectStore, spec: GenerateSpec, q_NK: Tensor | None, *, created_by: dict[str, str]
 ) -> StageManifest:
-    """Store what generators need before the first order: the conditions, then the manifest.
+    """Writes the inputs of the generators: the conditions, then the manifest.
 
     Raises:
-        ConfigError: the stage draws by target images and has no conditions, or holds other samples.
+        ConfigError: a stage with `ByTarget` has no conditions, or the stage holds other samples.
     """
     if isinstance(spec.draw, ByTarget):
         if q_NK is None:
-            raise ConfigError(f"stage {spec.name} draws by target images; it needs conditions")
-        # Not over another job's conditions: whoever finds a manifest finds its conditions too.
+            raise ConfigError(f"stage {spec.name} draws by target images and needs conditions")
+        # Never overwrites another job's conditions: they exist if the manifest does.
         if read_manifest(store, spec.name) is None:
             store.write(layout.conditions_key(spec.name), conditions_bytes(q_NK))
     return open_stage(store, spec.manifest(created_by))
 
 
 def conditions_bytes(q_NK: Tensor) -> bytes:
-    """The stored form of (N, K) float32 conditions."""
+    """Serializes (N, K) float32 conditions."""
     return save_tensors({"q": q_NK.contiguous()})
 
 
 def read_conditions(store: ObjectStore, spec: GenerateSpec) -> Tensor | None:
-    """The stage's (N, K) conditions; None where it draws by class."""
+    """Returns the stage's (N, K) conditions, or None if it draws by class."""
     if not isinstance(spec.draw, ByTarget):
         return None
     return load_tensors(store.read(layout.conditions_key(spec.name)))["q"]
@@ -142,7 +146,7 @@ def read_conditions(store: ObjectStore, spec: GenerateSpec) -> Tensor | None:
 def draw_samples(
     order: ShardOrder, spec: GenerateSpec, generator: ConditionalGenerator, q_NK: Tensor | None
 ) -> Iterator[PseudoSample]:
-    """The samples of one order, in order of their numbers.
+    """Yields the samples of one order, sorted by number.
 
     Raises:
         ConfigError: a condition is not on the simplex.
@@ -167,9 +171,9 @@ def _draw_batch(
     noise = row_rngs(order.seed, f"{order.purpose} noise", numbers)
     with torch.no_grad():
         images = generator.sample(condition_SK, rng=noise)
-    # A picture is stored as pixels; the inputs of a manifold task are numbers, kept as they are.
-    stored = as_inputs if isinstance(spec.generator, ManifoldTaskConfig) else quantise
-    pixels = stored(images.float().cpu(), numbers=numbers)
+    # Images are stored as uint8 pixels; the inputs of a manifold task are stored unrounded.
+    to_stored = as_inputs if isinstance(spec.generator, ManifoldTaskConfig) else quantise
+    pixels = to_stored(images.float().cpu(), numbers=numbers)
     for i, number in enumerate(numbers):
         provenance: dict[str, Any] = {"stage": spec.name, "generator": spec.generator_fingerprint}
         if row_S is not None:
@@ -189,7 +193,7 @@ def _conditions(
     if isinstance(spec.draw, ByClass):
         label_S = draw_classes(spec.num_classes, order.seed, order.purpose, numbers)
         return one_hot(label_S, spec.num_classes), label_S, None
-    assert q_NK is not None, "open_generate_stage stores the conditions first"
+    assert q_NK is not None, "open_generate_stage requires conditions"
     drawn = draw_conditions(
         q_NK,
         spec.draw.condition,
@@ -201,7 +205,7 @@ def _conditions(
 
 
 def open_generator(store: ObjectStore, config: AnyGeneratorConfig) -> ConditionalGenerator:
-    """The generator a job names, frozen, on the GPU where there is one.
+    """Loads the generator of a job, frozen, on the GPU if there is one.
 
     Raises:
         ConfigError: it is missing, damaged, or not class-conditional.
@@ -216,7 +220,7 @@ def open_generator(store: ObjectStore, config: AnyGeneratorConfig) -> Conditiona
 
 
 def generator_fingerprint(store: ObjectStore, config: AnyGeneratorConfig) -> str:
-    """What stands for the generator in orders and manifests: its settings, and own weights."""
+    """Returns a fingerprint of the generator's settings and, if stored here, its weights."""
     settings = fingerprint(config.model_dump(mode="json", exclude={"path"}))
     if not isinstance(config, StoredDiffusionConfig):
         return fingerprint(config)

@@ -1,8 +1,8 @@
-"""Threads that wait for shards, fetch and decode them, in the order they are asked for.
+"""Threads that wait for shards, fetch and decode them, in the order of the requests.
 
-A thread waits for a shard as long as it takes: how long is too long is for the consumer to say,
-who may itself be the slow one. Threads are daemons, so that a forgotten loader cannot keep a
-process alive.
+A thread waits for a shard without a timeout: the consumer decides how long is too long, because
+the consumer itself may be the slow part. Threads are daemons, so that an unclosed loader does not
+keep the process alive.
 """
 
 import queue
@@ -24,7 +24,7 @@ _JOIN_S = 2.0
 
 @dataclass(frozen=True)
 class LoadFigures:
-    """What a loader did: shards and bytes fetched from the store, shards found near."""
+    """Counters of a loader: reads from the store and cache hits."""
 
     shards_read: int = 0
     bytes_read: int = 0
@@ -33,7 +33,7 @@ class LoadFigures:
 
 
 class ShardLoader:
-    """Decoded shards, asked for by index."""
+    """Loads decoded shards by index."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class ShardLoader:
         self._queue = queue.SimpleQueue()
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._under_way: dict[int, Future[DecodedShard]] = {}
+        self._in_flight: dict[int, Future[DecodedShard]] = {}
         self._figures = LoadFigures()
         self._threads = [
             threading.Thread(target=self._work, name=f"shards-{i}", daemon=True)
@@ -63,24 +63,28 @@ class ShardLoader:
 
     @property
     def figures(self) -> LoadFigures:
-        """What was loaded so far."""
+        """Counters since the loader was created."""
         return self._figures
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing will be loaded any more."""
+        """Whether the loader is closed."""
         return self._stop.is_set()
 
     def request(self, index: int) -> Future[DecodedShard]:
-        """The shard, some time; its exception is a ShardError, StorageError or CancelledError."""
+        """Requests a shard.
+
+        Returns:
+            A future of the shard. Its exception is a ShardError, StorageError or CancelledError.
+        """
         with self._lock:
-            future = self._under_way.get(index)
+            future = self._in_flight.get(index)
             if future is not None:
                 return future
             future = Future()
             shard = self._memory.get(index)
             if shard is None:
-                self._under_way[index] = future
+                self._in_flight[index] = future
         if shard is None:
             self._queue.put((index, future))
         else:
@@ -89,7 +93,7 @@ class ShardLoader:
         return future
 
     def close(self) -> None:
-        """Stop the threads. A download under way is left to end by itself."""
+        """Stops the threads. Does not wait for downloads in progress."""
         self._stop.set()
         for _ in self._threads:
             self._queue.put(None)
@@ -100,17 +104,17 @@ class ShardLoader:
     def _work(self) -> None:
         while (task := self._queue.get()) is not None:
             index, future = task
+            result: DecodedShard | BaseException
             try:
-                shard, error = self._load(index), None
-            except BaseException as caught:
-                # Everything goes to whoever waits: a thread has nobody else to tell.
-                shard, error = None, caught
+                result = self._load(index)
+            except BaseException as error:
+                result = error  # the future passes it to the consumer
             with self._lock:
-                del self._under_way[index]
-            if error is None:
-                future.set_result(shard)
+                del self._in_flight[index]
+            if isinstance(result, BaseException):
+                future.set_exception(result)
             else:
-                future.set_exception(error)
+                future.set_result(result)
 
     def _load(self, index: int) -> DecodedShard:
         entry = check_entry(self._wait_for_entry(index), self._plan)
@@ -131,32 +135,33 @@ class ShardLoader:
         raise CancelledError
 
     def _fetch(self, entry: ShardEntry) -> bytes:
-        near = self._disk.get(entry.sha256) if self._disk else None
-        if near is not None:
+        disk = self._disk
+        cached = disk.get(entry.sha256) if disk else None
+        if disk and cached is not None:
             try:
-                data = check_tar(near, self._plan.stage, entry)
+                data = check_tar(cached, self._plan.stage, entry)
             except ShardError:
-                self._disk.drop(entry.sha256)
+                disk.drop(entry.sha256)
             else:
                 self._count(disk_hits=1)
                 return data
         data = fetch_tar(self._store, self._plan.stage, entry)
         self._count(shards_read=1, bytes_read=len(data))
-        if self._disk:
-            self._disk.put(entry.sha256, data)
+        if disk:
+            disk.put(entry.sha256, data)
         return data
 
-    def _count(self, **more: int) -> None:
+    def _count(self, **increments: int) -> None:
         with self._lock:
-            values = {name: getattr(self._figures, name) + more[name] for name in more}
+            values = {name: getattr(self._figures, name) + n for name, n in increments.items()}
             self._figures = replace(self._figures, **values)
 
 
 class Prefetch:
-    """Windows of shards, loaded ahead of the moment they are opened.
+    """Loads windows of shards ahead of time.
 
-    At most `limit` shards are asked for before their window is opened, in the order in which they
-    will be needed; the shards of a window that is opened are asked for in any case.
+    Requests at most `limit` shards before their window is opened, in the order in which they are
+    needed. Opening a window requests all of its shards.
     """
 
     def __init__(
@@ -166,31 +171,31 @@ class Prefetch:
         *,
         limit: int,
     ) -> None:
-        self._visits = ((window, shard) for window in windows for shard in window.shards)
+        self._upcoming = ((window, shard) for window in windows for shard in window.shards)
         self._request = request
         self._limit = limit
         self._ahead: dict[tuple[int, int], dict[int, Future[DecodedShard]]] = {}
         self._num_ahead = 0
 
     def open(self, window: Window) -> dict[int, Future[DecodedShard]]:
-        """The shards of a window by index, which no longer count as loaded ahead."""
+        """Returns the futures of a window's shards by index; they no longer count as prefetched."""
         key = (window.lane, window.start)
         while len(self._ahead.get(key, ())) < len(window.shards):
-            self._ask()
+            self._request_next()
         shards = self._ahead.pop(key)
         self._num_ahead -= len(shards)
         return shards
 
     def clear(self) -> None:
-        """Forget what was loaded ahead."""
+        """Drops all prefetched shards."""
         self._ahead.clear()
 
     def top_up(self) -> None:
-        """Ask for shards until `limit` are on their way."""
+        """Requests shards until `limit` are prefetched."""
         while self._num_ahead < self._limit:
-            self._ask()
+            self._request_next()
 
-    def _ask(self) -> None:
-        window, shard = next(self._visits)
+    def _request_next(self) -> None:
+        window, shard = next(self._upcoming)
         self._ahead.setdefault((window.lane, window.start), {})[shard] = self._request(shard)
         self._num_ahead += 1

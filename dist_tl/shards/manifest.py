@@ -1,6 +1,6 @@
-"""What is written about shards: one manifest a stage, one entry a shard. The entry is the commit.
+"""Metadata of shards: one manifest per stage, one entry per shard. The entry is the commit.
 
-No entry, no shard: the tar is put first. Both are plain JSON.
+A shard exists only if it has an entry: the tar is written first. Both are plain JSON.
 """
 
 import json
@@ -19,47 +19,47 @@ FORMAT_VERSION = 1
 
 
 class StageManifest(StrictModel):
-    """What all shards of a stage have in common; written once, before the first of them."""
+    """Properties that all shards of a stage share; written once, before the first shard."""
 
     format_version: int = Field(
-        default=FORMAT_VERSION, description="Of the shards and of this file."
+        default=FORMAT_VERSION, description="Format version of the shards and this file."
     )
     plan: ShardPlan
-    kind: str = Field(description='What the samples are for, e.g. "pp" or "p_ssl".')
-    condition: str = Field(description='Where conditions come from, e.g. "soft" or "uniform".')
+    kind: str = Field(description='Use of the samples, e.g. "pp" or "p_ssl".')
+    condition: str = Field(description='Source of the conditions, e.g. "soft" or "uniform".')
     image_shape: tuple[int, int, int] = Field(description="Channels, height, width.")
-    num_classes: int = Field(ge=1, description="Source classes, the length of a condition.")
-    generator: str = Field(description="Fingerprint of the generator that makes the images.")
+    num_classes: int = Field(ge=1, description="Number of source classes, length of a condition.")
+    generator: str = Field(description="Fingerprint of the generator.")
     created_by: dict[str, str] = Field(
-        default_factory=dict, description="Versions of the software; not compared."
+        default_factory=dict, description="Software versions; ignored in comparisons."
     )
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change when anything but `created_by` changes."""
-        return fingerprint(self._compared())
+        """16 hexadecimal digits that change if any field except `created_by` changes."""
+        return fingerprint(self._compared_fields())
 
-    def _compared(self) -> dict[str, Any]:
+    def _compared_fields(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude={"created_by"})
 
 
 class ShardEntry(StrictModel):
-    """The commit of one shard: what its tar must be, and how it came to be."""
+    """Commit of one shard: the expected tar, and how it was generated."""
 
     index: int = Field(ge=0)
     key: str = Field(description="Key of the tar in the run's store.")
-    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Hash of the whole tar.")
-    bytes: int = Field(ge=0, description="Size of the tar.")
-    samples: int = Field(ge=1, description="Samples in the tar.")
-    order: str = Field(description="Digest of the order that the shard fulfils.")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the tar.")
+    bytes: int = Field(ge=0, description="Size of the tar in bytes.")
+    samples: int = Field(ge=1, description="Number of samples in the tar.")
+    order: str = Field(description="Digest of the shard's order.")
     seconds: float = Field(ge=0, description="Wall-clock seconds from order to commit.")
-    host: str = Field(description="Machine that made the shard.")
+    host: str = Field(description="Host that generated the shard.")
     committed_at: float = Field(description="Unix time of the commit, seconds.")
-    attempt: int = Field(default=0, ge=0, description="Attempts before this one, where known.")
+    attempt: int = Field(default=0, ge=0, description="Number of earlier attempts, if known.")
 
 
 def open_stage(store: ObjectStore, manifest: StageManifest) -> StageManifest:
-    """Write the manifest of a stage, or find it written; return what is stored.
+    """Writes the manifest of a stage unless it exists. Returns the stored manifest.
 
     Raises:
         ConfigError: the stage holds samples of another plan, generator or shape.
@@ -68,11 +68,11 @@ def open_stage(store: ObjectStore, manifest: StageManifest) -> StageManifest:
     key = manifest_key(manifest.plan.stage)
     if store.read_or_none(key) is None:
         store.write(key, data, create_only=True)
-    # Read again in either case: somebody else may have been first.
+    # Read again in both cases: another process may have written it first.
     stored = read_manifest(store, manifest.plan.stage)
     if stored is None:
-        raise ShardError(f"{key} vanished while it was written; is something deleting the run?")
-    differing = differing_fields(stored._compared(), manifest._compared())
+        raise ShardError(f"{key} disappeared during the write; is the run being deleted?")
+    differing = differing_fields(stored._compared_fields(), manifest._compared_fields())
     if differing:
         raise ConfigError(
             f"stage {manifest.plan.stage!r} already holds other samples: {', '.join(differing)} "
@@ -82,10 +82,10 @@ def open_stage(store: ObjectStore, manifest: StageManifest) -> StageManifest:
 
 
 def read_manifest(store: ObjectStore, stage: str) -> StageManifest | None:
-    """The manifest of a stage; None where the stage has not begun.
+    """Returns the manifest of a stage, or None if the stage has not started.
 
     Raises:
-        ShardError: it is damaged, or of a format that this version does not know.
+        ShardError: it is damaged, or has an unsupported format version.
     """
     key = manifest_key(stage)
     data = _read_mapping(store, key)
@@ -98,7 +98,7 @@ def read_manifest(store: ObjectStore, stage: str) -> StageManifest | None:
 
 
 def read_entry(store: ObjectStore, stage: str, index: int) -> ShardEntry | None:
-    """The entry of a shard; None where the shard is not committed.
+    """Returns the entry of a shard, or None if the shard is not committed yet.
 
     Raises:
         ShardError: the entry is damaged.
@@ -109,23 +109,24 @@ def read_entry(store: ObjectStore, stage: str, index: int) -> ShardEntry | None:
 
 
 def check_entry(entry: ShardEntry, plan: ShardPlan) -> ShardEntry:
-    """`entry` itself, if it fulfils its order in `plan`.
+    """Returns `entry` if it matches the order in `plan`.
 
     Raises:
-        ShardError: it fulfils another order.
+        ShardError: it was made for another order.
     """
     order = plan.order(entry.index)
     if entry.order != order.digest or entry.samples != order.num_samples:
         raise ShardError(
-            f"shard {entry.index} of stage {plan.stage!r} fulfils another order ({entry.order}, "
-            f"{entry.samples} samples) than this job's ({order.digest}, {order.num_samples}); "
+            f"shard {entry.index} of stage {plan.stage!r} was made for another order "
+            f"({entry.order}, {entry.samples} samples) than this job's ({order.digest}, "
+            f"{order.num_samples}); "
             f"delete the stage, or use another run folder"
         )
     return entry
 
 
 def committed_indices(store: ObjectStore, stage: str) -> set[int]:
-    """Indices of the committed shards of a stage. Lists: for status and repair, not for readers."""
+    """Returns the indices of a stage's committed shards. Lists keys: for status and repair only."""
     indices = map(parse_shard_index, store.list(entries_prefix(stage)))
     return {index for index in indices if index is not None}
 
@@ -137,7 +138,7 @@ def _read_mapping(store: ObjectStore, key: str) -> Mapping[str, Any] | None:
     try:
         data = json.loads(raw)
     except ValueError as error:
-        raise ShardError(f"{key} is damaged: {error}; delete it to have it made again") from None
+        raise ShardError(f"{key} is damaged: {error}; delete it to regenerate it") from None
     if not isinstance(data, dict):
         raise ShardError(f"{key} is damaged: expected a mapping, got {type(data).__name__}")
     return data
@@ -147,4 +148,4 @@ def _as_model(model: type[Model], data: Mapping[str, Any], key: str) -> Model:
     try:
         return validate(model, data, source=key)
     except ConfigError as error:
-        raise ShardError(f"{error}; delete it to have it made again") from None
+        raise ShardError(f"{error}; delete it to regenerate it") from None

@@ -1,12 +1,11 @@
-"""Which shard holds which sample, and which sample is read when: pure functions of a plan.
+"""Assignment of samples to shards and to batches: pure functions of a plan.
 
-Lanes, not ranks, define the data order. Shard i lies on lane i mod L; a global batch takes the same
-number of samples from every lane; ranks share out whole lanes. So what is read at step t does not
-depend on how many ranks read. Along a lane, epochs follow each other without a gap.
+The data order is defined by lanes, not ranks. Shard i is on lane i mod L, a global batch takes the
+same number of samples from every lane, and each rank reads whole lanes. So the batch at step t does
+not depend on the number of ranks. On each lane, epochs follow each other without gaps.
 
-Nothing here may ever change, for stored cursors and seeds must keep their meaning: permutations are
-stable sorts of raw PCG64 words, because numpy promises that stream for all time, and promises
-nothing about its shuffles.
+This module must never change its results, because stored cursors and seeds depend on them.
+Permutations are stable sorts of raw PCG64 words: numpy guarantees that stream but not its shuffles.
 """
 
 import heapq
@@ -25,60 +24,62 @@ from dist_tl.seeds import derive_seed
 
 
 class ShardOrder(StrictModel):
-    """Everything that fixes one shard: a request that any worker can fulfil, twice if need be."""
+    """Request for one shard. It determines the shard's bytes, so any worker can process it."""
 
-    stage: str = Field(description="Name of the stage that the shard belongs to.")
-    fingerprint: str = Field(description="Changes when anything that fixes the bytes changes.")
-    purpose: str = Field(description="What the samples' draws are for; part of their seeds.")
+    stage: str = Field(description="Name of the shard's stage.")
+    fingerprint: str = Field(description="Fingerprint of everything that determines the bytes.")
+    purpose: str = Field(description="Purpose of the samples' random draws; part of their seeds.")
     seed: int = Field(description="The run's seed.")
-    index: int = Field(ge=0, description="Number of the shard in its stage.")
+    index: int = Field(ge=0, description="Index of the shard in its stage.")
     first_sample: int = Field(ge=0, description="Number of the shard's first sample.")
-    num_samples: int = Field(ge=1, description="Samples in the shard; their numbers follow on.")
-    format: Literal["png", "npy"] = Field(default="png", description="How images are stored.")
+    num_samples: int = Field(ge=1, description="Number of samples, numbered consecutively.")
+    format: Literal["png", "npy"] = Field(default="png", description="File format of the images.")
 
     @property
     def numbers(self) -> range:
-        """The numbers of the shard's samples, in order."""
+        """Sample numbers of the shard, in order."""
         return range(self.first_sample, self.first_sample + self.num_samples)
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits that stand for this order in the shard's entry."""
+        """16 hexadecimal digits that identify this order in the shard's entry."""
         return fingerprint(self)
 
 
 class ShardPlan(StrictModel):
-    """All shards of a stage, and how they are to be read."""
+    """Plan of a stage: all its shards and their reading order."""
 
     stage: str = Field(description="Name of the stage.")
-    fingerprint: str = Field(description="Of everything that fixes the bytes: generator, seeds...")
-    purpose: str = Field(description="What the samples' draws are for; part of their seeds.")
-    seed: int = Field(description="The run's seed, for samples and for the order of reading.")
-    num_samples: int = Field(ge=1, description="Samples in the stage.")
+    fingerprint: str = Field(
+        description="Fingerprint of everything that determines the bytes: generator, seeds, ..."
+    )
+    purpose: str = Field(description="Purpose of the samples' random draws; part of their seeds.")
+    seed: int = Field(description="The run's seed, for the samples and the reading order.")
+    num_samples: int = Field(ge=1, description="Number of samples in the stage.")
     samples_per_shard: int = Field(
-        ge=1, description="Samples in every shard; the last may be short."
+        ge=1, description="Number of samples per shard; the last shard may be smaller."
     )
-    lanes: int = Field(ge=1, description="Fixed sequences of shards that ranks share out.")
+    lanes: int = Field(ge=1, description="Fixed sequences of shards that are divided among ranks.")
     window: int = Field(
-        ge=1, description="Consecutive shards of a lane that are shuffled together."
+        ge=1, description="Number of consecutive shards of a lane that are shuffled together."
     )
-    format: Literal["png", "npy"] = Field(default="png", description="How images are stored.")
+    format: Literal["png", "npy"] = Field(default="png", description="File format of the images.")
     first_sample: int = Field(default=0, ge=0, description="Number of the stage's first sample.")
 
     @property
     def num_shards(self) -> int:
-        """Shards in the stage."""
+        """Number of shards in the stage."""
         return -(-self.num_samples // self.samples_per_shard)
 
     def shard_size(self, index: int) -> int:
-        """Samples in shard `index`."""
+        """Returns the number of samples in shard `index`."""
         return min(self.samples_per_shard, self.num_samples - index * self.samples_per_shard)
 
     def order(self, index: int) -> ShardOrder:
-        """The order of shard `index`.
+        """Returns the order of shard `index`.
 
         Raises:
-            ValueError: there is no such shard.
+            ValueError: the index is out of range.
         """
         if not 0 <= index < self.num_shards:
             raise ValueError(f"expected a shard in 0..{self.num_shards - 1}, got {index}")
@@ -95,20 +96,20 @@ class ShardPlan(StrictModel):
 
 
 def orders(plan: ShardPlan) -> Iterator[ShardOrder]:
-    """The orders of all shards of a stage, in order of their index."""
+    """Returns the orders of all shards of a stage, by index."""
     return map(plan.order, range(plan.num_shards))
 
 
 def rank_lanes(lanes: int, rank: int, world_size: int) -> range:
-    """The lanes that rank `rank` of `world_size` reads."""
+    """Returns the lanes that rank `rank` of `world_size` reads."""
     return range(rank * lanes // world_size, (rank + 1) * lanes // world_size)
 
 
 def check_sizes(plan: ShardPlan, *, batch_size: int, world_size: int) -> None:
-    """Check that batches and ranks can share out the lanes of a plan.
+    """Checks that the lanes of a plan can be divided among ranks and batches.
 
     Raises:
-        ConfigError: they cannot; names the nearest sizes that work, on either side.
+        ConfigError: they cannot; the message names the nearest valid sizes below and above.
     """
     lanes, shards = plan.lanes, plan.num_shards
     if batch_size < 1 or world_size < 1:
@@ -116,28 +117,28 @@ def check_sizes(plan: ShardPlan, *, batch_size: int, world_size: int) -> None:
             f"expected batch_size and world_size >= 1, got {batch_size} and {world_size}"
         )
     if lanes > shards:
-        raise ConfigError(f"stage {plan.stage!r}: {lanes} lanes but {_few_shards(plan)}")
+        raise ConfigError(f"stage {plan.stage!r}: {lanes} lanes but {_shard_advice(plan)}")
     if lanes % world_size:
         ranks = _nearest(world_size, (n for n in range(1, lanes + 1) if lanes % n == 0))
         others = _nearest(lanes, range(world_size, lanes + world_size + 1, world_size))
         raise ConfigError(
-            f"stage {plan.stage!r}: {lanes} lanes cannot be shared by {world_size} ranks; "
+            f"stage {plan.stage!r}: {lanes} lanes cannot be divided among {world_size} ranks; "
             f"use {ranks} ranks, or {others} lanes"
         )
     if batch_size % lanes:
         sizes = _nearest(batch_size, range(lanes, batch_size + lanes + 1, lanes))
         raise ConfigError(
-            f"stage {plan.stage!r}: a batch of {batch_size} cannot take the same number of samples "
-            f"from each of {lanes} lanes; use a batch of {sizes}"
+            f"stage {plan.stage!r}: a batch of {batch_size} cannot be divided evenly among {lanes} "
+            f"lanes; use a batch of {sizes}"
         )
 
 
-def _few_shards(plan: ShardPlan) -> str:
+def _shard_advice(plan: ShardPlan) -> str:
     shards = f"only {plan.num_shards} shards; use at most {plan.num_shards} lanes"
     if plan.lanes > plan.num_samples:
         return f"{shards}, or at least {plan.lanes} samples"
     # ceil(M / S) >= L holds exactly for S <= (M - 1) / (L - 1).
-    return f"{shards}, or at most {(plan.num_samples - 1) // (plan.lanes - 1)} samples a shard"
+    return f"{shards}, or at most {(plan.num_samples - 1) // (plan.lanes - 1)} samples per shard"
 
 
 def _nearest(value: int, candidates: Iterable[int]) -> str:
@@ -149,11 +150,11 @@ def _nearest(value: int, candidates: Iterable[int]) -> str:
 
 @dataclass(frozen=True)
 class Window:
-    """Some consecutive shards of a lane in one of its epochs, shuffled together.
+    """Consecutive shards of a lane in one epoch that are shuffled together.
 
     Attributes:
-        start: position of its first sample on the endless lane; `stop` is one past its last.
-        shards: indices of its shards, in the order of the lane's epoch.
+        start: position of its first sample on the infinite lane; `stop` is one past its last.
+        shards: indices of its shards, in the lane's order of that epoch.
     """
 
     lane: int
@@ -165,10 +166,10 @@ class Window:
 
 
 class DataOrder:
-    """Which samples make up global batch t, for every t, without reading anything."""
+    """The samples of each global batch, computed without reading any data."""
 
     def __init__(self, plan: ShardPlan, *, seed: int | None = None) -> None:
-        """Follow `plan`; `seed` shuffles in place of the plan's own.
+        """Creates the order of `plan`; `seed` replaces the plan's seed for shuffling.
 
         Raises:
             ConfigError: the plan has more lanes than shards.
@@ -176,42 +177,42 @@ class DataOrder:
         check_sizes(plan, batch_size=plan.lanes, world_size=1)
         self.plan = plan
         self.seed = plan.seed if seed is None else seed
-        # Two per lane: a batch may cross from one window or epoch into the next.
+        # Two per lane: a batch may span two windows or epochs.
         self._epoch = lru_cache(2 * plan.lanes)(self._permuted_lane)
         self._windows = lru_cache(2 * plan.lanes)(self._window)
         self._rows = lru_cache(2 * plan.lanes)(self._shuffled_window)
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change when the samples or their order change."""
+        """16 hexadecimal digits that change if the samples or their order change."""
         return fingerprint({"plan": self.plan.model_dump(mode="json"), "seed": self.seed})
 
     def lane_length(self, lane: int) -> int:
-        """Samples in one epoch of a lane."""
+        """Returns the number of samples in one epoch of a lane."""
         return self._num_shards(lane) * self.plan.samples_per_shard - self._deficit(lane)
 
     def _num_shards(self, lane: int) -> int:
         return (self.plan.num_shards - lane + self.plan.lanes - 1) // self.plan.lanes
 
     def _deficit(self, lane: int) -> int:
-        """Samples that the lane's shards lack to full ones: only the last shard may be short."""
+        """Returns the number of samples missing in the lane's shards: the last one may be short."""
         last = self.plan.num_shards - 1
         if last % self.plan.lanes != lane:
             return 0
         return self.plan.samples_per_shard - self.plan.shard_size(last)
 
     def _permuted_lane(self, lane: int, epoch: int) -> tuple[NDArray[np.int64], int]:
-        """Shards of the lane in the order of an epoch, and the window that holds the short one."""
+        """Returns the lane's shards in an epoch's order, and the window of the short shard."""
         shards = np.arange(lane, self.plan.num_shards, self.plan.lanes, dtype=np.int64)
         if epoch:
             shards = shards[_permutation(len(shards), self.seed, "lane order", epoch, lane)]
         if not self._deficit(lane):
             return shards, len(shards)
-        place = int(np.flatnonzero(shards == self.plan.num_shards - 1)[0])
-        return shards, place // self.plan.window
+        position = int(np.flatnonzero(shards == self.plan.num_shards - 1)[0])
+        return shards, position // self.plan.window
 
     def window_at(self, lane: int, position: int) -> Window:
-        """The window that holds sample `position` of the endless lane. Arithmetic, no search."""
+        """Returns the window of sample `position` on the infinite lane, in constant time."""
         if position < 0 or not 0 <= lane < self.plan.lanes:
             raise ValueError(f"no position {position} on lane {lane} of {self.plan.lanes}")
         epoch, offset = divmod(position, self.lane_length(lane))
@@ -219,7 +220,7 @@ class DataOrder:
         short = self._epoch(lane, epoch)[1]
         index = offset // full
         if index >= short:
-            # Every window behind the short one begins `deficit` samples early.
+            # Every window after the short one starts `deficit` samples earlier.
             index = (offset + deficit) // full
         return self._windows(lane, epoch, index)
 
@@ -233,14 +234,14 @@ class DataOrder:
         return Window(lane, epoch, index, start, stop, tuple(members.tolist()))
 
     def windows(self, lane: int, position: int) -> Iterator[Window]:
-        """The window at `position` and all that follow it on the lane, without end."""
+        """Yields the window at `position` and all following windows of the lane, infinitely."""
         while True:
             window = self.window_at(lane, position)
             yield window
             position = window.stop
 
     def window_rows(self, window: Window) -> NDArray[np.int64]:
-        """int64 [n, 2]: shard and row of every sample of a window, in reading order. Read-only."""
+        """Returns int64 [n, 2], read-only: shard and row of a window's samples in reading order."""
         return self._rows(window)
 
     def _shuffled_window(self, window: Window) -> NDArray[np.int64]:
@@ -257,9 +258,9 @@ class DataOrder:
         return rows
 
     def lane_windows(self, lane: int, start: int, count: int) -> list[tuple[Window, int, int]]:
-        """Where samples [start, start + count) of a lane lie: (window, first, one past the last).
+        """Returns the windows of samples [start, start + count) of a lane: (window, first, stop).
 
-        The two positions count from the beginning of the window.
+        `first` and `stop` are relative to the window's start.
         """
         parts, stop = [], start + count
         while start < stop:
@@ -270,7 +271,7 @@ class DataOrder:
         return parts
 
     def lane_samples(self, lane: int, start: int, count: int) -> NDArray[np.int64]:
-        """int64 [count, 2]: shard and row of samples [start, start + count) of the endless lane."""
+        """Returns int64 [count, 2]: shard and row of samples [start, start + count) of the lane."""
         parts = self.lane_windows(lane, start, count)
         pieces = [self.window_rows(window)[first:last] for window, first, last in parts]
         return np.concatenate(pieces) if pieces else np.empty((0, 2), np.int64)
@@ -278,15 +279,15 @@ class DataOrder:
     def batch(
         self, step: int, batch_size: int, *, lanes: Iterable[int] | None = None
     ) -> list[NDArray[np.int64]]:
-        """Shard and row of the samples of global batch `step`, one int64 [B / L, 2] per lane.
+        """Returns shard and row of the samples of global batch `step`, int64 [B / L, 2] per lane.
 
         Args:
-            step: global batches before this one, the cursor.
+            step: number of earlier global batches (the cursor).
             batch_size: size of the global batch.
-            lanes: the lanes to look at, a rank's own; by default all.
+            lanes: lanes to include, e.g. those of a rank; all by default.
 
         Raises:
-            ConfigError: the batch cannot be shared by the lanes.
+            ConfigError: the batch cannot be divided among the lanes.
         """
         check_sizes(self.plan, batch_size=batch_size, world_size=1)
         share = batch_size // self.plan.lanes
@@ -296,15 +297,15 @@ class DataOrder:
     def batch_numbers(
         self, step: int, batch_size: int, *, lanes: Iterable[int] | None = None
     ) -> NDArray[np.int64]:
-        """int64 [b]: sample numbers of global batch `step`, lane after lane."""
+        """Returns int64 [b]: sample numbers of global batch `step`, lane by lane."""
         rows = np.concatenate(self.batch(step, batch_size, lanes=lanes))
         return self.plan.first_sample + rows[:, 0] * self.plan.samples_per_shard + rows[:, 1]
 
     def reach(self, batch_size: int) -> int:
-        """Shards that must be let exist, from `ShardStream.position` on, for a batch to be whole.
+        """Returns how many shards after `ShardStream.position` a batch needs.
 
-        With fewer, generators that are held back and readers that wait hold up each other for ever.
-        Twice as many keep the reader from waiting at the end of every window.
+        Generators that are throttled below this number deadlock with readers that wait. Twice as
+        many avoid waiting at the end of every window.
         """
         check_sizes(self.plan, batch_size=batch_size, world_size=1)
         share, full = batch_size // self.plan.lanes, self.plan.window * self.plan.samples_per_shard
@@ -313,7 +314,7 @@ class DataOrder:
     def windows_needed(
         self, step: int, batch_size: int, *, lanes: Iterable[int] | None = None
     ) -> Iterator[Window]:
-        """Windows in the order in which batches from `step` on open them, without end."""
+        """Yields windows in the order in which batches from `step` on open them, infinitely."""
         share = batch_size // self.plan.lanes
         lanes = range(self.plan.lanes) if lanes is None else lanes
         streams = [self.windows(lane, step * share) for lane in lanes]

@@ -1,8 +1,8 @@
-"""Images and arrays as bytes: PNG and npy, written one fixed way and read with limits.
+"""PNG and npy encoding with deterministic output, and decoding with limits.
 
-PNG is written uncompressed (stored deflate blocks), so the bytes follow from the pixels alone,
-whatever zlib or imaging library is installed, now and later. It is also ten times faster to write
-and twenty times faster to read than a compressed one, and every PNG reader understands it.
+PNG files are uncompressed (stored deflate blocks), so the bytes depend on the pixels only and not
+on the version of zlib or an imaging library. They are ten times faster to write and twenty times
+faster to read than compressed ones, and every PNG reader supports them.
 
 Source: PNG specification, third edition (W3C); RFC 1950 and 1951 for the stored blocks inside.
 Not covered: writing JPEG. It can be read, because other tools may have packed it.
@@ -26,14 +26,14 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPE = {1: 0, 3: 2}  # channels -> PNG colour type: grey, RGB
 _CHANNELS = {0: 1, 2: 3}
 _ZLIB_HEADER = b"\x78\x01"
-_BLOCK_BYTES = 65_535  # the most a stored deflate block can hold
+_BLOCK_BYTES = 65_535  # maximum size of a stored deflate block
 _IEND = struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))
 _DTYPES = {"|u1": np.dtype("u1"), "<f4": np.dtype("<f4")}
 
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where everything lies in the stored PNG of one image shape."""
+    """Byte layout of the stored PNG of one image shape."""
 
     prefix: bytes  # signature, IHDR, and IDAT up to the first block
     blocks: tuple[tuple[int, bytes, int], ...]  # (offset of the block's header, header, length)
@@ -58,10 +58,10 @@ def _frame(height: int, width: int, channels: int) -> _Frame:
 
 
 def encode_png(image: NDArray[np.uint8]) -> bytes:
-    """An uncompressed PNG of uint8 [H, W, C] with C = 1 or 3.
+    """Encodes uint8 [H, W, C] with C = 1 or 3 as an uncompressed PNG.
 
     Raises:
-        ValueError: another type or shape.
+        ValueError: another dtype or shape.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in _COLOUR_TYPE:
         raise ValueError(f"expected uint8 [H, W, 1 or 3], got {image.dtype} {image.shape}")
@@ -84,7 +84,7 @@ def encode_png(image: NDArray[np.uint8]) -> bytes:
 
 
 def decode_image(data: bytes) -> NDArray[np.uint8]:
-    """The uint8 [H, W, C] pixels of a PNG or JPEG, C = 1 or 3. Possibly a read-only view.
+    """Decodes a PNG or JPEG to uint8 [H, W, C], C = 1 or 3. May return a read-only view.
 
     Raises:
         ShardError: not such an image, damaged, or more than `MAX_PIXELS` pixels.
@@ -94,9 +94,9 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
 
 
 def _decode_stored(data: bytes) -> NDArray[np.uint8] | None:
-    """Pixels of a PNG that :func:`encode_png` wrote; None if it may be anything else.
+    """Decodes a PNG that :func:`encode_png` wrote. Returns None for any other file.
 
-    Checksums are left alone: whoever reads a shard has compared the hash of the whole tar.
+    Does not verify checksums: readers of a shard verify the hash of the whole tar.
     """
     if len(data) < 33 or data[24] != 8 or data[25] not in _CHANNELS:
         return None
@@ -134,7 +134,7 @@ def _decode_any(data: bytes) -> NDArray[np.uint8]:
 
 
 def encode_npy(array: NDArray[np.uint8] | NDArray[np.float32]) -> bytes:
-    """An npy file (format 1.0) of a uint8 or float32 array, with a header that never changes.
+    """Encodes a uint8 or float32 array as npy (format 1.0) with a fixed header layout.
 
     Raises:
         ValueError: another dtype.
@@ -149,10 +149,10 @@ def encode_npy(array: NDArray[np.uint8] | NDArray[np.float32]) -> bytes:
 
 
 def decode_npy(data: bytes) -> NDArray[np.uint8] | NDArray[np.float32]:
-    """The array of an npy file, as a read-only view. Objects, hence pickles, are refused.
+    """Decodes an npy file to a read-only view. Rejects object arrays, hence pickles.
 
     Raises:
-        ShardError: not npy format 1.0, not uint8 or float32, too large, or cut.
+        ShardError: not npy format 1.0, not uint8 or float32, too large, or truncated.
     """
     end = 10 + int.from_bytes(data[8:10], "little")
     if data[:8] != b"\x93NUMPY\x01\x00" or end > min(len(data), MAX_HEADER_BYTES):

@@ -1,6 +1,6 @@
-"""One committed shard out of the store: fetched, compared with its entry, decoded.
+"""Reads one committed shard: fetches it, checks it against its entry, and decodes it.
 
-Not covered: waiting for shards, and the order of reading (`stream`).
+Not covered: waiting for shards, and the reading order (`stream`).
 """
 
 import hashlib
@@ -29,13 +29,13 @@ MAX_DECODED_BYTES = 1 << 34
 
 @dataclass(frozen=True)
 class DecodedShard:
-    """The samples of a shard as columns, row r being the shard's sample r. Read-only.
+    """The samples of a shard as read-only columns; row r is the shard's sample r.
 
     Attributes:
         numbers: int64 [n] sample numbers.
-        images: uint8 [n, H, W, C], or float32 where the samples are no pictures.
-        labels: int64 [n], or None where the shard has no `.cls`.
-        soft: float32 [n, K], or None where the shard has no `.soft.npy`.
+        images: uint8 [n, H, W, C], or float32 if the samples are not pictures.
+        labels: int64 [n], or None if the shard has no `.cls`.
+        soft: float32 [n, K], or None if the shard has no `.soft.npy`.
     """
 
     numbers: NDArray[np.int64]
@@ -45,19 +45,19 @@ class DecodedShard:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the columns take."""
+        """Memory of all columns, in bytes."""
         columns = (self.numbers, self.images, self.labels, self.soft)
         return sum(column.nbytes for column in columns if column is not None)
 
 
 def check_tar(data: bytes | None, stage: str, entry: ShardEntry) -> bytes:
-    """`data` itself, if it is the tar that `entry` stands for.
+    """Returns `data` if it is the tar that `entry` describes.
 
     Raises:
         ShardError: it is missing, or its size or hash differs.
     """
     if data is None:
-        raise _damaged(stage, entry.index, f"{shard_key(stage, entry.index)} is lost")
+        raise _damaged(stage, entry.index, f"{shard_key(stage, entry.index)} is missing")
     if len(data) != entry.bytes:
         raise _damaged(
             stage, entry.index, f"the tar has {len(data)} bytes, its entry says {entry.bytes}"
@@ -74,26 +74,26 @@ def check_tar(data: bytes | None, stage: str, entry: ShardEntry) -> bytes:
 
 
 def fetch_tar(store: ObjectStore, stage: str, entry: ShardEntry) -> bytes:
-    """The tar that `entry` stands for.
+    """Fetches the tar that `entry` describes.
 
     Raises:
-        ShardError: it is lost, truncated or altered; names the shard and the way to repair it.
+        ShardError: it is missing, truncated or altered; names the shard and the repair command.
         StorageError: the store cannot be read.
     """
     return check_tar(store.read_or_none(shard_key(stage, entry.index)), stage, entry)
 
 
 def decode_shard(data: bytes, *, stage: str, index: int, numbers: range) -> DecodedShard:
-    """The columns of a shard.
+    """Decodes a shard to columns.
 
     Args:
         data: the tar.
-        stage: for messages, as is `index`.
-        numbers: the sample numbers that it must hold, in this order.
+        stage: name for error messages, like `index`.
+        numbers: expected sample numbers, in order.
 
     Raises:
-        ShardError: other samples, a member of a kind we do not read, or samples that differ in
-            shape or in the kind of label.
+        ShardError: other samples, an unknown kind of member, or samples that differ in shape or
+            in the kind of label.
     """
     try:
         return _decode_columns(data, numbers)
@@ -103,7 +103,7 @@ def decode_shard(data: bytes, *, stage: str, index: int, numbers: range) -> Deco
 
 def _decode_columns(data: bytes, numbers: range) -> DecodedShard:
     if len(numbers) * 2 * BLOCK > len(data):
-        raise ShardError(f"{len(data)} bytes cannot hold {len(numbers)} samples")
+        raise ShardError(f"{len(data)} bytes are too few for {len(numbers)} samples")
     images, labels, soft = None, [], []
     row = -1
     for row, members in enumerate(walk_tar(data)):
@@ -112,7 +112,7 @@ def _decode_columns(data: bytes, numbers: range) -> DecodedShard:
             raise ShardError(f"sample {number} is not the one expected at row {row}")
         pixels = decode_pixels(members)
         if images is None:
-            images = _room_for(len(numbers), pixels)
+            images = _allocate(len(numbers), pixels)
         if (pixels.shape, pixels.dtype) != (images.shape[1:], images.dtype):
             raise ShardError(
                 f"sample {number} has shape {pixels.shape} ({pixels.dtype}), the first has "
@@ -133,9 +133,9 @@ def _decode_columns(data: bytes, numbers: range) -> DecodedShard:
     )
 
 
-def _room_for(count: int, pixels: NDArray) -> NDArray:
+def _allocate(count: int, pixels: NDArray) -> NDArray:
     if count * pixels.nbytes > MAX_DECODED_BYTES:
-        raise ShardError(f"{count} images of {pixels.shape} are more than a shard may decode to")
+        raise ShardError(f"{count} images of {pixels.shape} exceed the size limit of a shard")
     return np.empty((count, *pixels.shape), pixels.dtype)
 
 
@@ -155,10 +155,10 @@ def _read_only(column: NDArray) -> NDArray:
 def read_shard(
     store: ObjectStore, stage: str, index: int, entry: ShardEntry | None = None
 ) -> list[PseudoSample]:
-    """The samples of one committed shard, provenance included: for previews and tests.
+    """Returns the samples of one committed shard, including provenance: for previews and tests.
 
     Raises:
-        ShardError: not committed, lost, altered, or not what we read.
+        ShardError: not committed, missing, altered, or of an unknown format.
     """
     entry = entry or read_entry(store, stage, index)
     if entry is None:
@@ -174,10 +174,10 @@ def read_shard(
 
 
 def verify_shard(store: ObjectStore, plan: ShardPlan, index: int) -> ShardEntry | None:
-    """The entry of a shard that is whole; None where it is not committed yet.
+    """Reads and checks a shard. Returns its entry, or None if it is not committed yet.
 
     Raises:
-        ShardError: it is lost, altered, or fulfils another order; repair makes it again.
+        ShardError: it is missing, altered, or made for another order; repair regenerates it.
     """
     entry = read_entry(store, plan.stage, index)
     if entry is None:
@@ -189,5 +189,5 @@ def verify_shard(store: ObjectStore, plan: ShardPlan, index: int) -> ShardEntry 
 
 def _damaged(stage: str, index: int, problem: str) -> ShardError:
     return ShardError(
-        f"shard {index} of stage {stage!r}: {problem}; `dist-tl shards repair URL` makes it again"
+        f"shard {index} of stage {stage!r}: {problem}; `dist-tl shards repair URL` regenerates it"
     )

@@ -1,6 +1,6 @@
-"""A pseudo sample, and its form inside a shard: one image, one label, where it came from.
+"""Pseudo samples and their encoding in a shard: image, label, provenance.
 
-Not covered: how samples are packed into a tar (`tar`) and in which order (`order`).
+Not covered: packing samples into a tar (`tar`) and their order (`order`).
 """
 
 import json
@@ -25,14 +25,14 @@ _MAX_JSON_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class PseudoSample:
-    """One image that a generator made.
+    """One generated image.
 
     Attributes:
-        number: the sample's number in its stage, s; all its draws follow from it.
-        image: uint8 [H, W, C]; or float32, for inputs that are no pictures and must not be rounded.
+        number: the sample's number in its stage, s; seeds all its random draws.
+        image: uint8 [H, W, C]; or float32 for inputs that are not pictures and must not be rounded.
         label: source class, or None.
         soft: float32 [K], a probability vector over source classes, or None.
-        provenance: plain JSON data about how the sample came to be.
+        provenance: JSON data that describes how the sample was generated.
     """
 
     number: int
@@ -43,17 +43,17 @@ class PseudoSample:
 
 
 def quantise(images: Tensor, *, numbers: Sequence[int]) -> NDArray[np.uint8]:
-    """Float images as stored pixels: -1 becomes 0, 1 becomes 255. The only place that rounds.
+    """Converts float images to stored pixels: -1 to 0, 1 to 255. The only function that rounds.
 
     Args:
-        images: float32 [N, C, H, W], meant to lie in [-1, 1]; what lies outside is clamped.
+        images: float32 [N, C, H, W], expected in [-1, 1]; values outside are clamped.
         numbers: the N sample numbers, for the error message.
 
     Returns:
         uint8 [N, H, W, C], contiguous.
 
     Raises:
-        ValueError: another type or shape.
+        ValueError: another dtype or shape.
         NumericsError: a pixel is not finite; names the sample.
     """
     _check_images(images, numbers)
@@ -62,14 +62,14 @@ def quantise(images: Tensor, *, numbers: Sequence[int]) -> NDArray[np.uint8]:
 
 
 def as_inputs(images: Tensor, *, numbers: Sequence[int]) -> NDArray[np.float32]:
-    """Float images as they are, for what is no picture: float32 [N, H, W, C], contiguous.
+    """Converts inputs that are not pictures to float32 [N, H, W, C], contiguous, without rounding.
 
     Args:
         images: float32 [N, C, H, W], any finite numbers.
         numbers: the N sample numbers, for the error message.
 
     Raises:
-        ValueError: another type or shape.
+        ValueError: another dtype or shape.
         NumericsError: a number is not finite; names the sample.
     """
     _check_images(images, numbers)
@@ -91,13 +91,13 @@ def _check_images(images: Tensor, numbers: Sequence[int]) -> None:
 
 
 def dequantise(pixels: NDArray[np.uint8] | Tensor) -> Tensor:
-    """Stored pixels, uint8 [N, H, W, C], as float32 [N, C, H, W] in [-1, 1]."""
+    """Converts stored pixels, uint8 [N, H, W, C], to float32 [N, C, H, W] in [-1, 1]."""
     levels = torch.as_tensor(pixels).permute(0, 3, 1, 2).to(torch.float32)
     return (levels / 127.5 - 1.0).contiguous()
 
 
 def key_of(number: int) -> str:
-    """The key of sample `number` in its tar.
+    """Returns the key of sample `number` in its tar.
 
     Raises:
         ValueError: negative, or too long for a key.
@@ -108,14 +108,14 @@ def key_of(number: int) -> str:
 
 
 def encode(sample: PseudoSample, *, format: Format = "png") -> dict[str, str | bytes]:
-    """`sample` as webdataset wants it: `__key__`, and bytes by extension.
+    """Encodes `sample` as a webdataset sample: `__key__`, and bytes by extension.
 
-    The image goes into `png`, or into `npy` where asked for, where it has neither one nor three
-    channels, and where it is float32; the label into `cls`; the soft label into `soft.npy`; the
-    rest into `json`.
+    The image is stored as `png`; or as `npy` if requested, if it has neither one nor three
+    channels, or if it is float32. The label is stored as `cls`, the soft label as `soft.npy`, and
+    the rest as `json`.
 
     Raises:
-        ValueError: a wrong shape, dtype or label, or provenance that is not JSON.
+        ValueError: an invalid shape, dtype or label, or provenance that is not JSON.
         NumericsError: the soft label is not finite.
     """
     image = sample.image
@@ -125,7 +125,7 @@ def encode(sample: PseudoSample, *, format: Format = "png") -> dict[str, str | b
         )
     members: dict[str, str | bytes] = {"__key__": key_of(sample.number)}
     if format == "png" and image.dtype == np.uint8 and image.shape[2] in (1, 3):
-        members["png"] = encode_png(image)
+        members["png"] = encode_png(image.astype(np.uint8, copy=False))
     else:
         members["npy"] = encode_npy(image)
     if sample.label is not None:
@@ -149,10 +149,10 @@ def _encode_soft(number: int, soft: NDArray[np.float32]) -> bytes:
 
 
 def decode(members: Mapping[str, str | bytes]) -> PseudoSample:
-    """The sample that :func:`encode` wrote.
+    """Decodes a sample that :func:`encode` wrote.
 
     Raises:
-        ShardError: a member is missing, damaged, too large, or of a kind we do not read.
+        ShardError: a member is missing, damaged, too large, or of an unknown kind.
     """
     number = decode_number(str(members.get("__key__")))
     try:
@@ -169,14 +169,14 @@ def decode(members: Mapping[str, str | bytes]) -> PseudoSample:
 
 
 def decode_number(key: str) -> int:
-    """The sample number that a key stands for."""
+    """Returns the sample number of a key."""
     if len(key) != KEY_DIGITS or not (key.isascii() and key.isdigit()):
         raise ShardError(f"expected a key of {KEY_DIGITS} digits, got {key[:40]!r}")
     return int(key)
 
 
 def decode_pixels(members: Mapping[str, Any]) -> NDArray[np.uint8] | NDArray[np.float32]:
-    """The uint8 (or, in an npy, float32) [H, W, C] image among the members of a sample."""
+    """Decodes the uint8 (or, if npy, uint8 or float32) [H, W, C] image of a sample's members."""
     if "npy" in members:
         image = decode_npy(members["npy"])
         if image.ndim != 3:
@@ -189,23 +189,23 @@ def decode_pixels(members: Mapping[str, Any]) -> NDArray[np.uint8] | NDArray[np.
 
 
 def decode_label(data: Any) -> int:
-    """The class number in a `.cls` member."""
+    """Decodes the class number in a `.cls` member."""
     if not data.isdigit() or len(data) > _MAX_LABEL_DIGITS:
         raise ShardError(f"expected a class number, got {data[:40]!r}")
     return int(data)
 
 
 def decode_soft(data: Any) -> NDArray[np.float32]:
-    """The float32 [K] vector in a `.soft.npy` member."""
+    """Decodes the float32 [K] vector in a `.soft.npy` member."""
     soft = decode_npy(data)
     if soft.dtype != np.float32 or soft.ndim != 1:
         raise ShardError(f"expected a float32 [K] soft label, got {soft.dtype} {soft.shape}")
-    return soft
+    return soft.astype(np.float32, copy=False)
 
 
 def _decode_json(data: Any) -> dict[str, Any]:
     if len(data) > _MAX_JSON_BYTES:
-        raise ShardError(f"provenance of {len(data)} bytes; at most {_MAX_JSON_BYTES} are read")
+        raise ShardError(f"provenance of {len(data)} bytes exceeds the limit of {_MAX_JSON_BYTES}")
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:

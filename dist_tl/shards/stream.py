@@ -1,8 +1,8 @@
-"""An endless stream of batches from shards that may not exist yet.
+"""An infinite stream of batches from shards that may not exist yet.
 
-What comes at step t is fixed by `order`; this file only fetches it in time. Shards are asked for by
-index, and a shard that is not there is waited for, so training starts on the first shards while
-later ones are still being made. State is one integer, the cursor: global batches consumed.
+`order` defines the batch at step t; this module only fetches it in time. Shards are requested by
+index, and the stream waits for missing ones, so training starts on the first shards while later
+ones are still being generated. The state is one integer, the cursor: global batches consumed.
 """
 
 import itertools
@@ -24,23 +24,23 @@ from dist_tl.shards.order import DataOrder, ShardPlan, Window, check_sizes, rank
 from dist_tl.shards.reader import DecodedShard
 from dist_tl.storage.objects import ObjectStore
 
-_LOOK_EVERY_S = 0.2  # while waiting: whether the stream was closed meanwhile
+_CLOSED_CHECK_S = 0.2  # while waiting: interval of checks for a closed stream
 
 
 @dataclass(frozen=True)
 class StreamBatch:
-    """One rank's part of a global batch, lane after lane.
+    """One rank's part of a global batch, lane by lane.
 
     Attributes:
         numbers: int64 [b] sample numbers.
-        images: uint8 [b, H, W, C]; `sample.dequantise` makes floats of them.
+        images: uint8 [b, H, W, C], see `sample.dequantise`; or float32 if not pictures.
         labels: int64 [b] source classes, or None.
         soft: float32 [b, K] soft labels, or None.
-        lanes: the rows of each of the rank's lanes.
+        lanes: rows of each lane of the rank.
     """
 
     numbers: NDArray[np.int64]
-    images: NDArray[np.uint8]
+    images: NDArray[np.uint8] | NDArray[np.float32]
     labels: NDArray[np.int64] | None
     soft: NDArray[np.float32] | None
     lanes: tuple[slice, ...]
@@ -48,11 +48,11 @@ class StreamBatch:
 
 @dataclass(frozen=True)
 class StreamFigures:
-    """What a stream did since it was made. Seconds are wall-clock."""
+    """Counters of a stream since it was created. Seconds are wall-clock time."""
 
     batches: int
-    seconds_starved: float  # spent by the consumer waiting for shards
-    first_batch_s: float | None  # from the start of the first reading to its first batch
+    seconds_starved: float  # consumer's time spent waiting for shards
+    first_batch_s: float | None  # from the start of the first pass to its first batch
     shards_read: int  # fetched from the store
     bytes_read: int
     memory_hits: int
@@ -60,24 +60,24 @@ class StreamFigures:
 
 
 class ShardStream:
-    """One rank's batches of a stage, from any cursor on.
+    """One rank's batches of a stage, starting at any cursor.
 
     Args:
         store: the run's store.
-        plan: the stage's shards and how they are read.
+        plan: plan of the stage: its shards and their reading order.
         batch_size: size of the global batch, over all ranks.
-        rank: this reader's number among `world_size`.
-        timeout_s: how long the consumer may wait for one shard.
-        prefetch_shards: shards to load ahead of the windows being read.
-        decode_threads: threads that fetch and decode.
-        memory_bytes: decoded shards to keep for later epochs.
-        cache_folder: a local folder to keep tars in, shared by the ranks of a node.
-        cache_bytes: the most that folder may hold.
-        seed: shuffles in place of the plan's seed.
-        poll_s: first and longest pause between two looks for a shard that is not there.
+        rank: rank of this reader among `world_size`.
+        timeout_s: maximum time that the consumer waits for one shard.
+        prefetch_shards: number of shards to load ahead of the open windows.
+        decode_threads: number of threads that fetch and decode.
+        memory_bytes: size limit of the cache of decoded shards.
+        cache_folder: local folder for a cache of tars, shared by the ranks of a node.
+        cache_bytes: size limit of that folder.
+        seed: replaces the plan's seed for shuffling.
+        poll_s: first and longest interval between checks for a missing shard.
 
     Raises:
-        ConfigError: lanes, ranks and batch do not fit; names the nearest sizes that do.
+        ConfigError: lanes, ranks and batch size do not match; names the nearest valid sizes.
     """
 
     def __init__(
@@ -107,79 +107,79 @@ class ShardStream:
         self.lanes = rank_lanes(plan.lanes, rank, world_size)
         self.batch_size = batch_size
         self._store, self._plan = store, plan
-        self._share = batch_size // plan.lanes  # samples that a batch takes from one lane
+        self._share = batch_size // plan.lanes  # samples of a batch per lane
         self._timeout_s, self._poll_s = timeout_s, poll_s
         self._prefetch_shards, self._threads = prefetch_shards, decode_threads
         self._memory = MemoryCache(memory_bytes)
         self._disk = DiskCache(Path(cache_folder), cache_bytes) if cache_folder else None
-        self._readings: list[_Reading] = []
+        self._passes: list[_Pass] = []
         self._cursor = 0
 
     def read_from(self, cursor: int) -> Generator[tuple[StreamBatch, int], None, None]:
-        """Batches from global batch `cursor` on, without end, each with the cursor after it.
+        """Yields batches from global batch `cursor` on, infinitely, each with the next cursor.
 
-        Starts at once, wherever the cursor is: nothing before it is read.
+        Starts immediately at any cursor: earlier data is not read.
 
         Raises:
-            ShardTimeoutError: a shard was not there in time; names it and how many are.
+            ShardTimeoutError: a shard was not committed in time; names it and the number committed.
             ShardError: a shard is damaged or belongs to another job; names it and the remedy.
             StorageError: the store cannot be read.
         """
         if cursor < 0:
             raise ValueError(f"expected a cursor >= 0, got {cursor}")
         self._cursor = cursor
-        reading = _Reading(self, cursor)
-        self._readings.append(reading)
+        current = _Pass(self, cursor)
+        self._passes.append(current)
         try:
             for step in itertools.count(cursor):
-                batch = reading.batch(step)
+                batch = current.batch(step)
                 self._cursor = step + 1
                 yield batch, step + 1
         except CancelledError:
             return  # closed while waiting
         finally:
-            reading.close()
-            reading.let_go()
+            current.close()
+            current.release()
 
     def close(self) -> None:
-        """Stop all readings and their threads; a consumer that waits is released."""
-        for reading in self._readings:
-            reading.close()
+        """Stops all passes and their threads, and releases waiting consumers."""
+        for one_pass in self._passes:
+            one_pass.close()
 
     @property
     def position(self) -> int:
-        """The lowest shard that epoch 0 has not finished with; the number of shards when it has.
+        """Lowest shard that epoch 0 still needs; the number of shards if epoch 0 is complete.
 
-        Generators that are held back must be let make at least `order.reach(batch_size)` shards
-        from here on.
+        Throttled generators must be allowed to make at least `order.reach(batch_size)` shards from
+        here on.
         """
-        at, lowest = self._cursor * self._share, self._plan.num_shards
+        offset, lowest = self._cursor * self._share, self._plan.num_shards
         for lane in self.lanes:
-            if at < self.order.lane_length(lane):
-                lowest = min(lowest, self.order.window_at(lane, at).shards[0])
+            if offset < self.order.lane_length(lane):
+                lowest = min(lowest, self.order.window_at(lane, offset).shards[0])
         return lowest
 
     @property
     def figures(self) -> StreamFigures:
-        """What the stream did so far, over all its readings."""
-        loads = [reading.loader.figures for reading in self._readings]
+        """Counters over all passes."""
+        loads = [one_pass.loader.figures for one_pass in self._passes]
         totals = {name: sum(getattr(load, name) for load in loads) for name in vars(LoadFigures())}
         return StreamFigures(
-            batches=sum(reading.batches for reading in self._readings),
-            seconds_starved=sum(reading.seconds_starved for reading in self._readings),
-            first_batch_s=self._readings[0].first_batch_s if self._readings else None,
+            batches=sum(one_pass.batches for one_pass in self._passes),
+            seconds_starved=sum(one_pass.seconds_starved for one_pass in self._passes),
+            first_batch_s=self._passes[0].first_batch_s if self._passes else None,
             **totals,
         )
 
 
-class _Take(NamedTuple):
+class _Copy(NamedTuple):
     shard: DecodedShard
-    places: NDArray[np.int64]  # rows of the batch
-    rows: NDArray[np.int64]  # rows of the shard that go there
+    batch_rows: NDArray[np.int64]  # destination
+    shard_rows: NDArray[np.int64]  # source
 
 
-class _Reading:
-    """One pass over the stream: its threads, and the windows that are open."""
+class _Pass:
+    """One pass over the stream, with its threads and open windows."""
 
     def __init__(self, stream: ShardStream, cursor: int) -> None:
         self._stream = stream
@@ -200,32 +200,32 @@ class _Reading:
         self.first_batch_s: float | None = None
 
     def close(self) -> None:
-        """Stop the threads; whoever waits for them gets CancelledError."""
+        """Stops the threads; waiting consumers get CancelledError."""
         self.loader.close()
 
-    def let_go(self) -> None:
-        """Forget all shards. Only for the consumer's own thread: it may be using them."""
+    def release(self) -> None:
+        """Drops all shards. Call it from the consumer's thread only, which may be using them."""
         self._open.clear()
         self._prefetch.clear()
 
     def batch(self, step: int) -> StreamBatch:
-        """The rank's part of global batch `step`; steps must not go back."""
+        """Returns the rank's part of global batch `step`; steps must not decrease."""
         share, lanes = self._stream._share, self._stream.lanes
         parts = [self._order.lane_windows(lane, step * share, share) for lane in lanes]
         self._open_windows([window for part in parts for window, _, _ in part], step * share)
-        takes, row = [], 0
+        copies, row = [], 0
         for window, first, last in itertools.chain.from_iterable(parts):
-            takes += self._takes(window, first, last, row)
+            copies += self._copies(window, first, last, row)
             row += last - first
         slices = tuple(slice(i * share, (i + 1) * share) for i in range(len(lanes)))
-        batch = _gather(takes, row, slices)
+        batch = _gather(copies, row, slices)
         if self.first_batch_s is None:
             self.first_batch_s = time.monotonic() - self._started
         self.batches += 1
         return batch
 
     def _open_windows(self, windows: list[Window], done: int) -> None:
-        """Ask for the shards of all windows before waiting for any, and let go of those read."""
+        """Requests the shards of all windows before waiting for any, and drops consumed windows."""
         for window in [window for window in self._open if window.stop <= done]:
             del self._open[window]
         for window in windows:
@@ -233,14 +233,14 @@ class _Reading:
                 self._open[window] = self._prefetch.open(window)
         self._prefetch.top_up()
 
-    def _takes(self, window: Window, first: int, last: int, row: int) -> list[_Take]:
-        """What to copy for samples [first, last) of a window, into the batch from `row` on."""
+    def _copies(self, window: Window, first: int, last: int, row: int) -> list[_Copy]:
+        """Returns the copies of samples [first, last) of a window to the batch from `row` on."""
         rows = self._order.window_rows(window)[first:last]
-        takes = []
+        copies = []
         for index in np.unique(rows[:, 0]).tolist():
-            places = np.flatnonzero(rows[:, 0] == index)
-            takes.append(_Take(self._shard(window, index), places + row, rows[places, 1]))
-        return takes
+            of_shard = np.flatnonzero(rows[:, 0] == index)
+            copies.append(_Copy(self._shard(window, index), of_shard + row, rows[of_shard, 1]))
+        return copies
 
     def _shard(self, window: Window, index: int) -> DecodedShard:
         future = self._open[window][index]
@@ -259,10 +259,10 @@ class _Reading:
                 raise CancelledError
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                raise ShardTimeoutError(self._explain(index))
-            wait([future], timeout=min(remaining, _LOOK_EVERY_S))
+                raise ShardTimeoutError(self._timeout_message(index))
+                wait([future], timeout=min(remaining, _CLOSED_CHECK_S))
 
-    def _explain(self, index: int) -> str:
+    def _timeout_message(self, index: int) -> str:
         stage, waited = self._plan.stage, f"within {self._stream._timeout_s:g} s"
         try:
             committed = len(committed_indices(self._stream._store, stage))
@@ -272,24 +272,33 @@ class _Reading:
         if is_committed:
             return (
                 f"shard {index} of stage {stage!r} is committed but could not be fetched {waited}; "
-                f"check the connection to the store, or raise the timeout"
+                f"check the connection to the store, or increase the timeout"
             )
         return (
             f"shard {index} of stage {stage!r} was not committed {waited} "
-            f"({committed} of {self._plan.num_shards} shards are); check the generators, or raise "
-            f"the timeout"
+            f"({committed} of {self._plan.num_shards} shards are); check the generators, or "
+            f"increase the timeout"
         )
 
 
-def _gather(takes: list[_Take], size: int, lanes: tuple[slice, ...]) -> StreamBatch:
-    columns: dict[str, NDArray | None] = {}
-    for name in ("numbers", "images", "labels", "soft"):
-        like = getattr(takes[0].shard, name)
-        columns[name] = None if like is None else np.empty((size, *like.shape[1:]), like.dtype)
-        for take in takes:
-            source = getattr(take.shard, name)
-            if (source is None) != (like is None) or np.shape(source)[1:] != np.shape(like)[1:]:
-                raise ShardError(f"shards of one stage differ in {name}; delete the stage")
-            if source is not None:
-                columns[name][take.places] = source[take.rows]
-    return StreamBatch(**columns, lanes=lanes)
+def _gather(copies: list[_Copy], size: int, lanes: tuple[slice, ...]) -> StreamBatch:
+    numbers, images = _column(copies, "numbers", size), _column(copies, "images", size)
+    assert numbers is not None
+    assert images is not None
+    labels, soft = _column(copies, "labels", size), _column(copies, "soft", size)
+    return StreamBatch(numbers, images, labels, soft, lanes)
+
+
+def _column(copies: list[_Copy], name: str, size: int) -> NDArray | None:
+    sources: list[NDArray | None] = [getattr(copy.shard, name) for copy in copies]
+    shapes = {None if source is None else source.shape[1:] for source in sources}
+    if len(shapes) > 1:
+        raise ShardError(f"shards of one stage differ in {name}; delete the stage")
+    first = sources[0]
+    if first is None:
+        return None
+    column = np.empty((size, *first.shape[1:]), first.dtype)
+    for copy, source in zip(copies, sources, strict=True):
+        assert source is not None
+        column[copy.batch_rows] = source[copy.shard_rows]
+    return column

@@ -1,11 +1,11 @@
-"""The tar around samples, member for member what webdataset's TarWriter makes, ten times faster.
+"""Tar encoding of samples: the bytes of webdataset's TarWriter, ten times faster.
 
-One ustar header per member with everything fixed but name and size, so that the bytes follow from
-the members alone. A test holds them equal to TarWriter's, whose cost per member is mostly
-`tarfile`'s generality.
+Each member has one ustar header in which only name and size vary, so the bytes depend on the
+members alone. A test compares them with the output of TarWriter, which is slow because `tarfile`
+is so general.
 
-Source: POSIX.1-1988 ustar. Not covered: anything that is not a regular file with a short name;
-the reader refuses it.
+Source: POSIX.1-1988 ustar. Not covered: anything except regular files with short names; the reader
+rejects it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,10 +35,10 @@ _FIXED_SUM = sum(_IDS) + sum(_MTIME) + 8 * ord(" ") + sum(_TAIL)
 
 
 def pack_tar(samples: Iterable[Mapping[str, str | bytes]]) -> bytes:
-    """The bytes of a tar that holds the members of `samples`, sorted by extension within each.
+    """Packs samples into a tar; the members of each sample are sorted by extension.
 
     Args:
-        samples: `__key__` and bytes by extension, as `sample.encode` gives them.
+        samples: `__key__` and bytes by extension, the output of `sample.encode`.
     """
     parts: list[bytes] = []
     size = 0
@@ -46,12 +46,10 @@ def pack_tar(samples: Iterable[Mapping[str, str | bytes]]) -> bytes:
         key = str(sample["__key__"])
         for extension in sorted(sample.keys() - {"__key__"}):
             data = sample[extension]
+            assert isinstance(data, bytes), "only __key__ is text"
             padding = -len(data) % BLOCK
-            parts += (
-                _header(f"{key}.{extension}".encode("ascii"), len(data)),
-                data,
-                bytes(padding),
-            )
+            header = _header(f"{key}.{extension}".encode("ascii"), len(data))
+            parts += (header, data, bytes(padding))
             size += BLOCK + len(data) + padding
     end = size + 2 * BLOCK
     parts.append(bytes(2 * BLOCK + -end % RECORD))
@@ -60,17 +58,17 @@ def pack_tar(samples: Iterable[Mapping[str, str | bytes]]) -> bytes:
 
 def _header(name: bytes, size: int) -> bytes:
     if len(name) > 100 or size > MAX_MEMBER_BYTES:
-        raise ValueError(f"member {name[:40]!r} of {size} bytes does not fit a shard")
+        raise ValueError(f"member {name[:40]!r} of {size} bytes is too large for a shard")
     digits = b"%011o\0" % size
     checksum = _FIXED_SUM + sum(name) + sum(digits)
     return b"".join((name.ljust(100, b"\0"), _IDS, digits, _MTIME, b"%06o\0 " % checksum, _TAIL))
 
 
 def walk_tar(data: bytes) -> Iterator[dict[str, str | bytes]]:
-    """The samples of a tar, in order: `__key__`, and bytes by extension.
+    """Yields the samples of a tar, in order: `__key__`, and bytes by extension.
 
     Raises:
-        ShardError: cut short, a member of another kind or name, larger than allowed, or twice.
+        ShardError: truncated, or a member of an unknown kind or name, too large, or duplicate.
     """
     sample: dict[str, str | bytes] = {}
     for key, extension, member in _members(data):
@@ -78,7 +76,7 @@ def walk_tar(data: bytes) -> Iterator[dict[str, str | bytes]]:
             yield sample
             sample = {}
         if extension in sample:
-            raise ShardError(f"member {key}.{extension} comes twice")
+            raise ShardError(f"duplicate member {key}.{extension}")
         sample["__key__"] = key
         sample[extension] = member
     if sample:
@@ -90,13 +88,13 @@ def _members(data: bytes) -> Iterator[tuple[str, str, bytes]]:
     while True:
         header = data[offset : offset + BLOCK]
         if len(header) < BLOCK:
-            raise ShardError(f"the tar is cut at byte {len(data)}: no end mark")
+            raise ShardError(f"the tar is truncated at byte {len(data)}: no end mark")
         if not header[0]:
             break
         key, extension, size = _parse(header)
         start = offset + BLOCK
         if start + size > len(data):
-            raise ShardError(f"the tar is cut at byte {len(data)}, inside {key}.{extension}")
+            raise ShardError(f"the tar is truncated at byte {len(data)}, inside {key}.{extension}")
         yield key, extension, data[start : start + size]
         offset = start + size + -size % BLOCK
     if data.count(0, offset) != len(data) - offset:

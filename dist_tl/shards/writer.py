@@ -1,7 +1,7 @@
-"""Shards into the store: the tar first, then the entry that makes it exist.
+"""Writes shards to the store: the tar first, then the entry that commits it.
 
-The bytes of a shard follow from its order and its samples alone; who wrote it, when, and how long
-it took stand in the entry.
+The bytes of a shard depend on its order and samples only; host, time and duration are recorded in
+the entry.
 """
 
 import hashlib
@@ -24,30 +24,30 @@ from dist_tl.storage.objects import ObjectStore
 
 
 class ShardConfig(StrictModel):
-    """How pseudo samples are packed, and in which order they are read again."""
+    """How pseudo samples are packed, and their reading order."""
 
     samples_per_shard: int = Field(
-        default=1024, ge=1, description="Samples in a shard. Also what a lost worker costs at most."
+        default=1024, ge=1, description="Samples per shard; the most that a lost worker loses."
     )
     format: Literal["png", "npy"] = Field(
         default="png",
-        description="How images are stored; other than 1 or 3 channels always as npy.",
+        description="Image format; images without 1 or 3 channels are always npy.",
     )
     lanes: int = Field(
         default=8,
         ge=1,
-        description="Sequences of shards that trainers share out; fixes the data order.",
+        description="Sequences of shards that are divided among trainers; fixes the data order.",
     )
     window: int = Field(
         default=1,
         ge=1,
-        description="Shards of a lane that are shuffled together, and held in memory.",
+        description="Number of shards of a lane that are shuffled together and held in memory.",
     )
 
     def plan(
         self, *, stage: str, purpose: str, num_samples: int, seed: int, fingerprint: str
     ) -> ShardPlan:
-        """The plan of a stage of `num_samples`; the arguments are fields of :class:`ShardPlan`."""
+        """Returns the plan of a stage; the arguments are fields of :class:`ShardPlan`."""
         return ShardPlan(
             **self.model_dump(),
             stage=stage,
@@ -60,7 +60,7 @@ class ShardConfig(StrictModel):
 
 @dataclass(frozen=True)
 class PackedShard:
-    """A shard ready to be stored."""
+    """A packed shard, ready to be committed."""
 
     order: ShardOrder
     data: bytes
@@ -68,35 +68,35 @@ class PackedShard:
 
 
 def pack_shard(order: ShardOrder, samples: Iterable[PseudoSample]) -> PackedShard:
-    """The tar of `samples`. Takes one sample at a time, so a lazy iterable saves memory.
+    """Packs `samples` into a tar. Consumes one sample at a time: lazy iterables save memory.
 
     Raises:
-        ValueError: not exactly the samples that the order asks for, in order of their numbers; or
-            they differ in shape or in the kind of label.
+        ValueError: the samples are not exactly those of the order, sorted by number; or they
+            differ in shape or in the kind of label.
     """
-    data = pack_tar(encode(sample, format=order.format) for sample in _checked(order, samples))
+    data = pack_tar(encode(s, format=order.format) for s in _check_samples(order, samples))
     return PackedShard(order, data, hashlib.sha256(data).hexdigest())
 
 
-def _checked(order: ShardOrder, samples: Iterable[PseudoSample]) -> Iterable[PseudoSample]:
+def _check_samples(order: ShardOrder, samples: Iterable[PseudoSample]) -> Iterable[PseudoSample]:
     expected = iter(order.numbers)
-    first = None
+    kind = None
     for sample in samples:
         if sample.number != (number := next(expected, None)):
             raise ValueError(
                 f"shard {order.index}: expected sample {number}, got {sample.number}; it holds "
                 f"{order.numbers.start}..{order.numbers.stop - 1} in this order"
             )
-        first = _kind(sample) if first is None else first
-        if _kind(sample) != first:
-            raise ValueError(f"sample {sample.number}: expected {first}, got {_kind(sample)}")
+        kind = _kind(sample) if kind is None else kind
+        if _kind(sample) != kind:
+            raise ValueError(f"sample {sample.number}: expected {kind}, got {_kind(sample)}")
         yield sample
     if (missing := next(expected, None)) is not None:
-        raise ValueError(f"shard {order.index}: sample {missing} and what follows are missing")
+        raise ValueError(f"shard {order.index}: sample {missing} and all later ones are missing")
 
 
 def _kind(sample: PseudoSample) -> str:
-    """What all samples of a shard must share, so that batches can be made of them."""
+    """Returns the properties that all samples of a shard must share to be batched."""
     soft = None if sample.soft is None else sample.soft.shape
     return f"image {sample.image.shape}, label {sample.label is not None}, soft label {soft}"
 
@@ -109,25 +109,25 @@ def commit_shard(
     attempt: int = 0,
     repair: bool = False,
 ) -> ShardEntry:
-    """Store a packed shard, then its entry. A shard that exists already is left as it is.
+    """Stores a packed shard, then its entry. Keeps an existing shard.
 
     Args:
-        seconds: wall-clock time since the work on the order began, for the entry.
-        attempt: attempts at this order before this one, for the entry.
-        repair: put the tar in its place again, where its entry exists and agrees.
+        seconds: wall-clock time since the start of the order, for the entry.
+        attempt: number of earlier attempts at this order, for the entry.
+        repair: rewrite the tar if its entry exists and matches.
 
     Returns:
-        The entry that now stands, which may be another attempt's.
+        The committed entry, which may be another attempt's.
 
     Raises:
-        ShardError: another attempt made other bytes of the same order.
-        StorageError: the store refused.
+        ShardError: another attempt made different bytes for the same order.
+        StorageError: the store rejects the request.
     """
     order = packed.order
     started = time.monotonic()
     existing = read_entry(store, order.stage, order.index)
     if existing is not None:
-        _agreeing(existing, packed)
+        _check_match(existing, packed)
         if repair:
             store.write(shard_key(order.stage, order.index), packed.data)
         return existing
@@ -149,21 +149,21 @@ def commit_shard(
         return entry
     winner = read_entry(store, order.stage, order.index)
     if winner is None:
-        raise ShardError(f"{key} vanished while it was written; is something deleting the run?")
-    return _agreeing(winner, packed)
+        raise ShardError(f"{key} disappeared during the write; is the run being deleted?")
+    return _check_match(winner, packed)
 
 
-def _agreeing(entry: ShardEntry, packed: PackedShard) -> ShardEntry:
+def _check_match(entry: ShardEntry, packed: PackedShard) -> ShardEntry:
     order = packed.order
-    place = f"shard {order.index} of stage {order.stage!r}"
+    shard = f"shard {order.index} of stage {order.stage!r}"
     if entry.order != order.digest:
         raise ShardError(
-            f"{place} was committed for another order ({entry.order}, this one is {order.digest}); "
+            f"{shard} was committed for another order ({entry.order}, this one is {order.digest}); "
             f"delete the stage, or use another run folder"
         )
     if entry.sha256 != packed.sha256:
         raise ShardError(
-            f"{place} was committed by {entry.host} with other bytes than this attempt made "
+            f"{shard} was committed by {entry.host} with different bytes than this attempt's "
             f"({entry.sha256[:12]}..., {packed.sha256[:12]}...): the generator is not "
             f"deterministic across these devices; use one kind of device for a stage"
         )
@@ -178,14 +178,14 @@ def write_shard(
     attempt: int = 0,
     repair: bool = False,
 ) -> ShardEntry:
-    """Pack `samples` and commit them as the shard that `order` asks for.
+    """Packs `samples` and commits them as the shard of `order`.
 
-    A lazy iterable of samples is made while packing, and its time stands in the entry.
+    If `samples` is lazy, the time to generate them is included in the entry's `seconds`.
 
     Raises:
-        ValueError: the samples are not those of the order.
-        ShardError: another attempt made other bytes of the same order.
-        StorageError: the store refused.
+        ValueError: the samples do not match the order.
+        ShardError: another attempt made different bytes for the same order.
+        StorageError: the store rejects the request.
     """
     started = time.monotonic()
     packed = pack_shard(order, samples)

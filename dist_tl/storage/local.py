@@ -1,6 +1,6 @@
-"""Objects as plain files: every write is whole or absent, and stays after a crash.
+"""Objects as plain files: every write is atomic and survives a crash.
 
-Not covered: validation of keys and the wording of errors, which `objects.py` does for every store.
+Not covered: validation of keys and error messages, which `objects.py` provides for all stores.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Ours, and the names under which an embedded S3 server (rclone) receives uploads: a killed one
+# Our own temporary files and those of uploads to the embedded S3 server (rclone). A killed process
 # leaves them behind.
 TEMPORARY_PREFIXES = (".tmp-", ".rclone_temp_", ".rclone_multipart_upload_")
 
@@ -26,34 +26,34 @@ class LocalFolder:
         self._root = root
 
     def read(self, key: str) -> bytes | None:
-        """The object's bytes; None where there is no such object."""
+        """Returns the object's bytes, or None if it does not exist."""
         try:
             return (self._root / key).read_bytes()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
 
     def write(self, key: str, data: bytes, *, create_only: bool) -> bool:
-        """Put an object; False where `create_only` and the key is taken."""
+        """Writes an object. Returns False if `create_only` and the key exists."""
 
-        def fill(part: Path) -> None:
-            part.write_bytes(data)
+        def fill(temporary: Path) -> None:
+            temporary.write_bytes(data)
 
         return self._publish(key, fill, create_only=create_only)
 
     def put_file(self, local: Path, key: str) -> None:
-        """Copy a file into the folder."""
+        """Copies a file into the folder."""
 
-        def fill(part: Path) -> None:
-            shutil.copyfile(local, part)
+        def fill(temporary: Path) -> None:
+            shutil.copyfile(local, temporary)
 
         self._publish(key, fill, create_only=False)
 
     def get_file(self, key: str, local: Path) -> None:
-        """Copy an object to a plain file."""
+        """Copies an object to a plain file."""
         shutil.copyfile(self._root / key, local)
 
     def size(self, key: str) -> int | None:
-        """The object's length in bytes; None where there is no such object."""
+        """Returns the object's size in bytes, or None if it does not exist."""
         try:
             status = (self._root / key).stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -61,25 +61,25 @@ class LocalFolder:
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """Every key below `prefix`, in no particular order, temporary ones included."""
-        for folder, _, names in os.walk(self._root / prefix, onerror=_unless_missing):
+        """Yields all keys below `prefix`, in no particular order, including temporary files."""
+        for folder, _, names in os.walk(self._root / prefix, onerror=_raise_unless_missing):
             below = Path(folder).relative_to(self._root)
             yield from ((below / name).as_posix() for name in names)
 
     def delete(self, key: str) -> None:
-        """Remove an object, if it is there."""
+        """Deletes an object, if it exists."""
         (self._root / key).unlink(missing_ok=True)
 
     def delete_all(self, prefix: str) -> None:
-        """Remove everything below `prefix`, left-over temporary files included."""
+        """Deletes everything below `prefix`, including leftover temporary files."""
         for folder, _, names in os.walk(self._root / prefix, topdown=False):
             for name in names:
                 Path(folder, name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # another writer may have put something new there
+            with contextlib.suppress(OSError):  # another writer may have added a file
                 os.rmdir(folder)
 
     def remedy(self, error: Exception) -> str:
-        """What the user can do about an error of the file system."""
+        """Returns advice on how to fix an error of the file system."""
         if isinstance(error, PermissionError):
             return "choose a folder that this user may read and write"
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
@@ -91,30 +91,30 @@ class LocalFolder:
     def _publish(self, key: str, fill: Callable[[Path], None], *, create_only: bool) -> bool:
         target = self._root / key
         _make_folder(target.parent)
-        part = target.parent / f"{TEMPORARY_PREFIXES[0]}{secrets.token_hex(8)}"
+        temporary = target.parent / f"{TEMPORARY_PREFIXES[0]}{secrets.token_hex(8)}"
         try:
-            fill(part)
-            _flush_to_disk(part)
-            if create_only and not _take_name(part, target):
+            fill(temporary)
+            _flush_to_disk(temporary)
+            if create_only and not _create_exclusively(temporary, target):
                 return False
             if not create_only:
-                os.replace(part, target)
+                os.replace(temporary, target)
             _flush_to_disk(target.parent)
             return True
         finally:
-            part.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
-def _take_name(part: Path, target: Path) -> bool:
+def _create_exclusively(temporary: Path, target: Path) -> bool:
     try:
-        os.link(part, target)  # the one call that fails when the name exists and never shows a part
+        os.link(temporary, target)  # atomic, and fails if the target exists
     except FileExistsError:
         return False
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        # Like an object store without conditional writes; `probe` tells the caller.
-        os.replace(part, target)
+        # Like an object store without conditional writes; `probe` reports this.
+        os.replace(temporary, target)
     return True
 
 
@@ -137,6 +137,6 @@ def _flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _unless_missing(error: OSError) -> None:
+def _raise_unless_missing(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error

@@ -1,4 +1,4 @@
-"""Where a model's files are: below a run, or anywhere a user keeps models."""
+"""Files of a model, stored below a run or at any other path or URL."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -10,43 +10,44 @@ from dist_tl.storage.objects import ObjectStore
 FILES = (layout.MODEL_TENSORS, layout.MODEL_CONFIG)
 
 
-def read_model_files(store: ObjectStore, place: str) -> dict[str, bytes]:
-    """The two files of a network: a key of the run's store, or a URL or path of its own.
+def read_model_files(store: ObjectStore, location: str) -> dict[str, bytes]:
+    """Returns the two files of a network.
 
-    "." is the store itself.
-
-    Raises:
-        ConfigError: a file is missing.
-    """
-    return read_named_files(store, place, FILES)
-
-
-def read_named_files(store: ObjectStore, place: str, names: Sequence[str]) -> dict[str, bytes]:
-    """Files of a model, by name; `place` as for :func:`read_model_files`.
+    Args:
+        location: a key of the run's store ("." is the store itself), a path or a URL.
 
     Raises:
         ConfigError: a file is missing.
     """
-    folder = _folder(store, place)
-    found = {name: folder.read_or_none(name) for name in names}
-    _require(folder, [name for name, data in found.items() if data is None])
-    return {name: data for name, data in found.items() if data is not None}
+    return read_named_files(store, location, FILES)
 
 
-def check_model_files(store: ObjectStore, place: str) -> None:
-    """That the two files of a network are there, without reading them.
+def read_named_files(store: ObjectStore, location: str, names: Sequence[str]) -> dict[str, bytes]:
+    """Returns files of a model by name; `location` as in :func:`read_model_files`.
 
     Raises:
         ConfigError: a file is missing.
     """
-    folder = _folder(store, place)
+    folder = _folder(store, location)
+    contents = {name: folder.read_or_none(name) for name in names}
+    _require(folder, [name for name, data in contents.items() if data is None])
+    return {name: data for name, data in contents.items() if data is not None}
+
+
+def check_model_files(store: ObjectStore, location: str) -> None:
+    """Checks that the two files of a network exist, without reading them.
+
+    Raises:
+        ConfigError: a file is missing.
+    """
+    folder = _folder(store, location)
     _require(folder, [name for name in FILES if not folder.exists(name)])
 
 
-def _folder(store: ObjectStore, place: str) -> ObjectStore:
-    if place == ".":
+def _folder(store: ObjectStore, location: str) -> ObjectStore:
+    if location == ".":
         return store
-    return store.child(place) if _is_key(place) else ObjectStore(place)
+    return store.child(location) if _is_key(location) else ObjectStore(location)
 
 
 def _require(folder: ObjectStore, missing: Sequence[str]) -> None:
@@ -54,17 +55,17 @@ def _require(folder: ObjectStore, missing: Sequence[str]) -> None:
         raise ConfigError(f"no model at {folder.url}: {' and '.join(missing)} not found there")
 
 
-def _is_key(place: str) -> bool:
-    return not ("://" in place or place.startswith(("/", "./", "../")))
+def _is_key(location: str) -> bool:
+    return not ("://" in location or location.startswith(("/", "./", "../")))
 
 
-def absolute_place(place: str) -> str:
-    """A folder as a user names it, relative to where the job is started, or a URL."""
-    return f"./{place}" if _is_key(place) else place
+def absolute_place(location: str) -> str:
+    """Returns a path relative to the working directory, or a URL, in a form that is not a key."""
+    return f"./{location}" if _is_key(location) else location
 
 
 def files_fingerprint(files: Mapping[str, bytes]) -> str:
-    """16 hexadecimal digits that stand for a model's files."""
+    """Returns 16 hexadecimal digits that identify the contents of a model's files."""
     digest = hashlib.sha256()
     for name in sorted(files):
         digest.update(hashlib.sha256(files[name]).digest())

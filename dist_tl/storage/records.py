@@ -1,4 +1,4 @@
-"""Notes beside a run: small JSON files that say one thing and are replaced as a whole."""
+"""Small JSON records of a run, each read and replaced as a whole."""
 
 from typing import TypeVar
 
@@ -10,13 +10,13 @@ Record = TypeVar("Record", bound=StrictModel)
 
 
 def read_record(store: ObjectStore, key: str, kind: type[Record], *, remedy: str) -> Record | None:
-    """What a note says; None where there is none.
+    """Reads a JSON record and validates it, or returns None if it does not exist.
 
     Args:
-        remedy: what replaces a damaged one, for the message.
+        remedy: how to replace a damaged record, for the error message.
 
     Raises:
-        ConfigError: it is damaged.
+        ConfigError: the record is damaged.
     """
     data = store.read_or_none(key)
     if data is None:

@@ -1,9 +1,9 @@
-"""Objects behind fsspec: S3 and what speaks like it, memory for tests, other clouds unchanged.
+"""Objects behind fsspec: S3 and compatible stores, memory for tests, and other clouds.
 
-Connections are made late and belong to one process and one set of credentials, so a store can be
-pickled, forked and sent anywhere. Trying again happens here and nowhere below.
+Connections are created lazily, per process and per set of credentials, so that stores can be
+pickled and forked. All retries happen here; those of the client libraries are disabled.
 
-Not covered: validation of keys and the wording of errors, which `objects.py` does for every store.
+Not covered: validation of keys and error messages, which `objects.py` provides for all stores.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import fsspec
 
 _S3 = {"s3", "s3a"}
-_WAITS_S = (0.2, 0.5, 1.2, 3.0)  # between tries; about five seconds bridge a server's restart
+_WAITS_S = (0.2, 0.5, 1.2, 3.0)  # between retries; about 5 s in total, a server's restart
 
 _TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "Throttling", "ConditionalRequestConflict"}
 _CREDENTIAL_ERRORS = {
@@ -38,19 +38,20 @@ class RemoteFolder:
         self._root = root
 
     def filesystem(self) -> Any:
-        """The fsspec file system behind it, connected anew in every process."""
+        """Returns a new fsspec file system, which reconnects in every process."""
         return _make_filesystem(self._protocol)
 
     def read(self, key: str) -> bytes | None:
-        """The object's bytes, by one request so that they are of one version; None if missing."""
+        """Returns the object's bytes in one request (one version), or None if missing."""
         options = {"max_concurrency": 1} if self._protocol in _S3 else {}
         try:
             return self._call("cat_file", self._path(key), **options)
         except FileNotFoundError as error:
-            return _none_unless_bucket_missing(error)
+            _raise_if_bucket_missing(error)
+            return None
 
     def write(self, key: str, data: bytes, *, create_only: bool) -> bool:
-        """Put an object; False where `create_only` and the store says that the key is taken."""
+        """Writes an object. Returns False if `create_only` and the key exists in the store."""
         options: dict[str, Any] = {"mode": "create"} if create_only else {}
         if create_only and self._protocol in _S3:
             options["chunksize"] = 5 * 2**30  # one PUT: some stores ignore the condition on parts
@@ -63,23 +64,24 @@ class RemoteFolder:
         return True
 
     def put_file(self, local: Path, key: str) -> None:
-        """Upload a file."""
+        """Uploads a file."""
         self._call("put_file", str(local), self._path(key))
 
     def get_file(self, key: str, local: Path) -> None:
-        """Download an object."""
+        """Downloads an object."""
         self._call("get_file", self._path(key), str(local))
 
     def size(self, key: str) -> int | None:
-        """The object's length in bytes; None where there is no such object."""
+        """Returns the object's size in bytes, or None if it does not exist."""
         try:
-            found = self._call("info", self._path(key))
+            info = self._call("info", self._path(key))
         except FileNotFoundError as error:
-            return _none_unless_bucket_missing(error)
-        return found["size"] if found["type"] == "file" else None
+            _raise_if_bucket_missing(error)
+            return None
+        return info["size"] if info["type"] == "file" else None
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """Every key below `prefix`, in no particular order."""
+        """Yields all keys below `prefix`, in no particular order."""
         below = self._path(prefix)
         for name in self._call("find", below):
             path = name.lstrip("/")
@@ -87,25 +89,25 @@ class RemoteFolder:
                 yield path[len(self._root) :].lstrip("/")
 
     def delete(self, key: str) -> None:
-        """Remove an object, if it is there."""
+        """Deletes an object, if it exists."""
         try:
             self._call("rm_file", self._path(key))
         except FileNotFoundError as error:
-            _none_unless_bucket_missing(error)
+            _raise_if_bucket_missing(error)
 
     def delete_all(self, prefix: str) -> None:
-        """Remove every object below `prefix`."""
+        """Deletes all objects below `prefix`."""
         paths = [self._path(key) for key in self.keys(prefix)]
         if paths:
             self._call("rm", paths)
 
     def remedy(self, error: Exception) -> str:
-        """What the user can do about an error of the store."""
+        """Returns advice on how to fix an error of the store."""
         code = error_code(error)
         if isinstance(error, ImportError):
             return "install the package that fsspec needs for this kind of store"
         if self._protocol not in _S3:
-            return "check its credentials, and that this machine can reach it"
+            return "check the credentials, and that this machine can reach the store"
         if code == "NoSuchBucket":
             return f"create the bucket or correct its name ({_endpoint()})"
         if code in _CREDENTIAL_ERRORS or isinstance(error, PermissionError):
@@ -115,7 +117,7 @@ class RemoteFolder:
             )
         if _is_connection_error(error):
             return f"check that the server runs and that this machine can reach it ({_endpoint()})"
-        return f"try again later, or see the store's own log ({_endpoint()})"
+        return f"try again later, or read the store's own log ({_endpoint()})"
 
     def _path(self, key: str) -> str:
         return "/".join(part for part in (self._root, key) if part)
@@ -130,7 +132,7 @@ class RemoteFolder:
                 if wait_s is None or not self._is_transient(error):
                     raise
                 time.sleep(wait_s * (0.75 + secrets.randbelow(500) / 1000))
-        raise AssertionError("the last try returns or raises")
+        raise AssertionError("the last attempt returns or raises")
 
     def _is_transient(self, error: Exception) -> bool:
         status = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -140,16 +142,16 @@ class RemoteFolder:
 
 
 def _connect(protocol: str) -> Any:
-    """The file system of this process, for the credentials that its environment holds now."""
+    """Returns the file system of this process for the current credentials in its environment."""
     key = (protocol, os.getpid(), _environment_digest() if protocol in _S3 else "")
-    found = _filesystems.get(key)
-    if found is None:
-        # Threads may race to this line. All of them get the first one's; the others' are dropped
-        # before they connect to anything.
-        found = _filesystems.setdefault(key, _make_filesystem(protocol))
+    filesystem = _filesystems.get(key)
+    if filesystem is None:
+        # If threads race here, all of them use the first file system; the others are dropped before
+        # they connect.
+        filesystem = _filesystems.setdefault(key, _make_filesystem(protocol))
         for old in list(_filesystems)[:-4]:
             _filesystems.pop(old, None)
-    return found
+    return filesystem
 
 
 def _make_filesystem(protocol: str) -> Any:
@@ -161,8 +163,8 @@ def _make_filesystem(protocol: str) -> Any:
         use_listings_cache=False,
         config_kwargs={
             "retries": {"total_max_attempts": 1},
-            # Many servers answer a range read with the checksum of the whole object, which the
-            # default would then refuse. Our own hashes are in the entries and commits.
+            # Many servers return the checksum of the whole object for a range read, which the
+            # default would reject. Our own hashes are in the entries and commits.
             "request_checksum_calculation": "when_required",
             "response_checksum_validation": "when_required",
             "connect_timeout": 5,
@@ -187,18 +189,18 @@ def _response(error: BaseException) -> dict[str, Any]:
 
 
 def error_code(error: BaseException) -> str:
-    """The S3 error code behind `error`, or else the name of its class."""
+    """Returns the S3 error code of `error`, or else the name of its class."""
     return str(_response(error).get("Error", {}).get("Code") or type(error).__name__)
 
 
-def _none_unless_bucket_missing(error: FileNotFoundError) -> None:
-    # s3fs says "not found" for both, but a missing bucket must not look like an empty one.
+def _raise_if_bucket_missing(error: FileNotFoundError) -> None:
+    # s3fs raises the same error for both, but a missing bucket must not look like an empty one.
     if error_code(error) == "NoSuchBucket":
         raise error
 
 
 def _is_connection_error(error: Exception) -> bool:
-    # Imported here, since it costs half a second that only users of S3 should pay.
+    # Imported lazily: the import takes half a second and only S3 needs it.
     from botocore.exceptions import ConnectionError as NoConnectionError
     from s3fs.core import S3_RETRYABLE_ERRORS
 
@@ -207,7 +209,7 @@ def _is_connection_error(error: Exception) -> bool:
 
 
 def _endpoint() -> str:
-    """Where S3 requests go, without a login that the address may carry."""
+    """Returns a description of the S3 endpoint, without credentials in its address."""
     url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if not url:
         return "AWS_ENDPOINT_URL is not set"

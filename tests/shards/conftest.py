@@ -1,4 +1,4 @@
-"""Small stages of pseudo samples, whose pixels and labels follow from their numbers."""
+"""Small stages of pseudo samples, with pixels and labels derived from their numbers."""
 
 import hashlib
 
@@ -14,7 +14,7 @@ from dist_tl.storage.objects import ObjectStore
 
 
 class Stage:
-    """What the tests of shards need to say in one line."""
+    """Builds plans, samples and shards for the tests."""
 
     shape = (4, 5, 3)
 
@@ -46,7 +46,7 @@ class Stage:
                 write_shard(order, self.samples(order), store)
 
     def commit_bytes(self, store, plan, index, data):
-        """Make any bytes pass for a committed shard: what a hostile or broken writer could do."""
+        """Commits any bytes as a shard, like a hostile or broken writer."""
         order = plan.order(index)
         entry = ShardEntry(
             index=index,

@@ -1,4 +1,4 @@
-"""Pseudo samples: every draw follows from a sample's number, and nothing else gets in."""
+"""Pseudo samples: all random draws depend on the sample's number only."""
 
 import io
 import tarfile
@@ -33,9 +33,9 @@ SOFT = ByTarget(condition=ConditionConfig(kind="soft"))
 
 
 class Painter:
-    """A generator that shows what it is given: the condition in grey, the noise on top.
+    """A fake generator: the condition as a grey level, plus noise.
 
-    `rounding` stands for what a real one does: its last bits depend on the size of the batch.
+    `rounding` simulates rounding errors of a real generator that depend on the batch size.
     """
 
     num_classes, image_shape = K, (1, 3, 3)
@@ -73,26 +73,36 @@ def probabilities(num_rows=7, seed=0):
 
 
 def drawn(spec, q_NK=None, generator=None):
-    """All samples of a stage, in order."""
+    """Returns all samples of a stage, in order."""
     generator = generator or Painter()
-    found = [draw_samples(order, spec, generator, q_NK) for order in orders(spec.plan())]
-    return [sample for samples in found for sample in samples]
+    per_order = [draw_samples(order, spec, generator, q_NK) for order in orders(spec.plan())]
+    return [sample for samples in per_order for sample in samples]
 
 
 def pixels(samples):
     return np.stack([sample.image for sample in samples])
 
 
-# What follows from the number alone.
+def soft_labels(samples):
+    soft = [sample.soft for sample in samples if sample.soft is not None]
+    assert len(soft) == len(samples)
+    return np.stack(soft)
+
+
+def labels(samples):
+    return np.array([sample.label for sample in samples], dtype=np.int64)
+
+
+# Dependence on the sample's number only.
 
 
 @pytest.mark.parametrize("draw", [ByClass(), SOFT])
 def test_samples_do_not_depend_on_how_they_are_packed_or_batched(draw):
-    """Conditions, labels and noise exactly; pixels too, where the generator's rounding does not."""
-    whole = drawn(spec_of(draw), probabilities())
+    """Conditions, labels and noise exactly; pixels too if their rounding is."""
+    reference = drawn(spec_of(draw), probabilities())
     for packing in ({"samples_per_shard": 5}, {"batch_size": 3}, {"num_samples": 11}):
         others = drawn(spec_of(draw, **packing), probabilities())
-        for one, other in zip(whole, others, strict=False):
+        for one, other in zip(reference, others, strict=False):
             assert (one.number, one.label, one.provenance) == (
                 other.number,
                 other.label,
@@ -102,8 +112,8 @@ def test_samples_do_not_depend_on_how_they_are_packed_or_batched(draw):
             np.testing.assert_array_equal(one.image, other.image)
 
 
-def test_pixels_are_equal_for_equal_batches_also_where_rounding_depends_on_the_batch():
-    """All that can be promised of a real generator: so batches follow from the order alone."""
+def test_pixels_are_equal_for_equal_batches_if_rounding_depends_on_the_batch():
+    """Real generators guarantee no more, so the batches depend on the order only."""
     spec = spec_of(samples_per_shard=8, batch_size=4)
     rounding = Painter(rounding=0.01)
     np.testing.assert_array_equal(
@@ -121,7 +131,7 @@ def test_pixels_are_equal_for_equal_batches_also_where_rounding_depends_on_the_b
 
 
 @pytest.mark.parametrize("draw", [ByClass(), SOFT])
-def test_a_retry_makes_the_same_bytes_whatever_was_drawn_before(draw):
+def test_a_retry_produces_the_same_bytes_regardless_of_earlier_draws(draw):
     spec, q_NK = spec_of(draw), probabilities()
     order = spec.plan().order(1)
     torch.manual_seed(1)
@@ -134,20 +144,20 @@ def test_a_retry_makes_the_same_bytes_whatever_was_drawn_before(draw):
 
 
 @pytest.mark.parametrize("change", [{"seed": 6}, {"name": "p_ssl-shards-seed0"}])
-def test_another_seed_or_stage_draws_other_noise_and_other_labels(change):
+def test_another_seed_or_stage_draws_different_noise_and_labels(change):
     one, other = drawn(spec_of(num_samples=64)), drawn(spec_of(num_samples=64, **change))
     assert [sample.label for sample in one] != [sample.label for sample in other]
     assert not any(np.array_equal(a.image, b.image) for a, b in zip(one, other, strict=True))
 
 
-def test_new_noise_makes_a_new_image_of_the_same_condition():
+def test_each_sample_of_one_condition_has_different_noise():
     q_NK = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
     samples = drawn(spec_of(SOFT), q_NK)
     assert len({sample.image.tobytes() for sample in samples}) == len(samples)
-    assert len({sample.soft.tobytes() for sample in samples}) == 1
+    assert len({soft.tobytes() for soft in soft_labels(samples)}) == 1
 
 
-def test_the_generator_sees_rows_of_one_order_in_fixed_batches():
+def test_the_generator_processes_one_order_in_fixed_batches():
     generator = Painter()
     drawn(spec_of(num_samples=19, samples_per_shard=8, batch_size=3), generator=generator)
     assert [len(rows) for rows in generator.calls] == [3, 3, 2, 3, 3, 2, 3]
@@ -156,7 +166,7 @@ def test_the_generator_sees_rows_of_one_order_in_fixed_batches():
 # Pseudo pre-training: labels.
 
 
-def test_a_label_is_the_condition_that_the_generator_was_given():
+def test_a_label_is_the_class_of_the_generators_condition():
     generator = Painter()
     samples = drawn(spec_of(), generator=generator)
     given = torch.cat(generator.calls)
@@ -167,27 +177,27 @@ def test_a_label_is_the_condition_that_the_generator_was_given():
 
 
 def test_labels_are_uniform():
-    labels = [sample.label for sample in drawn(spec_of(num_samples=2000, batch_size=500))]
-    counts = np.bincount(labels, minlength=K)
+    drawn_labels = labels(drawn(spec_of(num_samples=2000, batch_size=500)))
+    counts = np.bincount(drawn_labels, minlength=K)
     assert chisquare(counts).pvalue > 0.001
-    assert not np.array_equal(labels, np.arange(2000) % K)
+    assert not np.array_equal(drawn_labels, np.arange(2000) % K)
 
 
 # P-SSL: conditions.
 
 
-def test_a_condition_is_the_row_of_the_target_image_behind_the_sample():
+def test_a_condition_is_the_row_of_the_sample_s_target_image():
     q_NK, generator = probabilities(), Painter()
     samples = drawn(spec_of(SOFT, num_samples=300), q_NK, generator)
-    behind = [sample.provenance["target_row"] for sample in samples]
-    assert torch.equal(torch.cat(generator.calls), q_NK[behind])
-    np.testing.assert_array_equal(np.stack([s.soft for s in samples]), q_NK[behind].numpy())
+    target_rows = [sample.provenance["target_row"] for sample in samples]
+    assert torch.equal(torch.cat(generator.calls), q_NK[target_rows])
+    np.testing.assert_array_equal(soft_labels(samples), q_NK[target_rows].numpy())
     assert all(sample.label is None for sample in samples)
-    assert chisquare(np.bincount(behind, minlength=7)).pvalue > 0.001
+    assert chisquare(np.bincount(target_rows, minlength=7)).pvalue > 0.001
 
 
 @pytest.mark.parametrize("kind", ["hard", "marginal", "uniform"])
-def test_one_class_conditions_name_a_target_image_only_where_there_is_one(kind):
+def test_only_hard_one_class_conditions_have_a_target_image(kind):
     draw = ByTarget(condition=ConditionConfig(kind=kind))
     generator = Painter()
     samples = drawn(spec_of(draw), probabilities(), generator)
@@ -196,14 +206,14 @@ def test_one_class_conditions_name_a_target_image_only_where_there_is_one(kind):
     assert (rows == {-1}) is (kind != "hard")
 
 
-def test_permuting_target_labels_leaves_every_byte_as_it_was():
+def test_permuting_target_labels_changes_no_byte():
     images = np.random.default_rng(0).integers(0, 256, (9, 3, 3, 1)).astype(np.uint8)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         classifier = nn.Sequential(nn.Flatten(), nn.Linear(9, K))
     shards = []
-    for labels in (np.arange(9) % 3, (np.arange(9) + 1) % 3):
-        target = LabelledImages(images, labels, ("a", "b", "c"))
+    for target_labels in (np.arange(9) % 3, (np.arange(9) + 1) % 3):
+        target = LabelledImages(images, target_labels, ("a", "b", "c"))
         q_NK = source_probabilities(classifier, target.tensor())
         order = spec_of(SOFT).plan().order(0)
         shards.append(pack_shard(order, draw_samples(order, spec_of(SOFT), Painter(), q_NK)).data)
@@ -211,13 +221,13 @@ def test_permuting_target_labels_leaves_every_byte_as_it_was():
 
 
 @pytest.mark.parametrize("row", [[0.5, 0.5, 0.5, 0.0], [1.5, -0.5, 0.0, 0.0]])
-def test_conditions_off_the_simplex_are_refused(row):
+def test_conditions_off_the_simplex_are_rejected(row):
     with pytest.raises(ConfigError, match="condition: row 0"):
         drawn(spec_of(SOFT), torch.tensor([row]))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_pixel_that_is_not_finite_is_named_by_its_sample(value):
+def test_a_non_finite_pixel_error_names_the_sample(value):
     class Broken(Painter):
         def sample(self, condition, *, rng):
             images = super().sample(condition, rng=rng)
@@ -242,7 +252,7 @@ def test_pixels_out_of_range_are_clamped_to_black_and_white():
 # Stages.
 
 
-def test_the_plan_changes_with_everything_that_changes_samples():
+def test_the_plan_changes_with_every_field_that_changes_samples():
     spec = spec_of(SOFT)
     changes = (
         {"seed": 6},
@@ -261,7 +271,7 @@ def test_the_plan_changes_with_everything_that_changes_samples():
 
 
 def test_the_first_samples_of_a_longer_stage_are_those_of_a_shorter_one():
-    """Fresh and stored samples are the same samples: only how many there are differs."""
+    """Fresh and stored samples are the same; only their number differs."""
     short, long = spec_of(num_samples=16), spec_of(num_samples=40)
     assert short.plan().fingerprint == long.plan().fingerprint
     assert [short.plan().order(i) for i in range(2)] == [long.plan().order(i) for i in range(2)]
@@ -269,7 +279,7 @@ def test_the_first_samples_of_a_longer_stage_are_those_of_a_shorter_one():
 
 
 @pytest.mark.parametrize(("draw", "kind"), [(ByClass(), "pp"), (SOFT, "p_ssl")])
-def test_a_stage_is_opened_with_its_conditions_and_says_what_it_is(store, draw, kind):
+def test_opening_a_stage_stores_its_manifest_and_conditions(store, draw, kind):
     spec, q_NK = spec_of(draw), probabilities()
     manifest = open_generate_stage(store, spec, q_NK, created_by={"dist_tl": "0"})
     assert (manifest.kind, manifest.num_classes, manifest.image_shape) == (kind, K, (1, 3, 3))
@@ -279,16 +289,18 @@ def test_a_stage_is_opened_with_its_conditions_and_says_what_it_is(store, draw, 
         assert read_conditions(store, spec) is None
         assert store.read_or_none(layout.conditions_key(spec.name)) is None
     else:
-        assert torch.equal(read_conditions(store, spec), q_NK)
+        stored = read_conditions(store, spec)
+        assert stored is not None
+        assert torch.equal(stored, q_NK)
     assert open_generate_stage(store, spec, q_NK, created_by={"dist_tl": "1"}) == manifest
 
 
 def test_a_stage_that_draws_by_target_needs_conditions(store):
-    with pytest.raises(ConfigError, match="stage pp-shards draws by target images; it needs"):
+    with pytest.raises(ConfigError, match="stage pp-shards draws by target images and needs"):
         open_generate_stage(store, spec_of(SOFT), None, created_by={})
 
 
-def test_a_stage_of_other_samples_is_refused(store):
+def test_a_stage_with_other_samples_is_rejected(store):
     open_generate_stage(store, spec_of(), None, created_by={})
     with pytest.raises(ConfigError, match=r"already holds other samples: plan\.fingerprint"):
         open_generate_stage(store, spec_of(batch_size=2), None, created_by={})
@@ -313,15 +325,16 @@ def generator_files():
     return ClassDiffusion(config, num_classes=K, image_shape=(1, 4, 4), rng=rng).to_files()
 
 
-def put(store, place, files):
+def put(store, folder, files):
     for name, data in files.items():
-        store.write(f"{place}/{name}", data)
+        store.write(f"{folder}/{name}", data)
 
 
-def test_a_stored_generator_is_opened_frozen_and_makes_images(store, generator_files):
+def test_a_stored_generator_is_loaded_frozen_and_generates_images(store, generator_files):
     put(store, "stages/generator/model", generator_files)
     config = StoredDiffusionConfig(path="stages/generator/model")
     generator = open_generator(store, config)
+    assert isinstance(generator, ClassDiffusion)
     before = {name: value.clone() for name, value in generator.state_dict().items()}
     spec = spec_of(num_samples=4, image_shape=(1, 4, 4))
     samples = drawn(spec, generator=generator)
@@ -333,12 +346,12 @@ def test_a_stored_generator_is_opened_frozen_and_makes_images(store, generator_f
     assert all(parameter.grad is None for parameter in generator.parameters())
 
 
-def test_a_generator_that_is_not_there_is_named(store):
+def test_a_missing_generator_error_names_its_path(store):
     with pytest.raises(ConfigError, match=r"no model at .*nowhere"):
         open_generator(store, StoredDiffusionConfig(path="nowhere"))
 
 
-def test_a_generator_is_its_weights_and_settings_wherever_they_are(store, generator_files):
+def test_the_generator_fingerprint_does_not_depend_on_the_path(store, generator_files):
     put(store, "one", generator_files)
     put(store, "two", generator_files)
     one = generator_fingerprint(store, StoredDiffusionConfig(path="one"))

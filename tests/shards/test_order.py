@@ -1,4 +1,4 @@
-"""The data order: nothing dropped, nothing repeated, and the same for every number of ranks."""
+"""The data order: no sample dropped or repeated, and independent of the number of ranks."""
 
 import itertools
 import re
@@ -47,14 +47,14 @@ def as_pairs(rows):
 
 @settings(deadline=None)
 @given(PLANS)
-def test_the_shards_of_a_plan_hold_every_sample_once(plan):
+def test_the_shards_of_a_plan_contain_every_sample_once(plan):
     numbers = [number for order in orders(plan) for number in order.numbers]
     assert numbers == list(range(plan.num_samples))
 
 
 @settings(deadline=None)
 @given(PLANS, st.integers(0, 3))
-def test_a_lane_drops_and_repeats_nothing_in_any_epoch(plan, epoch):
+def test_a_lane_drops_and_repeats_no_sample_in_any_epoch(plan, epoch):
     order = DataOrder(plan)
     for lane in range(plan.lanes):
         length = order.lane_length(lane)
@@ -64,7 +64,7 @@ def test_a_lane_drops_and_repeats_nothing_in_any_epoch(plan, epoch):
 
 @settings(deadline=None)
 @given(PLANS, st.integers(1, 4), st.integers(0, 40), st.data())
-def test_ranks_together_read_the_same_global_batch_whatever_their_number(plan, share, step, data):
+def test_the_global_batch_is_independent_of_the_number_of_ranks(plan, share, step, data):
     world_size = data.draw(st.sampled_from([n for n in range(1, 7) if plan.lanes % n == 0]))
     order, batch_size = DataOrder(plan), share * plan.lanes
     parts = [
@@ -80,9 +80,9 @@ def test_ranks_together_read_the_same_global_batch_whatever_their_number(plan, s
 @given(PLANS, st.integers(0, 200), st.integers(0, 20))
 def test_seeking_equals_reading_from_the_start(plan, position, count):
     for lane in range(plan.lanes):
-        sought = DataOrder(plan).lane_samples(lane, position, count)
-        read = DataOrder(plan).lane_samples(lane, 0, position + count)[position:]
-        np.testing.assert_array_equal(sought, read)
+        after_seek = DataOrder(plan).lane_samples(lane, position, count)
+        from_start = DataOrder(plan).lane_samples(lane, 0, position + count)[position:]
+        np.testing.assert_array_equal(after_seek, from_start)
 
 
 @settings(deadline=None)
@@ -108,7 +108,7 @@ def test_windows_are_consecutive_shards_of_one_epoch_shuffled_within_themselves(
 
 @settings(deadline=None)
 @given(PLANS)
-def test_epoch_zero_goes_through_shards_in_the_order_in_which_they_are_made(plan):
+def test_epoch_zero_reads_shards_in_the_order_of_their_generation(plan):
     order = DataOrder(plan)
     for lane in range(plan.lanes):
         windows = itertools.takewhile(lambda w: w.epoch == 0, order.windows(lane, 0))
@@ -118,7 +118,7 @@ def test_epoch_zero_goes_through_shards_in_the_order_in_which_they_are_made(plan
 
 @settings(deadline=None)
 @given(PLANS, st.integers(1, 3), st.integers(0, 30))
-def test_windows_are_announced_in_the_order_in_which_batches_open_them(plan, share, step):
+def test_windows_needed_follows_the_order_in_which_batches_open_windows(plan, share, step):
     order, batch_size = DataOrder(plan), share * plan.lanes
     opened = []
     for later in range(step, step + 6):
@@ -126,20 +126,18 @@ def test_windows_are_announced_in_the_order_in_which_batches_open_them(plan, sha
             for window, _, _ in order.lane_windows(lane, later * share, share):
                 if window not in opened:
                     opened.append(window)
-    announced = list(itertools.islice(order.windows_needed(step, batch_size), len(opened)))
-    first_step = {
-        window: max(step, window.start // share) for window in set(opened) | set(announced)
-    }
-    assert [first_step[w] for w in announced] == [first_step[w] for w in opened]
+    needed = list(itertools.islice(order.windows_needed(step, batch_size), len(opened)))
+    first_step = {window: max(step, window.start // share) for window in set(opened) | set(needed)}
+    assert [first_step[w] for w in needed] == [first_step[w] for w in opened]
     last = first_step[opened[-1]]
     assert {w for w in opened if first_step[w] < last} == {
-        w for w in announced if first_step[w] < last
+        w for w in needed if first_step[w] < last
     }
 
 
 @settings(deadline=None)
 @given(PLANS, st.integers(1, 30), st.integers(0, 12))
-def test_a_batch_needs_no_shard_beyond_the_reach_of_what_epoch_zero_still_reads(plan, share, step):
+def test_a_batch_needs_no_shard_beyond_the_reach_of_epoch_zero(plan, share, step):
     order, batch_size = DataOrder(plan), share * plan.lanes
     unread = [
         order.window_at(lane, step * share).shards[0]
@@ -164,13 +162,13 @@ def test_later_epochs_and_other_lanes_and_seeds_are_shuffled_differently():
     assert as_pairs(other) != epochs[0]
 
 
-def test_one_sample_in_one_shard_is_read_for_ever():
+def test_a_single_sample_is_repeated_forever():
     order = DataOrder(plan_of(1, 10, 1, 3))
     assert as_pairs(np.concatenate(order.batch(5, 4))) == [(0, 0)] * 4
 
 
-def test_the_order_of_a_plan_is_what_it_has_always_been():
-    """Cursors and seeds of stored runs mean something only as long as these numbers stand."""
+def test_the_order_of_a_plan_never_changes():
+    """Cursors and seeds of stored runs are valid only if these numbers stay the same."""
     order = DataOrder(plan_of(22, 3, 2, 2, seed=5, first_sample=100))
     assert order.batch_numbers(0, 8).tolist() == [108, 107, 106, 102, 109, 103, 105, 110]
     assert order.batch_numbers(7, 8).tolist() == [108, 107, 120, 119, 105, 109, 109, 117]
@@ -185,7 +183,7 @@ def test_sample_numbers_count_from_the_first_of_the_stage():
     assert next(orders(plan)).numbers == range(1000, 1003)
 
 
-def test_seeking_far_into_a_large_stage_takes_no_reading():
+def test_seeking_far_into_a_large_stage_is_fast():
     plan = plan_of(10**9 + 7, 1000, 64, 4)
     order = DataOrder(plan)
     started = time.perf_counter()
@@ -194,37 +192,39 @@ def test_seeking_far_into_a_large_stage_takes_no_reading():
     assert time.perf_counter() - started < 5.0
 
 
-def sizes_named(plan, batch_size, world_size, pattern):
+def suggested_sizes(plan, batch_size, world_size, pattern):
     with pytest.raises(ConfigError) as error:
         check_sizes(plan, batch_size=batch_size, world_size=world_size)
-    return [int(n) for n in re.findall(r"\d+", re.search(pattern, str(error.value))[1])]
+    match = re.search(pattern, str(error.value))
+    assert match is not None
+    return [int(n) for n in re.findall(r"\d+", match[1])]
 
 
 @settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 200))
-def test_the_batch_sizes_that_an_error_names_work_and_none_lies_between(lanes, batch_size):
+def test_suggested_batch_sizes_are_valid_and_the_nearest(lanes, batch_size):
     assume(batch_size % lanes)
     plan = plan_of(1000, 1, lanes, 1)
-    named = sizes_named(plan, batch_size, 1, "use a batch of (.*)")
-    assert len(named) == (1 if batch_size < lanes else 2)
-    for size in named:
+    suggested = suggested_sizes(plan, batch_size, 1, "use a batch of (.*)")
+    assert len(suggested) == (1 if batch_size < lanes else 2)
+    for size in suggested:
         check_sizes(plan, batch_size=size, world_size=1)
         assert abs(size - batch_size) < lanes
 
 
 @settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 60))
-def test_the_ranks_and_lanes_that_an_error_names_work(lanes, world_size):
+def test_suggested_ranks_and_lanes_are_valid(lanes, world_size):
     assume(lanes % world_size)
     plan = plan_of(1000, 1, lanes, 1)
-    for ranks in sizes_named(plan, lanes, world_size, "use (.*) ranks,"):
+    for ranks in suggested_sizes(plan, lanes, world_size, "use (.*) ranks,"):
         check_sizes(plan, batch_size=lanes, world_size=ranks)
-    for others in sizes_named(plan, lanes, world_size, "ranks, or (.*) lanes"):
+    for others in suggested_sizes(plan, lanes, world_size, "ranks, or (.*) lanes"):
         check_sizes(plan_of(1000, 1, others, 1), batch_size=others, world_size=world_size)
 
 
 @pytest.mark.parametrize(
-    ("lanes", "ranks", "batch", "words"),
+    ("lanes", "ranks", "batch", "message"),
     [
         (8, 3, 24, "use 2 or 4 ranks, or 6 or 9 lanes"),
         (8, 16, 16, "use 8 ranks, or 16 lanes"),
@@ -233,13 +233,13 @@ def test_the_ranks_and_lanes_that_an_error_names_work(lanes, world_size):
         (8, 0, 8, "expected batch_size and world_size >= 1"),
     ],
 )
-def test_sizes_that_do_not_fit_are_answered_with_sizes_that_do(lanes, ranks, batch, words):
-    with pytest.raises(ConfigError, match=re.escape(words)):
+def test_errors_of_invalid_sizes_suggest_valid_sizes(lanes, ranks, batch, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         check_sizes(plan_of(1000, 1, lanes, 1), batch_size=batch, world_size=ranks)
 
 
-def test_more_lanes_than_shards_are_refused_with_both_remedies():
-    with pytest.raises(ConfigError, match="at most 3 lanes, or at most 33 samples a shard"):
+def test_more_lanes_than_shards_are_rejected_with_two_remedies():
+    with pytest.raises(ConfigError, match="at most 3 lanes, or at most 33 samples per shard"):
         DataOrder(plan_of(100, 40, 4, 1))
     DataOrder(plan_of(100, 40, 3, 1))
     DataOrder(plan_of(100, 33, 4, 1))
@@ -247,7 +247,7 @@ def test_more_lanes_than_shards_are_refused_with_both_remedies():
         DataOrder(plan_of(3, 1, 4, 1))
 
 
-def test_positions_and_shards_that_do_not_exist_are_refused():
+def test_invalid_positions_and_shards_are_rejected():
     plan = plan_of(10, 3, 2, 1)
     with pytest.raises(ValueError, match=r"0\.\.3, got 4"):
         plan.order(4)
@@ -257,7 +257,7 @@ def test_positions_and_shards_that_do_not_exist_are_refused():
         DataOrder(plan).window_at(2, 0)
 
 
-def test_an_order_says_everything_but_how_shards_are_read():
+def test_the_digest_of_an_order_ignores_only_the_reading_order():
     plan = plan_of(10, 3, 2, 1)
     shuffled = plan.model_copy(update={"lanes": 1, "window": 3})
     assert [o.digest for o in orders(plan)] == [o.digest for o in orders(shuffled)]

@@ -1,4 +1,4 @@
-"""Images and arrays as bytes: what other readers make of them, and what is refused."""
+"""Image and array encoding: compatibility with other readers, and rejected input."""
 
 import io
 import pickle
@@ -20,7 +20,7 @@ def image_of(height, width, channels, seed=0):
     return rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
-def png_by_pillow(image, mode=None, **options):
+def pillow_png(image, mode=None, **options):
     stream = io.BytesIO()
     Image.fromarray(np.squeeze(image), mode).save(stream, "PNG", **options)
     return stream.getvalue()
@@ -36,9 +36,9 @@ def test_pillow_reads_the_pixels_that_were_written(height, width, channels, seed
         np.testing.assert_array_equal(np.asarray(opened).reshape(image.shape), image)
 
 
-# 65,535 bytes fill one stored block: 1 + 65,534 grey pixels is the largest row that fits.
+# One stored block holds 65,535 bytes: 1 + 65,534 grey pixels is the largest row that fits.
 @pytest.mark.parametrize("shape", [(1, 65534, 1), (1, 65535, 1), (150, 150, 3), (3, 65535, 1)])
-def test_images_at_and_beyond_one_block_survive(shape):
+def test_images_of_one_and_more_blocks_round_trip(shape):
     image = image_of(*shape)
     data = encode_png(image)
     np.testing.assert_array_equal(decode_image(data), image)
@@ -46,7 +46,7 @@ def test_images_at_and_beyond_one_block_survive(shape):
         np.testing.assert_array_equal(np.asarray(opened).reshape(shape), image)
 
 
-def test_png_bytes_are_what_they_have_always_been():
+def test_png_bytes_never_change():
     image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     assert encode_png(image).hex() == (
         "89504e470d0a1a0a0000000d4948445200000002000000020802000000fdd49a73"
@@ -60,7 +60,7 @@ def test_png_bytes_are_what_they_have_always_been():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_compressed_pngs_of_other_tools_are_read(level, channels):
     image = image_of(9, 7, channels)
-    data = png_by_pillow(image, compress_level=level)
+    data = pillow_png(image, compress_level=level)
     np.testing.assert_array_equal(decode_image(data), image)
 
 
@@ -70,17 +70,17 @@ def test_jpegs_of_other_tools_are_read():
     assert np.abs(decode_image(stream.getvalue()).astype(int) - 128).max() <= 2
 
 
-@pytest.mark.parametrize("where", [30, 45, 80])
-def test_a_compressed_png_that_was_cut_or_altered_is_refused(where):
-    data = bytearray(png_by_pillow(image_of(9, 7, 3)))
-    data[where] ^= 0xFF
+@pytest.mark.parametrize("offset", [30, 45, 80])
+def test_truncated_or_altered_compressed_pngs_are_rejected(offset):
+    data = bytearray(pillow_png(image_of(9, 7, 3)))
+    data[offset] ^= 0xFF
     with pytest.raises(ShardError):
         decode_image(bytes(data))
     with pytest.raises(ShardError):
-        decode_image(bytes(data[:where]))
+        decode_image(bytes(data[:offset]))
 
 
-def test_a_stored_png_whose_second_block_is_damaged_is_refused():
+def test_a_stored_png_with_a_damaged_second_block_is_rejected():
     data = bytearray(encode_png(image_of(150, 150, 3)))
     second = data.index(b"\x01", 43 + 5 + 65_535)  # the last block begins with 1
     data[second + 1] ^= 0xFF
@@ -88,14 +88,14 @@ def test_a_stored_png_whose_second_block_is_damaged_is_refused():
         decode_image(bytes(data))
 
 
-def test_images_with_too_many_pixels_are_refused_before_decoding(monkeypatch):
-    data = png_by_pillow(np.zeros((40, 40), np.uint8))
+def test_images_with_too_many_pixels_are_rejected_before_decoding(monkeypatch):
+    data = pillow_png(np.zeros((40, 40), np.uint8))
     monkeypatch.setattr(pixels, "MAX_PIXELS", 40 * 39)
     with pytest.raises(ShardError, match="too many pixels"):
         decode_image(data)
 
 
-def test_a_header_that_promises_a_huge_image_allocates_nothing():
+def test_a_header_with_a_huge_size_is_rejected_without_allocation():
     head = bytearray(encode_png(image_of(2, 2, 3)))
     head[16:24] = struct.pack(">II", 2**31 - 1, 2**31 - 1)
     with pytest.raises(ShardError):
@@ -103,7 +103,7 @@ def test_a_header_that_promises_a_huge_image_allocates_nothing():
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "I;16"])
-def test_image_modes_that_are_neither_grey_nor_rgb_are_refused(mode):
+def test_other_image_modes_than_grey_and_rgb_are_rejected(mode):
     stream = io.BytesIO()
     Image.new(mode, (4, 4)).save(stream, "PNG")
     with pytest.raises(ShardError, match="grey or RGB"):
@@ -114,14 +114,14 @@ def test_image_modes_that_are_neither_grey_nor_rgb_are_refused(mode):
     "image",
     [np.zeros((2, 2, 3), np.float32), np.zeros((2, 2), np.uint8), np.zeros((2, 2, 2), "u1")],
 )
-def test_only_grey_and_rgb_bytes_become_png(image):
+def test_only_grey_and_rgb_uint8_images_are_encoded_as_png(image):
     with pytest.raises(ValueError, match="expected uint8"):
         encode_png(image)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 6), max_size=4), st.sampled_from([np.uint8, np.float32]))
-def test_numpy_reads_the_arrays_that_were_written_and_we_read_numpys(shape, dtype):
+def test_arrays_are_compatible_with_numpy_in_both_directions(shape, dtype):
     array = np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype)
     ours = encode_npy(array)
     loaded = np.load(io.BytesIO(ours), allow_pickle=False)
@@ -134,31 +134,31 @@ def test_numpy_reads_the_arrays_that_were_written_and_we_read_numpys(shape, dtyp
 
 
 class Bomb:
-    exploded = False
+    executed = False
 
     def __reduce__(self):
-        return (setattr, (Bomb, "exploded", True))
+        return (setattr, (Bomb, "executed", True))
 
 
-def test_a_pickle_inside_an_array_is_refused_and_not_run():
+def test_pickles_in_arrays_are_rejected_and_not_executed():
     stream = io.BytesIO()
     np.save(stream, np.array([Bomb()], dtype=object), allow_pickle=True)
     with pytest.raises(ShardError, match="uint8 or float32"):
         decode_npy(stream.getvalue())
     with pytest.raises(ShardError, match="npy"):
         decode_npy(pickle.dumps(Bomb()))
-    assert not Bomb.exploded
+    assert not Bomb.executed
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int64, ">f4", "U3"])
-def test_arrays_of_other_types_are_refused(dtype):
+def test_arrays_of_other_dtypes_are_rejected(dtype):
     stream = io.BytesIO()
     np.save(stream, np.zeros(3, dtype))
     with pytest.raises(ShardError, match="uint8 or float32"):
         decode_npy(stream.getvalue())
 
 
-def test_an_array_in_fortran_order_is_refused():
+def test_arrays_in_fortran_order_are_rejected():
     stream = io.BytesIO()
     np.save(stream, np.asfortranarray(np.zeros((2, 3), np.float32)))
     with pytest.raises(ShardError, match="C-ordered"):
@@ -166,12 +166,12 @@ def test_an_array_in_fortran_order_is_refused():
 
 
 @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"x"])
-def test_an_array_of_another_length_than_its_header_says_is_refused(change):
+def test_arrays_that_do_not_match_their_header_are_rejected(change):
     with pytest.raises(ShardError, match="shape"):
         decode_npy(change(encode_npy(np.ones(5, np.float32))))
 
 
-def test_a_header_whose_shape_overflows_is_refused():
+def test_headers_with_an_overflowing_shape_are_rejected():
     data = encode_npy(np.ones((2, 2), np.uint8)).replace(b"(2, 2), }    ", b"(2**9, 9)}   ")
     with pytest.raises(ShardError):
         decode_npy(data)

@@ -1,4 +1,4 @@
-"""Caches of shards: bounded, least recently used out first, and never trusted."""
+"""Caches of shards: bounded, LRU eviction, and failures that act as cache misses."""
 
 import os
 
@@ -13,7 +13,7 @@ def shard_of(num_bytes):
     return DecodedShard(numbers, np.zeros((1, num_bytes - 8, 1, 1), np.uint8), None, None)
 
 
-def test_memory_keeps_what_was_used_last():
+def test_memory_evicts_the_least_recently_used():
     cache = MemoryCache(300)
     for index in range(3):
         cache.put(index, shard_of(100))
@@ -22,7 +22,7 @@ def test_memory_keeps_what_was_used_last():
     assert [cache.get(index) is not None for index in range(4)] == [True, False, True, True]
 
 
-def test_memory_drops_several_small_ones_for_a_large_one_and_refuses_a_huge_one():
+def test_memory_evicts_several_small_shards_for_a_large_one_and_skips_a_huge_one():
     cache = MemoryCache(300)
     for index in range(3):
         cache.put(index, shard_of(100))
@@ -31,7 +31,7 @@ def test_memory_drops_several_small_ones_for_a_large_one_and_refuses_a_huge_one(
     assert [cache.get(index) is not None for index in range(5)] == [False] * 3 + [True, False]
 
 
-def test_a_cache_of_no_bytes_keeps_nothing():
+def test_a_cache_of_zero_bytes_is_always_empty():
     cache = MemoryCache(0)
     cache.put(0, shard_of(100))
     assert cache.get(0) is None
@@ -42,13 +42,13 @@ def test_disk_keeps_tars_by_hash_up_to_its_limit(tmp_path):
     for age, name in enumerate("ab"):
         cache.put(name, name.encode() * 100)
         os.utime(tmp_path / "cache" / f"{name}.tar", (age, age))
-    assert cache.get("a") == b"a" * 100  # and is now the younger one
+    assert cache.get("a") == b"a" * 100  # now the most recently used
     cache.put("c", b"c" * 100)
     assert [cache.get(name) is not None for name in "abc"] == [True, False, True]
     assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 250
 
 
-def test_a_tar_larger_than_the_disk_cache_leaves_the_others_alone(tmp_path):
+def test_a_tar_above_the_size_limit_evicts_nothing(tmp_path):
     cache = DiskCache(tmp_path, 150)
     cache.put("a", b"a" * 100)
     cache.put("b", b"b" * 151)
@@ -56,7 +56,7 @@ def test_a_tar_larger_than_the_disk_cache_leaves_the_others_alone(tmp_path):
     assert cache.get("b") is None
 
 
-def test_a_folder_that_cannot_be_made_is_the_same_as_no_cache(tmp_path):
+def test_an_unusable_folder_acts_as_an_empty_cache(tmp_path):
     (tmp_path / "file").write_text("in the way")
     cache = DiskCache(tmp_path / "file" / "cache", 1000)
     cache.put("a", b"a")

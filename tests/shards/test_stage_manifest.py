@@ -1,4 +1,4 @@
-"""The manifest of a stage and the entries of its shards: who may write, and what is damaged."""
+"""The manifest of a stage and the entries of its shards: conflicts and damage."""
 
 import pytest
 
@@ -12,6 +12,7 @@ from dist_tl.shards.manifest import (
     read_manifest,
 )
 from dist_tl.storage.layout import entry_key, manifest_key
+from dist_tl.storage.objects import ObjectStore
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def manifest(stage):
     )
 
 
-def test_the_first_manifest_stands_and_the_same_one_is_welcome_again(store, manifest):
+def test_opening_a_stage_again_returns_the_first_manifest(store, manifest):
     assert read_manifest(store, "pp") is None
     assert open_stage(store, manifest) == manifest
     upgraded = manifest.model_copy(update={"created_by": {"torch": "2.14"}})
@@ -36,7 +37,7 @@ def test_the_first_manifest_stands_and_the_same_one_is_welcome_again(store, mani
     assert read_manifest(store, "pp") == manifest
 
 
-def test_another_generator_or_plan_is_refused_by_the_names_of_what_differs(store, stage, manifest):
+def test_the_error_of_another_generator_or_plan_names_the_fields(store, stage, manifest):
     open_stage(store, manifest)
     other = manifest.model_copy(update={"generator": "h", "plan": stage.plan(seed=8)})
     assert other.fingerprint != manifest.fingerprint
@@ -45,33 +46,31 @@ def test_another_generator_or_plan_is_refused_by_the_names_of_what_differs(store
     assert read_manifest(store, "pp") == manifest
 
 
-def test_the_manifest_of_another_process_that_was_first_is_compared_too(store, manifest):
-    class Slow:
-        """A store where somebody writes between the look and the write."""
+def test_a_manifest_written_concurrently_is_compared_too(store, manifest):
+    class RacingStore(ObjectStore):
+        """A store to which another process writes after the first read."""
 
-        looked = False
+        was_read = False
 
         def read_or_none(self, key):
-            if not self.looked:
-                self.looked = True
+            if not self.was_read:
+                self.was_read = True
                 store.write(key, manifest.model_dump_json().encode())
                 return None
-            return store.read_or_none(key)
-
-        write = staticmethod(store.write)
+            return super().read_or_none(key)
 
     with pytest.raises(ConfigError, match="kind differ"):
-        open_stage(Slow(), manifest.model_copy(update={"kind": "p_ssl"}))
+        open_stage(RacingStore(store.url), manifest.model_copy(update={"kind": "p_ssl"}))
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"format_version": 1}', b"\xff"])
-def test_a_damaged_manifest_is_an_error_that_names_it(store, data):
+def test_the_error_of_a_damaged_manifest_names_it(store, data):
     store.write(manifest_key("pp"), data)
     with pytest.raises(ShardError, match=r"manifest\.json"):
         read_manifest(store, "pp")
 
 
-def test_a_manifest_of_a_later_format_is_not_guessed_at(store, manifest):
+def test_a_manifest_of_a_later_format_is_rejected(store, manifest):
     later = manifest.model_copy(update={"format_version": 2})
     store.write(manifest_key("pp"), later.model_dump_json().encode())
     with pytest.raises(ShardError, match="format 2, this version reads 1"):
@@ -83,20 +82,23 @@ def test_entries_exist_for_committed_shards_only(store, stage):
     stage.write(store, plan, indices={0, 3})
     assert committed_indices(store, "pp") == {0, 3}
     assert read_entry(store, "pp", 1) is None
-    assert read_entry(store, "pp", 3).index == 3
+    entry = read_entry(store, "pp", 3)
+    assert entry is not None
+    assert entry.index == 3
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"7", b"{}", b'{"index": -1}'])
-def test_a_damaged_entry_is_an_error_that_names_it(store, data):
+def test_the_error_of_a_damaged_entry_names_it(store, data):
     store.write(entry_key("pp", 4), data)
     with pytest.raises(ShardError, match=r"000004\.json"):
         read_entry(store, "pp", 4)
 
 
-def test_an_entry_of_another_job_is_refused(store, stage):
+def test_an_entry_of_another_job_is_rejected(store, stage):
     plan = stage.plan()
     stage.write(store, plan, indices={0})
     entry = read_entry(store, "pp", 0)
+    assert entry is not None
     assert check_entry(entry, plan) == entry
     with pytest.raises(ShardError, match="another order"):
         check_entry(entry, stage.plan(seed=8))

@@ -1,4 +1,4 @@
-"""Stores of every kind, each with nothing in it: a folder, memory, and two real S3 servers."""
+"""Empty stores of every kind: a folder, memory, and two real S3 servers."""
 
 import threading
 import uuid
@@ -10,10 +10,10 @@ from dist_tl.storage.objects import ObjectStore
 
 
 class MotoServer:
-    """Moto on loopback, with a door in front that can fail requests and that remembers them.
+    """Moto on loopback, behind a proxy that records requests and can inject faults.
 
-    `faults` holds what happens to the next requests: an S3 error as (status, code), "lost" for a
-    request that is obeyed but whose answer is replaced by a 503, or None to let one pass.
+    `faults` lists the faults of the next requests: an S3 error as (status, code), "lost" for a
+    request that is executed but whose response is replaced by a 503, or None for no fault.
     """
 
     def __init__(self):
@@ -22,7 +22,7 @@ class MotoServer:
 
         self._moto = DomainDispatcherApplication(create_backend_app)
         self.faults, self.requests = [], []
-        self._server = make_server("127.0.0.1", 0, self._door, threaded=True)
+        self._server = make_server("127.0.0.1", 0, self._proxy, threaded=True)
         self.environment = {
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "moto-takes-any-secret",
@@ -31,7 +31,7 @@ class MotoServer:
         }
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def _door(self, environ, start_response):
+    def _proxy(self, environ, start_response):
         self.requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
         fault = self.faults.pop(0) if self.faults else None
         if fault is None:

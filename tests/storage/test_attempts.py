@@ -1,4 +1,4 @@
-"""Of several starts of a run the latest has it, whatever the store can do."""
+"""Attempts: the latest attempt owns the run, with or without create-only writes."""
 
 import threading
 
@@ -10,8 +10,8 @@ from dist_tl.storage.attempts import SUBMISSION, Attempt, begin_attempt, latest_
 from dist_tl.storage.objects import ObjectStore
 
 
-class Forgetful(ObjectStore):
-    """Ignores create-only, as some stores do: the last writer wins."""
+class NoCreateOnlyStore(ObjectStore):
+    """Ignores create-only, like some stores: the last writer wins."""
 
     def write(self, key, data, *, create_only=False):
         return super().write(key, data)
@@ -20,7 +20,7 @@ class Forgetful(ObjectStore):
         return False
 
 
-def test_numbers_count_up_and_the_latest_has_the_run(tmp_path):
+def test_numbers_count_up_and_the_latest_attempt_owns_the_run(tmp_path):
     store = ObjectStore(tmp_path)
     assert latest_attempt(store) == 0
     first = begin_attempt(store)
@@ -28,32 +28,32 @@ def test_numbers_count_up_and_the_latest_has_the_run(tmp_path):
     second = begin_attempt(store)
     assert (first.number, second.number, latest_attempt(store)) == (1, 2, 2)
     second.check()
-    with pytest.raises(SupersededError, match=r"attempt 2 .* took it over; this one, attempt 1"):
+    with pytest.raises(SupersededError, match=r"attempt 2 .* supersedes attempt 1, which stops"):
         first.check()
 
 
-def test_looking_costs_nothing_between_the_looks(tmp_path, monkeypatch):
+def test_poll_reads_the_store_at_most_every_few_seconds(tmp_path, monkeypatch):
     store = ObjectStore(tmp_path)
     first, _ = begin_attempt(store), begin_attempt(store)
     first.poll()
-    monkeypatch.setattr(attempts, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(attempts, "CHECK_EVERY_S", 0.0)
     with pytest.raises(SupersededError):
         first.poll()
 
 
-def test_retries_of_a_submission_go_on_until_a_later_one_has_the_run(tmp_path, monkeypatch):
+def test_retries_of_a_submission_run_until_they_are_superseded(tmp_path, monkeypatch):
     store = ObjectStore(tmp_path)
     monkeypatch.setenv(SUBMISSION, "first")
     begin_attempt(store)
     begin_attempt(store)  # a retry
     monkeypatch.setenv(SUBMISSION, "second")
-    taken_over = begin_attempt(store)
+    superseding = begin_attempt(store)
     monkeypatch.setenv(SUBMISSION, "first")
-    with pytest.raises(SupersededError, match=r"attempt 3 .* took it over from this submission"):
+    with pytest.raises(SupersededError, match=r"attempt 3 .* supersedes this submission"):
         begin_attempt(store)
-    taken_over.check()
+    superseding.check()
     monkeypatch.delenv(SUBMISSION)
-    assert begin_attempt(store).number == 4  # by hand: whoever starts it knows
+    assert begin_attempt(store).number == 4  # started manually, not a retry
     monkeypatch.setenv(SUBMISSION, "second")
     with pytest.raises(SupersededError):
         begin_attempt(store)
@@ -61,35 +61,35 @@ def test_retries_of_a_submission_go_on_until_a_later_one_has_the_run(tmp_path, m
     assert begin_attempt(store).number == 5
 
 
-class Away(ObjectStore):
-    """Out of reach."""
+class UnreachableStore(ObjectStore):
+    """Every listing fails."""
 
-    def list(self, prefix):
-        raise StorageError("nobody answers")
+    def list(self, prefix=""):
+        raise StorageError("unreachable")
 
 
-def test_looking_in_a_loop_does_not_mind_a_store_that_is_away(tmp_path, monkeypatch):
-    monkeypatch.setattr(attempts, "LOOK_EVERY_S", 0.0)
-    attempt = Attempt(Away(tmp_path), 1)
+def test_poll_ignores_an_unreachable_store_and_check_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(attempts, "CHECK_EVERY_S", 0.0)
+    attempt = Attempt(UnreachableStore(tmp_path), 1)
     attempt.poll()
     with pytest.raises(StorageError):
         attempt.check()
 
 
-@pytest.mark.parametrize("kind", [ObjectStore, Forgetful])
-def test_starts_at_the_same_moment_never_share_a_number(tmp_path, kind):
-    found = []
+@pytest.mark.parametrize("kind", [ObjectStore, NoCreateOnlyStore])
+def test_concurrent_attempts_never_share_a_number(tmp_path, kind):
+    numbers = []
     barrier = threading.Barrier(4)
 
     def start():
         store = kind(tmp_path)
         barrier.wait()
-        found.append(begin_attempt(store).number)
+        numbers.append(begin_attempt(store).number)
 
     threads = [threading.Thread(target=start) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(found)) == 4
-    assert max(found) == latest_attempt(ObjectStore(tmp_path))
+    assert len(set(numbers)) == 4
+    assert max(numbers) == latest_attempt(ObjectStore(tmp_path))

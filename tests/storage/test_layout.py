@@ -1,4 +1,4 @@
-"""Keys: the documented places, and no way out of them."""
+"""Keys: the documented layout, parsing, and names that could escape their folder."""
 
 import pytest
 from hypothesis import given
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from dist_tl.storage import layout
 
 
-def test_every_key_is_where_the_design_says():
+def test_keys_match_the_documented_layout():
     assert (layout.JOB, layout.RESULTS, layout.REPORT) == (
         "job.json",
         "results.json",
@@ -32,7 +32,7 @@ INDICES = st.integers(min_value=0, max_value=10**10)
 
 
 @given(INDICES)
-def test_parsing_undoes_every_key(index):
+def test_parsing_inverts_every_key(index):
     assert layout.parse_shard_index(layout.shard_key("a", index)) == index
     assert layout.parse_shard_index(layout.entry_key("a", index)) == index
     assert layout.parse_checkpoint_step(layout.checkpoint_prefix("a", index)) == index
@@ -51,7 +51,7 @@ def test_keys_sort_like_their_numbers(one, other):
 @pytest.mark.parametrize(
     "key", ["", "job.json", "entries/12.json", "entries/000012.tar", "x000012"]
 )
-def test_a_foreign_key_has_no_number(key):
+def test_parsing_other_keys_returns_none(key):
     assert layout.parse_shard_index(key) is None
     assert layout.parse_checkpoint_step(key) is None
     assert layout.parse_rank(key) is None
@@ -67,18 +67,18 @@ def test_keys_relative_to_a_stage_parse_too():
 @pytest.mark.parametrize(
     "name", ["", ".", "..", ".hidden", "a/b", "a b", "ä", "a\n", "x" * 81, "a:b"]
 )
-def test_a_name_that_could_leave_its_folder_is_refused(name):
-    for use in (layout.stage_prefix, layout.manifest_key, lambda n: layout.model_prefix(n, 0)):
+def test_names_that_could_escape_their_folder_are_rejected(name):
+    for build in (layout.stage_prefix, layout.manifest_key, lambda n: layout.model_prefix(n, 0)):
         with pytest.raises(ValueError, match="expected a name"):
-            use(name)
+            build(name)
 
 
 @pytest.mark.parametrize("name", ["a", "p_ssl", "layer-search.v2", "9", "x" * 80])
-def test_an_ordinary_name_is_itself(name):
+def test_valid_names_are_returned_unchanged(name):
     assert layout.check_name(name) == name
 
 
-@pytest.mark.parametrize("use", [layout.shard_key, layout.entry_key, layout.checkpoint_prefix])
-def test_a_negative_number_is_refused(use):
+@pytest.mark.parametrize("build", [layout.shard_key, layout.entry_key, layout.checkpoint_prefix])
+def test_negative_numbers_are_rejected(build):
     with pytest.raises(ValueError, match="0 or more, got -1"):
-        use("a", -1)
+        build("a", -1)

@@ -1,4 +1,4 @@
-"""What every store promises, whatever it is made of."""
+"""Guarantees that hold for every kind of store."""
 
 import json
 import os
@@ -12,14 +12,14 @@ from dist_tl.storage.objects import ObjectStore, StoreProbe
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00\xff" * 3, bytes(range(256)) * 5000])
-def test_what_was_written_is_read_back(store, data):
+def test_a_written_object_can_be_read_back(store, data):
     assert store.write("a/b/c.bin", data) is True
     assert store.read("a/b/c.bin") == data
     assert store.size("a/b/c.bin") == len(data)
     assert store.exists("a/b/c.bin")
 
 
-def test_a_missing_object_is_none_or_a_named_error_never_empty_bytes(store):
+def test_reading_a_missing_object_returns_none_or_raises_with_its_key(store):
     store.write("there", b"x")
     assert store.read_or_none("not/there") is None
     assert not store.exists("not/there")
@@ -28,7 +28,7 @@ def test_a_missing_object_is_none_or_a_named_error_never_empty_bytes(store):
             read("not/there")
 
 
-def test_a_store_that_nobody_wrote_to_is_empty(store):
+def test_a_new_store_is_empty(store):
     assert store.list() == []
     assert store.read_or_none("x") is None
     store.delete("x")
@@ -41,7 +41,7 @@ def test_a_folder_is_not_an_object(store):
     assert store.read_or_none("a") is None
 
 
-def test_a_second_write_replaces_and_a_create_only_one_does_not(store):
+def test_a_second_write_overwrites_but_a_create_only_write_does_not(store):
     store.write("k", b"one")
     assert store.write("k", b"two") is True
     assert store.write("k", b"three", create_only=True) is False
@@ -50,7 +50,7 @@ def test_a_second_write_replaces_and_a_create_only_one_does_not(store):
     assert store.read("fresh") == b"four"
 
 
-def test_keys_are_listed_sorted_relative_and_through_all_folders(store):
+def test_list_returns_sorted_relative_keys_of_all_folders(store):
     for key in ("b/2", "a", "b/10", "b/c/d/e", "bb/1"):
         store.write(key, b"x")
     assert store.list() == ["a", "b/10", "b/2", "b/c/d/e", "bb/1"]
@@ -67,7 +67,7 @@ def test_a_listing_is_never_stale(store):
     assert store.list("x") == ["x/0", "x/2"]
 
 
-def test_deleting_a_folder_spares_its_neighbours_of_like_name(store):
+def test_deleting_a_folder_keeps_folders_with_the_same_name_prefix(store):
     for key in ("m/seed1/a", "m/seed1/b/c", "m/seed10/a", "m/seed1.json"):
         store.write(key, b"x")
     store.delete_all("m/seed1")
@@ -76,7 +76,7 @@ def test_deleting_a_folder_spares_its_neighbours_of_like_name(store):
     assert store.read("m/seed1/a") == b"again"
 
 
-def test_deleting_twice_is_deleting_once(store):
+def test_delete_is_idempotent(store):
     store.write("k", b"x")
     store.delete("k")
     store.delete("k")
@@ -91,7 +91,7 @@ def test_a_child_is_the_folder_of_that_name(store):
     assert child.url == f"{store.url}/stages/one"
 
 
-def test_files_travel_whole_both_ways(store, tmp_path):
+def test_files_are_uploaded_and_downloaded_unchanged(store, tmp_path):
     source = tmp_path / "source"
     source.write_bytes(os.urandom(300_000))
     store.put_file(source, "deep/copy")
@@ -99,7 +99,7 @@ def test_files_travel_whole_both_ways(store, tmp_path):
     assert (tmp_path / "new" / "back").read_bytes() == source.read_bytes()
 
 
-def test_a_failed_download_leaves_the_old_file_alone(store, tmp_path):
+def test_a_failed_download_keeps_the_old_file(store, tmp_path):
     store.write("there", b"x")
     kept = tmp_path / "out" / "kept"
     kept.parent.mkdir()
@@ -131,11 +131,11 @@ def test_damaged_json_is_a_storage_error_with_the_address(store, data):
         store.read_json("v.json")
 
 
-def test_a_pickled_store_is_the_same_place_and_small(store):
+def test_a_pickled_store_has_the_same_url_and_is_small(store):
     store.write("k", b"x")
-    again = pickle.loads(pickle.dumps(store))  # noqa: S301
-    assert again.read("k") == b"x"
-    assert again.url == store.url
+    unpickled = pickle.loads(pickle.dumps(store))  # noqa: S301
+    assert unpickled.read("k") == b"x"
+    assert unpickled.url == store.url
     assert len(pickle.dumps(store)) < 500
 
 
@@ -158,20 +158,20 @@ def test_many_threads_share_one_store(store):
     assert len(store.list("t")) == 16
 
 
-def test_a_probe_tells_whether_create_only_is_real_and_leaves_nothing(store, request):
-    found = store.probe()
-    real = request.node.callspec.params["store"] != "embedded"
-    assert (found.writable, found.create_only) == (True, real)
-    assert bool(found.note) != real
+def test_a_probe_reports_create_only_support_and_leaves_no_object(store, request):
+    probe = store.probe()
+    supported = request.node.callspec.params["store"] != "embedded"
+    assert (probe.writable, probe.create_only) == (True, supported)
+    assert bool(probe.note) != supported
     assert store.list() == []
-    assert isinstance(found, StoreProbe)
+    assert isinstance(probe, StoreProbe)
 
 
 BAD_KEYS = ["", "/a", "a/", "a//b", ".", "a/./b", "../a", "a/../../b", "a\\b", "a*", "a?", "a\nb"]
 
 
 @pytest.mark.parametrize("key", [*BAD_KEYS, "a/.tmp-1", ".rclone_temp_put_x"])
-def test_a_key_that_some_store_would_misread_is_refused_by_all(tmp_path, key):
+def test_keys_that_are_invalid_in_some_store_are_rejected_by_all(tmp_path, key):
     store = ObjectStore(tmp_path)
     for use in (store.read, store.exists, store.size, store.delete, store.delete_all, store.child):
         if use == store.delete_all and key == "a/":
@@ -192,7 +192,7 @@ def test_a_key_that_some_store_would_misread_is_refused_by_all(tmp_path, key):
         "file://user:secret@/x",
     ],
 )
-def test_a_login_in_the_url_is_refused_and_not_repeated(url):
+def test_credentials_in_the_url_are_rejected_and_not_repeated(url):
     with pytest.raises(ConfigError, match="AWS_SECRET_ACCESS_KEY") as caught:
         ObjectStore(url)
     assert "secret@" not in str(caught.value)
@@ -202,16 +202,16 @@ def test_a_login_in_the_url_is_refused_and_not_repeated(url):
 @pytest.mark.parametrize(
     "url", ["", "s3://", "s3:///", "nonsense://x", "s3://b/a//c", "s3://b/../c"]
 )
-def test_a_url_that_cannot_work_is_a_config_error(url):
+def test_an_invalid_url_is_a_config_error(url):
     with pytest.raises(ConfigError, match="expected"):
         ObjectStore(url)
 
 
-def test_an_at_sign_inside_a_folder_name_is_no_login():
+def test_an_at_sign_in_a_folder_name_is_not_a_login():
     assert ObjectStore("s3://bucket/mail@home").url == "s3://bucket/mail@home"
 
 
-def test_a_relative_path_means_the_same_after_a_change_of_folder(tmp_path, monkeypatch):
+def test_relative_paths_are_resolved_when_the_store_is_created(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     store = ObjectStore("runs/a")
     assert store.url == f"{tmp_path}/runs/a"
@@ -219,12 +219,12 @@ def test_a_relative_path_means_the_same_after_a_change_of_folder(tmp_path, monke
     assert ObjectStore(f"file://{tmp_path}/runs/a/").url == store.url
 
 
-def test_writing_nan_as_json_is_refused(tmp_path):
+def test_writing_nan_as_json_is_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"Out of range|JSON"):
         ObjectStore(tmp_path).write_json("k", float("nan"))
     assert ObjectStore(tmp_path).list() == []
 
 
-def test_json_files_end_like_text(tmp_path):
+def test_json_files_end_with_a_newline(tmp_path):
     ObjectStore(tmp_path).write_json("k.json", {"a": 1})
     assert (tmp_path / "k.json").read_text() == json.dumps({"a": 1}, indent=2) + "\n"

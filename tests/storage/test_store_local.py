@@ -1,4 +1,4 @@
-"""A folder as a store: nothing partial is ever seen, and of many creators one wins."""
+"""A folder as a store: atomic writes, and exactly one winner of concurrent create-only writes."""
 
 import errno
 import multiprocessing
@@ -16,7 +16,7 @@ from dist_tl.storage.objects import ObjectStore
 
 
 class KilledError(BaseException):
-    """Stands for the end of the process: nothing may catch it."""
+    """Simulates the death of the process: no handler may catch it."""
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def every_file(store):
 
 
 @pytest.mark.parametrize("call", ["replace", "link", "fsync"])
-def test_a_write_that_dies_before_it_is_published_changes_nothing(store, monkeypatch, call):
+def test_a_write_interrupted_before_it_is_published_changes_nothing(store, monkeypatch, call):
     store.write("a/k", b"old")
 
     def die(*_, **__):
@@ -44,7 +44,7 @@ def test_a_write_that_dies_before_it_is_published_changes_nothing(store, monkeyp
     assert every_file(store) == []
 
 
-def test_data_is_on_disk_before_its_name_is(store, monkeypatch):
+def test_data_is_flushed_before_the_rename(store, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
@@ -60,21 +60,22 @@ def test_data_is_on_disk_before_its_name_is(store, monkeypatch):
     assert "fsync" in calls[replaced:], "the folder must be flushed after it"
 
 
-def _write_for_ever(url):
+def _write_forever(url):
     store = ObjectStore(url)
     for i in range(10**9):
         store.write("k", bytes([i % 256]) * 3_000_000)
 
 
-def test_a_writer_killed_at_any_moment_leaves_a_whole_object(store):
+def test_a_killed_writer_leaves_a_complete_object(store):
     context = multiprocessing.get_context("fork")
     for _ in range(4):
-        writer = context.Process(target=_write_for_ever, args=(store.url,))
+        writer = context.Process(target=_write_forever, args=(store.url,))
         writer.start()
         deadline = time.monotonic() + 10
         while not store.exists("k") and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(0.013)
+        assert writer.pid is not None
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
         data = store.read("k")
@@ -83,7 +84,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_object(store):
         assert store.list() == ["k"]
 
 
-def test_readers_never_see_part_of_a_write(store):
+def test_readers_never_see_partial_writes(store):
     store.write("k", b"\x00" * 400_000)
     done = threading.Event()
 
@@ -112,7 +113,7 @@ def _race(url, names, results):
         )
 
 
-def test_of_many_processes_exactly_one_creates_each_key(store):
+def test_exactly_one_of_many_processes_creates_each_key(store):
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     racers = [context.Process(target=_race, args=(store.url, range(30), results)) for _ in range(4)]
@@ -126,7 +127,7 @@ def test_of_many_processes_exactly_one_creates_each_key(store):
         assert store.read(f"race/{i}") == str(winner).encode() * 999
 
 
-def test_of_many_threads_exactly_one_creates_a_key(store):
+def test_exactly_one_of_many_threads_creates_a_key(store):
     for i in range(20):
         barrier, wins = threading.Barrier(8), []
 
@@ -144,7 +145,7 @@ def test_of_many_threads_exactly_one_creates_a_key(store):
         assert store.read(f"k{i}") == str(winner).encode()
 
 
-def test_uploads_that_a_dead_server_left_are_not_listed_but_deleted(store):
+def test_leftover_uploads_are_deleted_but_not_listed(store):
     store.write("a/k", b"x")
     for name in (".tmp-1", ".rclone_temp_put_1", ".rclone_multipart_upload_1"):
         Path(store.url, "a", name).write_bytes(b"half")
@@ -153,7 +154,7 @@ def test_uploads_that_a_dead_server_left_are_not_listed_but_deleted(store):
     assert not Path(store.url, "a").exists()
 
 
-def test_objects_get_the_permissions_that_the_user_asked_for(store):
+def test_objects_follow_the_umask(store):
     old = os.umask(0o027)
     try:
         store.write("k", b"x")
@@ -162,7 +163,7 @@ def test_objects_get_the_permissions_that_the_user_asked_for(store):
     assert stat.S_IMODE(Path(store.url, "k").stat().st_mode) == 0o640
 
 
-def test_a_disk_without_hard_links_still_works_and_the_probe_says_so(store, monkeypatch):
+def test_a_disk_without_hard_links_works_and_the_probe_reports_it(store, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EPERM, "no hard links here")
 
@@ -173,7 +174,7 @@ def test_a_disk_without_hard_links_still_works_and_the_probe_says_so(store, monk
     assert store.probe().create_only is False
 
 
-def test_a_full_disk_is_named_with_the_place_and_the_way_out(store, monkeypatch):
+def test_a_full_disk_error_names_the_path_and_the_remedy(store, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -184,7 +185,7 @@ def test_a_full_disk_is_named_with_the_place_and_the_way_out(store, monkeypatch)
         store.probe()
 
 
-def test_a_folder_in_the_way_is_an_error_that_says_so(store):
+def test_a_file_and_a_folder_with_the_same_name_are_an_error(store):
     store.write("a/b", b"x")
     with pytest.raises(StorageError, match=r"cannot write .*cannot share a name"):
         store.write("a", b"y")
@@ -192,7 +193,7 @@ def test_a_folder_in_the_way_is_an_error_that_says_so(store):
         store.write("a/b/c", b"y")
 
 
-def test_a_store_under_a_file_is_refused_by_the_probe(tmp_path):
+def test_the_probe_rejects_a_store_below_a_file(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match="cannot write"):
         ObjectStore(tmp_path / "file" / "run").probe()

@@ -1,4 +1,4 @@
-"""S3 when it races, fails, refuses, or is not there; and secrets, which no error may tell."""
+"""S3: concurrent writes, faults, rejected requests, unreachable servers; no secrets in errors."""
 
 import multiprocessing
 import threading
@@ -12,7 +12,7 @@ from dist_tl.storage.objects import ObjectStore
 pytestmark = pytest.mark.s3
 
 
-def test_of_many_creators_on_a_conditional_store_exactly_one_wins(moto):
+def test_exactly_one_of_many_create_only_writes_wins_if_the_store_supports_them(moto):
     store = ObjectStore("s3://bucket/race")
     for i in range(8):
         barrier, wins = threading.Barrier(6), []
@@ -40,7 +40,7 @@ def test_of_many_creators_on_a_conditional_store_exactly_one_wins(moto):
         (409, "ConditionalRequestConflict"),
     ],
 )
-def test_a_passing_failure_is_not_noticed(moto, no_waits, fault):
+def test_transient_errors_are_retried(moto, no_waits, fault):
     store = ObjectStore("s3://bucket/flaky")
     moto.faults += [fault, fault]
     store.write("k", b"x")
@@ -50,7 +50,7 @@ def test_a_passing_failure_is_not_noticed(moto, no_waits, fault):
     assert store.list() == ["k"]
 
 
-def test_a_lasting_failure_is_reported_after_a_few_tries(moto, no_waits):
+def test_permanent_errors_are_reported_after_a_few_retries(moto, no_waits):
     moto.faults += [(503, "SlowDown")] * 100
     with pytest.raises(StorageError, match=r"cannot write s3://bucket/k: SlowDown.*try again"):
         ObjectStore("s3://bucket").write("k", b"x")
@@ -58,14 +58,14 @@ def test_a_lasting_failure_is_reported_after_a_few_tries(moto, no_waits):
     moto.faults.clear()
 
 
-def test_a_refusal_is_not_tried_again(moto, no_waits):
+def test_access_denied_is_not_retried(moto, no_waits):
     moto.faults += [(403, "AccessDenied")]
     with pytest.raises(StorageError, match=r"AccessDenied.*set AWS_ACCESS_KEY_ID"):
         ObjectStore("s3://bucket").read("k")
     assert len(moto.requests) == 1
 
 
-def test_waits_between_tries_grow(moto, monkeypatch):
+def test_waits_between_retries_grow(moto, monkeypatch):
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
     moto.faults += [(500, "InternalError")] * 5
@@ -76,9 +76,9 @@ def test_waits_between_tries_grow(moto, monkeypatch):
     assert 3 < sum(waits) < 8
 
 
-def test_a_create_whose_answer_was_lost_leaves_the_object_whole(moto, no_waits):
+def test_a_create_only_write_with_a_lost_response_leaves_a_complete_object(moto, no_waits):
     store = ObjectStore("s3://bucket/lost")
-    moto.faults += [None, None, "lost"]  # two look-ups, then the put is obeyed but not answered
+    moto.faults += [None, None, "lost"]  # two lookups, then a put whose response is lost
     assert store.write("k", b"mine", create_only=True) is False
     assert store.read("k") == b"mine"
 
@@ -97,7 +97,7 @@ def test_a_missing_bucket_is_never_an_empty_store(moto):
             use()
 
 
-def test_an_unreachable_server_is_named(use_environment, no_waits):
+def test_an_unreachable_server_error_names_the_server(use_environment, no_waits):
     use_environment(
         {
             "AWS_ACCESS_KEY_ID": "k",
@@ -112,7 +112,7 @@ def test_an_unreachable_server_is_named(use_environment, no_waits):
     assert caught.value.__suppress_context__
 
 
-def test_no_credentials_is_named(moto, monkeypatch, tmp_path):
+def test_missing_credentials_are_reported(moto, monkeypatch, tmp_path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -122,13 +122,13 @@ def test_no_credentials_is_named(moto, monkeypatch, tmp_path):
         ObjectStore("s3://bucket").read("k")
 
 
-def test_an_endpoint_without_a_scheme_is_explained(moto, monkeypatch):
+def test_an_endpoint_without_a_scheme_is_reported(moto, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost")
     with pytest.raises(StorageError, match="http://host:port"):
         ObjectStore("s3://bucket").read("k")
 
 
-def test_a_secret_that_the_server_quotes_is_not_passed_on(moto, use_environment):
+def test_secrets_quoted_by_the_server_are_redacted(moto, use_environment):
     use_environment({"AWS_SECRET_ACCESS_KEY": "wJalr/XUtnFEMI"})
     moto.faults += [(400, "Bad: wJalr/XUtnFEMI")]
     store = ObjectStore("s3://bucket")
@@ -139,7 +139,7 @@ def test_a_secret_that_the_server_quotes_is_not_passed_on(moto, use_environment)
     assert "wJalr" not in repr(vars(store))
 
 
-def test_new_credentials_in_the_environment_are_used_at_once(embedded_server, use_environment):
+def test_new_credentials_in_the_environment_take_effect(embedded_server, use_environment):
     use_environment(embedded_server.environment())
     store = ObjectStore(f"{embedded_server.url}/rotate")
     store.write("k", b"x")
@@ -155,7 +155,7 @@ def _read_in_child(store, results):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_store_in_use_survives_a_new_process(moto, method):
+def test_a_connected_store_works_in_a_child_process(moto, method):
     store = ObjectStore("s3://bucket/fork")
     store.write("k", b"x")
     context = multiprocessing.get_context(method)
@@ -179,8 +179,8 @@ def test_one_read_is_one_request(moto):
     assert moto.requests == [("GET", "/bucket/count/k"), ("GET", "/bucket/count/missing")]
 
 
-def test_a_large_file_goes_up_in_parts_and_comes_back_whole(moto, tmp_path, monkeypatch):
-    # The smallest part that S3 allows, in place of s3fs's 50 MiB.
+def test_a_large_file_is_uploaded_in_parts_and_downloaded_unchanged(moto, tmp_path, monkeypatch):
+    # The smallest part size that S3 allows, instead of s3fs's 50 MiB.
     monkeypatch.setattr("s3fs.core.calculate_chunksize", lambda *_, **__: 5 * 2**20)
     source = tmp_path / "large"
     source.write_bytes(bytes(range(256)) * (11 * 4096))
