@@ -1,4 +1,4 @@
-"""A network behind preprocessing of its own, so that images of another kind can be given to it."""
+"""A network with its own preprocessing, for images of another size or channel count."""
 
 from typing import Annotated, Literal
 
@@ -20,7 +20,7 @@ AdaptableConfig = Annotated[
 
 
 class AdaptedConfig(StrictModel):
-    """A network for images that are resized, coloured or normalised first."""
+    """A base network and the resizing, channel repetition and normalisation before it."""
 
     kind: Literal["adapted"] = "adapted"
     base: AdaptableConfig
@@ -28,7 +28,7 @@ class AdaptedConfig(StrictModel):
 
 
 class AdaptedTrunk(nn.Module):
-    """Images (N, C, H, W) in [-1, 1] to the base's features (N, D) of the adapted images."""
+    """Maps images (N, C, H, W) in [-1, 1] to the base's features (N, D) after preprocessing."""
 
     def __init__(self, config: AdaptedConfig, base: nn.Module) -> None:
         super().__init__()

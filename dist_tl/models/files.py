@@ -1,7 +1,6 @@
-"""A network as two files, `model.safetensors` and `config.json`, and back. Never a pickle.
+"""Saves and loads a network as two files, `model.safetensors` and `config.json`. Never a pickle.
 
-The configuration holds all that is needed to build the network again: no hub, no folder, no
-download.
+The configuration alone rebuilds the network: no hub, no folder, no download.
 """
 
 import json
@@ -16,15 +15,15 @@ from torch import Tensor, nn
 
 from dist_tl.config import StrictModel, validate
 from dist_tl.errors import ConfigError
+from dist_tl.models.messages import join_names
 from dist_tl.models.networks import AnyNetworkConfig, Network, NetworkConfig, build_network
-from dist_tl.models.wording import few
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
 
 class NetworkFile(StrictModel):
-    """What config.json holds."""
+    """Content of config.json."""
 
     network: NetworkConfig
     num_classes: int = Field(ge=2)
@@ -37,13 +36,14 @@ def save_network(
     num_classes: int | None = None,
     image_shape: tuple[int, int, int] | None = None,
 ) -> dict[str, bytes]:
-    """The files that stand for `network`: file name to bytes, the same for the same weights.
+    """Returns the files of `network`, file name to bytes; equal weights give equal bytes.
 
-    A network knows its own configuration; what the caller names beside it is only checked, so
-    that one arm's weights are not filed under another arm's configuration.
+    A network has its own configuration; the other arguments are only compared with it, so that
+    one arm's weights are not saved with another arm's configuration.
 
     Raises:
-        ConfigError: `config`, `num_classes` or `image_shape` is given and not the network's own.
+        ConfigError: `config`, `num_classes` or `image_shape` is given and differs from the
+            network's own.
     """
     if config is not None and config not in (network.config, network.portable_config):
         raise ConfigError("save_network: this network was built from another configuration")
@@ -62,11 +62,11 @@ def save_network(
 
 
 def load_network(files: Mapping[str, bytes]) -> Network:
-    """The network that `save_network` wrote, weights and buffers bit for bit, in training mode.
+    """Loads a network that `save_network` wrote, bit for bit, in training mode.
 
     Raises:
-        ConfigError: a file is missing or unreadable, or tensors are missing, left over, or of
-            another shape or kind than the configuration says; the message names them.
+        ConfigError: a file is missing or unreadable, or tensors are missing, unexpected, or of
+            another shape or kind than the configuration requires; the message names them.
     """
     if absent := [name for name in (CONFIG, WEIGHTS) if name not in files]:
         raise ConfigError(f"a saved network is {CONFIG} and {WEIGHTS}; missing: {absent[0]}")
@@ -78,21 +78,23 @@ def load_network(files: Mapping[str, bytes]) -> Network:
         image_shape=description.image_shape,
         rng=torch.Generator().manual_seed(0),
     )
-    # A head taken over from a library may lack the bias that a fresh one has, or the reverse.
-    network.head = nn.utils.skip_init(
+    # A library's head may lack the bias that a new one has, or the reverse.
+    head = nn.utils.skip_init(
         nn.Linear, network.num_features, network.num_classes, bias="head.bias" in tensors
     )
-    _put_in_place(_distinct_tensors(network), tensors)
+    assert isinstance(head, nn.Linear)
+    network.head = head
+    _load_tensors(_distinct_tensors(network), tensors)
     return network
 
 
-def _check_equal(what: str, given: Any, own: Any) -> None:
+def _check_equal(name: str, given: Any, own: Any) -> None:
     if given is not None and given != own:
-        raise ConfigError(f"save_network: {what}: the network has {own}, got {given}")
+        raise ConfigError(f"save_network: {name}: the network has {own}, got {given}")
 
 
 def _distinct_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """The live parameters and buffers, a shared one under its first name only."""
+    """Returns the live parameters and buffers, a shared one under its first name only."""
     distinct: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in network.state_dict(keep_vars=True).items():
         distinct.setdefault(id(tensor), (name, tensor))
@@ -100,7 +102,7 @@ def _distinct_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _stored(tensor: Tensor) -> Tensor:
-    # A clone, since safetensors refuses tensors that are views of one memory.
+    # A clone, because safetensors rejects tensors that share memory.
     return tensor.detach().cpu().contiguous().clone()
 
 
@@ -118,22 +120,22 @@ def _tensors(data: bytes) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
-        raise ConfigError(f"{WEIGHTS} is not a whole safetensors file: {error}") from None
+        raise ConfigError(f"{WEIGHTS} is not a complete safetensors file: {error}") from None
 
 
-def _put_in_place(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+def _load_tensors(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     if missing := set(own) - set(saved):
-        raise ConfigError(f"{WEIGHTS} lacks {few(missing)}, which {CONFIG} asks for")
+        raise ConfigError(f"{WEIGHTS} lacks {join_names(missing)}, which {CONFIG} requires")
     if extra := set(saved) - set(own):
-        raise ConfigError(f"{WEIGHTS} holds {few(extra)}, which {CONFIG} does not ask for")
+        raise ConfigError(f"{WEIGHTS} holds {join_names(extra)}, which {CONFIG} does not describe")
     for name, tensor in own.items():
         if tensor.shape != saved[name].shape or not _same_kind(tensor, saved[name]):
             raise ConfigError(
                 f"{WEIGHTS}: {name}: expected {_describe(tensor)}, got {_describe(saved[name])}"
             )
     for name, tensor in own.items():
-        # Into .data: shared parameters stay shared, and a network saved in bfloat16 comes back so.
-        # A clone, since the loaded tensors may be views of the file's bytes.
+        # Into .data: shared parameters stay shared, and a bfloat16 network is loaded as bfloat16.
+        # A clone, because the loaded tensors may be views of the file's bytes.
         tensor.data = saved[name].clone()
 
 

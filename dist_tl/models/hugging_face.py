@@ -1,14 +1,14 @@
 """Image classifiers of the transformers library, split into a trunk and a linear head.
 
 Weights come from safetensors only, code from the installed library only. transformers is imported
-when a network is built, not before: it takes long, and fails beside a broken torchvision.
+only when a network is built: the import is slow and fails if torchvision does not match torch.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -16,13 +16,16 @@ from torch import Tensor, nn
 
 from dist_tl.errors import ConfigError
 from dist_tl.models.inputs import ImageShape, InputAdapter, InputConfig
+from dist_tl.models.messages import check_name, join_names, one_line
 from dist_tl.models.pretrained import local_folder, saved_statistics
 from dist_tl.models.taps import detach_head
-from dist_tl.models.wording import check_name, few, one_line
 
-# Not images to logits through one linear layer, or a door to other code and other weights.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# These do not map images to logits through one linear layer, or load other code or weights.
 _UNUSABLE = {"imagegpt", "perceiver", "shieldgemma2", "timm_wrapper"}
-# Set by us, tied to one version or one machine, or said elsewhere: not part of an architecture.
+# Set by dist_tl, specific to one version or machine, or stored elsewhere.
 _NOT_ARCHITECTURE = {
     *("_name_or_path", "architectures", "dtype", "id2label", "label2id", "model_type"),
     *("num_labels", "output_attentions", "output_hidden_states", "problem_type", "return_dict"),
@@ -31,38 +34,42 @@ _NOT_ARCHITECTURE = {
 
 
 class TransformersConfig(InputConfig):
-    """An image classifier of the transformers library, fresh or pretrained."""
+    """An image classifier of the transformers library, randomly initialised or pretrained."""
 
     kind: Literal["transformers"]
     architecture: str | None = Field(
         default=None,
-        description='Model type for fresh weights, e.g. "resnet", "convnextv2", "vit".',
+        description='Model type for random initial weights, e.g. "resnet", "convnextv2", "vit".',
     )
     config: dict[str, Any] = Field(
         default_factory=dict,
-        description="Options of that architecture's transformers config class. num_channels and "
-        "image_size follow from the images where they are not given.",
+        description="Options of the architecture's transformers config class. num_channels and "
+        "image_size default to those of the images.",
     )
     path: str | None = Field(
-        default=None, description="Folder or hub name of a classifier saved by save_pretrained."
+        default=None,
+        description="Local folder, or name on the Hugging Face Hub, of a classifier saved by "
+        "save_pretrained.",
     )
     head: Literal["keep", "fresh"] = Field(
         default="keep",
-        description="With path: keep its classifier (which must have as many classes as asked "
-        "for), or put a fresh head in its place.",
+        description="With path: keep the saved head, whose number of classes must be that of the "
+        "task, or replace it by a new one.",
     )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if (self.architecture is None) == (self.path is None):
-            raise ValueError("give exactly one of architecture (fresh weights) and path (saved)")
+            raise ValueError(
+                "give exactly one of architecture (random initial weights) and path (saved weights)"
+            )
         if self.path is not None and self.config:
-            raise ValueError("config goes with architecture; a path brings its own")
+            raise ValueError("config belongs to architecture; a path has its own config")
         return self
 
 
 class TransformersTrunk(nn.Module):
-    """Images (N, C, H, W) in [-1, 1] to the vectors (N, D) that the classifier's head was given."""
+    """Maps images (N, C, H, W) in [-1, 1] to the inputs (N, D) of the classifier's head."""
 
     def __init__(self, inputs: InputAdapter, model: nn.Module) -> None:
         super().__init__()
@@ -76,19 +83,23 @@ class TransformersTrunk(nn.Module):
 def build_transformers(
     config: TransformersConfig, *, num_classes: int, image_shape: ImageShape
 ) -> tuple[TransformersTrunk, nn.Linear | None, TransformersConfig]:
-    """Trunk, head (None: make a fresh one), and a config that rebuilds both without any path.
+    """Builds or loads a classifier of the transformers library.
 
-    Draws initial weights from torch's global generator: the caller seeds it and puts it back.
+    Draws initial weights from torch's global generator, which the caller seeds and restores.
+
+    Returns:
+        The trunk, the head (None if a new one is needed), and a config that rebuilds both without
+        the path.
 
     Raises:
         ConfigError: unknown architecture or option, nothing loadable at the path, images of the
-            wrong size or channels, a head that is not linear or has other classes.
+            wrong size or channels, or a head that is not linear or has other classes.
     """
     if config.path is None:
         name = str(config.architecture)
         shape = config.adapted_shape(image_shape)
         with _readable_errors(name):
-            model = _fresh_model(config, num_classes, shape)
+            model = _new_model(config, num_classes, shape)
         missing: list[str] = []
     else:
         name, folder = config.path, local_folder(config.path)
@@ -102,7 +113,7 @@ def build_transformers(
 
 def _split(
     config: TransformersConfig,
-    model: nn.Module,
+    model: "PreTrainedModel",
     missing: list[str],
     name: str,
     num_classes: int,
@@ -112,17 +123,19 @@ def _split(
     expected = getattr(model.config, "num_channels", shape[0])
     if expected != shape[0]:
         raise ConfigError(
-            f"{name} takes images of {expected} channels, got {shape[0]}; "
-            + ("set grey_to_rgb: true" if shape[0] == 1 else "load the images with as many")
+            f"{name} expects images of {expected} channels, got {shape[0]}; "
+            + ("set grey_to_rgb: true" if shape[0] == 1 else f"load images of {expected} channels")
         )
     path, head = detach_head(model, lambda x: model(x).logits, torch.zeros(1, *shape), name=name)
     if absent := [key for key in missing if not key.startswith(f"{path}.")]:
-        raise ConfigError(f"{name}: the saved weights lack {few(absent)}; save the whole model")
+        raise ConfigError(
+            f"{name}: the saved weights lack {join_names(absent)}; save the whole model"
+        )
     kept = None if config.head == "fresh" else head
     if kept is not None and (missing or head.out_features != num_classes):
-        has = "no classifier" if missing else f"a classifier of {head.out_features} classes"
+        saved = "no head" if missing else f"a head of {head.out_features} classes"
         raise ConfigError(
-            f"{name} has {has}, {num_classes} classes are asked for; set head: fresh to replace it"
+            f"{name} has {saved}, expected {num_classes} classes; set head: fresh to replace it"
         )
     resolved = config.model_copy(
         update={
@@ -137,7 +150,7 @@ def _split(
 
 @contextmanager
 def _readable_errors(name: str) -> Iterator[None]:
-    """Whatever transformers raises about a model, as a ConfigError that says what to do."""
+    """Raises errors of transformers about a model as a ConfigError with a remedy."""
     try:
         yield
     except ConfigError:
@@ -145,7 +158,7 @@ def _readable_errors(name: str) -> Iterator[None]:
     except ImportError as error:
         raise ConfigError(
             f"{name}: transformers cannot import it: {one_line(error)}. A torchvision that does "
-            "not match torch breaks transformers too: uninstall it, or install the one that matches"
+            "not match torch also breaks transformers: uninstall it or install a matching version"
         ) from error
     except Exception as error:
         raise ConfigError(f"{name} cannot be built or loaded: {one_line(error)}") from error
@@ -156,7 +169,9 @@ def _classifier_class(architecture: str) -> str:
     return names if isinstance(names, str) else names[0]
 
 
-def _fresh_model(config: TransformersConfig, num_classes: int, shape: ImageShape) -> nn.Module:
+def _new_model(
+    config: TransformersConfig, num_classes: int, shape: ImageShape
+) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForImageClassification
 
     architecture = str(config.architecture)
@@ -170,19 +185,21 @@ def _fresh_model(config: TransformersConfig, num_classes: int, shape: ImageShape
     from_images = {"num_channels": channels, "image_size": size}
     options = {key: value for key, value in from_images.items() if key in known} | config.config
     resolved = AutoConfig.for_model(architecture, **options, num_labels=num_classes)
-    # Says which of an architecture's classifiers is meant, where there are several.
+    # Selects one of the architecture's classifiers if it has several.
     resolved.architectures = [_classifier_class(architecture)]
     return AutoModelForImageClassification.from_config(resolved, dtype=torch.float32)
 
 
-def _saved_model(folder: Path) -> tuple[nn.Module, list[str]]:
+def _saved_model(folder: Path) -> "tuple[PreTrainedModel, list[str]]":
     from transformers import AutoConfig, AutoModelForImageClassification
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     check_name("architecture", config.model_type, _architectures())
     if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"{folder}: quantised weights cannot be trained; save them in float32")
-    # A saved config may ask for an attention kernel to be fetched from the hub: it gets torch's.
+        raise ConfigError(
+            f"{folder}: quantised weights cannot be trained; save the model in float32"
+        )
+    # A saved config may name an attention kernel to download from the hub: torch's is used instead.
     config._attn_implementation = None
     with _no_progress_bar():
         model, report = AutoModelForImageClassification.from_pretrained(
@@ -213,7 +230,7 @@ def _no_progress_bar() -> Iterator[None]:
 def _mapping() -> Mapping[str, str | tuple[str, ...]]:
     from transformers.models.auto import modeling_auto
 
-    return modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    return dict(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.items())
 
 
 def _architectures() -> set[str]:
@@ -221,6 +238,6 @@ def _architectures() -> set[str]:
 
 
 def _architecture_options(config: Any) -> dict[str, Any]:
-    """The JSON options from which a transformers config can be made again, defaults included."""
+    """Returns the JSON options that rebuild a transformers config, defaults included."""
     options = json.loads(json.dumps(config.to_dict()))
     return {key: value for key, value in options.items() if key not in _NOT_ARCHITECTURE}

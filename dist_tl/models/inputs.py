@@ -1,7 +1,7 @@
-"""From the images that units exchange to the images that a network was made for.
+"""Preprocessing from dist_tl's images to those that a network expects.
 
-Everywhere in dist_tl images are floats in [-1, 1]. A pretrained network expects other statistics,
-another size, perhaps three channels: each step is asked for by name, none is guessed.
+Images in dist_tl are floats in [-1, 1]. A pretrained network may expect other statistics, another
+size or three channels: every step is configured explicitly, none is guessed.
 """
 
 from typing import Self
@@ -17,10 +17,10 @@ ImageShape = tuple[int, int, int]
 
 
 class Normalise(StrictModel):
-    """Statistics of the images a network was trained on, for pixels in [0, 1]."""
+    """Mean and standard deviation of a network's training images, for pixels in [0, 1]."""
 
-    mean: tuple[float, ...] = Field(min_length=1, description="One number, or one a channel.")
-    std: tuple[float, ...] = Field(min_length=1, description="One number, or one a channel; > 0.")
+    mean: tuple[float, ...] = Field(min_length=1, description="One number, or one per channel.")
+    std: tuple[float, ...] = Field(min_length=1, description="One number, or one per channel; > 0.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -30,12 +30,12 @@ class Normalise(StrictModel):
 
 
 class InputConfig(StrictModel):
-    """What is done to images in [-1, 1] before a network sees them."""
+    """Preprocessing of images in [-1, 1] before they enter a network."""
 
     normalise: Normalise | None = Field(
         default=None,
-        description="Mean and standard deviation for pixels in [0, 1]; without it images stay in "
-        "[-1, 1]. A pretrained network that brings its own statistics uses those.",
+        description="Mean and standard deviation for pixels in [0, 1]; absent: the statistics "
+        "saved with a pretrained network, or else images stay in [-1, 1].",
     )
     resize: int | None = Field(
         default=None,
@@ -43,11 +43,11 @@ class InputConfig(StrictModel):
         description="Side in pixels to which images are resized (bilinear, antialiased).",
     )
     grey_to_rgb: bool = Field(
-        default=False, description="Repeat the one channel of grey images three times."
+        default=False, description="Repeat the single channel of grey images three times."
     )
 
     def adapted_shape(self, image_shape: ImageShape) -> ImageShape:
-        """Shape (C, H, W) that the network sees when it is given images of `image_shape`.
+        """Returns the shape (C, H, W) of images of `image_shape` after preprocessing.
 
         Raises:
             ConfigError: the images are not grey, or `normalise` has another number of channels.
@@ -64,20 +64,20 @@ class InputConfig(StrictModel):
                 if len(values) not in (1, channels):
                     raise ConfigError(
                         f"normalise.{name}: expected 1 or {channels} numbers, got {len(values)}; "
-                        "give one a channel, or set grey_to_rgb for a colour network on grey images"
+                        "give one per channel, or set grey_to_rgb for a colour network"
                     )
         return (channels, self.resize or height, self.resize or width)
 
 
 class InputAdapter(nn.Module):
-    """Resizes, repeats and normalises images in [-1, 1], in float32 whatever their dtype."""
+    """Resizes, repeats and normalises images in [-1, 1]; computes in float32 for every dtype."""
 
     def __init__(self, config: InputConfig) -> None:
         super().__init__()
         self.config = config
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) in [-1, 1] to the shape and statistics the network expects, same dtype."""
+        """Maps images (N, C, H, W) in [-1, 1] to the expected shape and statistics, same dtype."""
         adapted = images.float()
         if self.config.resize is not None and adapted.shape[-2:] != (self.config.resize,) * 2:
             size = (self.config.resize, self.config.resize)

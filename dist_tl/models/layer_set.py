@@ -1,6 +1,6 @@
-"""A network cut open: a head on some of a base network's blocks, each pooled and made unit length.
+"""A head on the pooled, unit-length outputs of some of a base network's blocks.
 
-What a layer search found becomes an ordinary network: it can be saved, loaded, fine-tuned.
+The result of a layer search becomes an ordinary network that can be saved, loaded and fine-tuned.
 """
 
 import math
@@ -26,26 +26,27 @@ BaseConfig = Annotated[
 
 
 class LayerSetConfig(StrictModel):
-    """Features of several blocks of a base network, side by side."""
+    """Concatenated features of several blocks of a base network."""
 
     kind: Literal["layer_set"] = "layer_set"
     base: BaseConfig
     blocks: tuple[int, ...] = Field(
-        min_length=1, description="Of all block outputs in depth order, the head's input last."
+        min_length=1,
+        description="Indices of the blocks in depth order; the last index is the head's input.",
     )
     cells: int = Field(
-        default=4, ge=1, le=8, description="Maps are averaged to cells x cells at most."
+        default=4, ge=1, le=8, description="Maps are averaged to at most cells x cells."
     )
 
 
 class LayerSetTrunk(nn.Module):
-    """Images (N, C, H, W) to (N, D): unit vectors of the chosen blocks, over sqrt(their number)."""
+    """Maps images (N, C, H, W) to (N, D): the blocks' unit vectors over sqrt(number of blocks)."""
 
     def __init__(self, config: LayerSetConfig, base: nn.Module, num_blocks: int) -> None:
         super().__init__()
         if not all(0 <= block < num_blocks for block in config.blocks):
             raise ConfigError(
-                f"layer_set: blocks {list(config.blocks)}: there are blocks 0 to {num_blocks - 1}"
+                f"layer_set: blocks {list(config.blocks)}: expected blocks 0 to {num_blocks - 1}"
             )
         self.base = base
         self.config = config
@@ -58,15 +59,15 @@ class LayerSetTrunk(nn.Module):
 
     def _vector(self, output: Tensor) -> Tensor:
         if output.ndim == 4:
-            size = [min(self.cells, side) for side in output.shape[2:]]
-            output = functional.adaptive_avg_pool2d(output, size).flatten(1)
+            height, width = (min(self.cells, side) for side in output.shape[2:])
+            output = functional.adaptive_avg_pool2d(output, (height, width)).flatten(1)
         elif output.ndim == 3:
             output = output.mean(dim=1)
         return output / output.norm(dim=1, keepdim=True).clamp_min(MIN_NORM)
 
 
 def count_blocks(base: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """How many block outputs a trunk has, the head's input included."""
+    """Returns the number of block outputs of a trunk, including the head's input."""
     was_training = base.training
     with torch.no_grad():
         count = len(record_blocks(base.eval(), torch.zeros(1, *image_shape)))

@@ -1,6 +1,6 @@
-"""Target networks and source classifiers: a trunk and a linear head, from whatever library.
+"""Target networks and source classifiers: a trunk and a linear head, from any supported library.
 
-Not covered: reading and writing them (`files.py`).
+Not covered: saving and loading (`files.py`).
 """
 
 import copy
@@ -37,11 +37,11 @@ class Network(nn.Module):
     """logits = head(trunk(images)).
 
     Attributes:
-        trunk: images (N, C, H, W) in [-1, 1] to feature vectors (N, D).
-        head: linear, D to the number of classes.
-        config: what it was built from.
-        portable_config: the same network without any path or download, to save beside its weights.
-        image_shape: (C, H, W) of the images it takes.
+        trunk: maps images (N, C, H, W) in [-1, 1] to feature vectors (N, D).
+        head: linear layer, D to the number of classes.
+        config: the configuration that the network was built from.
+        portable_config: the same without a path or download, saved together with the weights.
+        image_shape: (C, H, W) of the input images.
     """
 
     def __init__(
@@ -58,43 +58,44 @@ class Network(nn.Module):
         self.head = head
         self.config = config
         self.portable_config = portable_config
-        self.image_shape = image_shape
+        channels, height, width = image_shape
+        self.image_shape: ImageShape = (channels, height, width)
 
     @property
     def num_features(self) -> int:
-        """Width D of the feature vectors."""
+        """Number of features D."""
         return self.head.in_features
 
     @property
     def num_classes(self) -> int:
-        """Width of the logits."""
+        """Number of classes, the width of the logits."""
         return self.head.out_features
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, num_classes) of images (N, C, H, W) in [-1, 1]."""
+        """Returns logits (N, num_classes) of images (N, C, H, W) in [-1, 1]."""
         return self.head(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """The head's input, (N, num_features), in the network's own dtype.
+        """Returns the head's input, (N, num_features), in the network's own dtype.
 
         Raises:
             ValueError: the images are not (N, *image_shape).
         """
-        return self.trunk(self._checked(images))
+        return self.trunk(self._prepare(images))
 
     def blocks(self, images: Tensor) -> list[Tensor]:
-        """Output of every block in depth order, from one forward pass.
+        """Returns the output of every block in depth order, from one forward pass.
 
         Returns:
-            Maps (N, C, H, W), or token sequences (N, T, D) where the architecture works on tokens;
+            Maps (N, C, H, W), or token sequences (N, T, D) for architectures that work on tokens;
             the last item is the head's input, (N, num_features).
 
         Raises:
             ValueError: the images are not (N, *image_shape).
         """
-        return record_blocks(self.trunk, self._checked(images))
+        return record_blocks(self.trunk, self._prepare(images))
 
-    def _checked(self, images: Tensor) -> Tensor:
+    def _prepare(self, images: Tensor) -> Tensor:
         if tuple(images.shape[1:]) != self.image_shape:
             expected = ", ".join(str(size) for size in self.image_shape)
             raise ValueError(f"expected images (N, {expected}), got {tuple(images.shape)}")
@@ -108,19 +109,19 @@ def build_network(
     image_shape: tuple[int, int, int],
     rng: torch.Generator,
 ) -> Network:
-    """A network in training mode whose initial weights follow from `config` and `rng` alone.
+    """Builds a network in training mode whose initial weights depend on `config` and `rng` only.
 
     Args:
-        num_classes: width of the head, >= 2.
-        image_shape: (C, H, W) of the images in [-1, 1] that it will be given.
-        rng: a CPU generator; one number is drawn from it for the trunk, and the fresh head's
-            weights where the head is ours. torch's global generator is left as it was.
+        num_classes: number of classes, >= 2.
+        image_shape: (C, H, W) of the input images in [-1, 1].
+        rng: a CPU generator. It supplies the seed of the trunk, and the weights of the head unless
+            a library supplies the head. torch's global generator is not changed.
 
     Raises:
-        ConfigError: the configuration cannot be built, or not for such images and classes.
+        ConfigError: the configuration is invalid, or does not fit such images and classes.
     """
     if num_classes < 2:
-        raise ConfigError(f"a classifier needs 2 classes or more, got {num_classes}")
+        raise ConfigError(f"a classifier needs at least 2 classes, got {num_classes}")
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise ConfigError(f"expected an image shape (C, H, W), got {image_shape}")
     with _seeded_by(rng):
@@ -128,9 +129,7 @@ def build_network(
     if head is None:
         num_features = _num_features(trunk, image_shape)
         head = fresh_head(num_features, num_classes, rng)
-    network = Network(
-        trunk, head, config=config, portable_config=portable, image_shape=tuple(image_shape)
-    )
+    network = Network(trunk, head, config=config, portable_config=portable, image_shape=image_shape)
     return network.train()
 
 
@@ -156,13 +155,13 @@ def _build_parts(
 
 @contextmanager
 def _seeded_by(rng: torch.Generator) -> Iterator[None]:
-    """Torch's global CPU generator seeded by a draw from `rng`, and put back at the end.
+    """Seeds torch's global CPU generator by a draw from `rng`, and restores it at the end.
 
-    Libraries initialise from the global generator and take no other.
+    Libraries initialise weights from the global generator only.
     """
     seed = int(torch.randint(2**62, (), generator=rng, device=rng.device))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        # Not torch.manual_seed, which would also seed the accelerators, and leave them so.
+        # Not torch.manual_seed, which also seeds the accelerators and would not be undone.
         torch.default_generator.manual_seed(seed)
         yield
 
@@ -176,8 +175,9 @@ def _num_features(trunk: nn.Module, image_shape: ImageShape) -> int:
 
 
 def fresh_head(num_features: int, num_classes: int, rng: torch.Generator) -> nn.Linear:
-    """A linear layer with weights N(0, 0.01^2) drawn from `rng` and bias 0, float32 on the CPU."""
+    """Returns a linear layer with weights N(0, 0.01^2) from `rng` and zero bias, float32 on CPU."""
     head = nn.utils.skip_init(nn.Linear, num_features, num_classes)
+    assert isinstance(head, nn.Linear)
     with torch.no_grad():
         head.weight.normal_(0.0, 0.01, generator=rng)
         head.bias.zero_()
@@ -185,42 +185,43 @@ def fresh_head(num_features: int, num_classes: int, rng: torch.Generator) -> nn.
 
 
 def replace_head(network: Network, num_classes: int, rng: torch.Generator) -> Network:
-    """A copy of `network` with a fresh head; its trunk is equal bit for bit and shares no memory.
+    """Returns a copy of `network` with a new head; the trunk is copied bit for bit.
 
-    This is the handover from one label set to another (specs: pseudo pre-training).
+    Transfers a pretrained trunk from one label set to another.
 
     Args:
-        num_classes: width of the new head, >= 2.
+        num_classes: number of classes of the new head, >= 2.
         rng: a CPU generator for the head's weights, N(0, 0.01^2); its bias is 0.
 
     Raises:
         ConfigError: `num_classes` is below 2.
     """
     if num_classes < 2:
-        raise ConfigError(f"a classifier needs 2 classes or more, got {num_classes}")
+        raise ConfigError(f"a classifier needs at least 2 classes, got {num_classes}")
     head = fresh_head(network.num_features, num_classes, rng).to(network.head.weight)
-    handed_over = Network(
+    transferred = Network(
         copy.deepcopy(network.trunk),
         head,
         config=network.config,
         portable_config=network.portable_config,
         image_shape=network.image_shape,
     )
-    return handed_over.train(network.training)
+    return transferred.train(network.training)
 
 
 def with_layers(
     network: Network, blocks: tuple[int, ...], *, cells: int, weight_CD: Tensor, bias_C: Tensor
 ) -> Network:
-    """A linear head on chosen blocks of `network`, whose trunk is copied bit for bit.
+    """Returns a network with a linear head on some blocks of `network`; the trunk is copied.
 
     Args:
-        blocks: of all block outputs in depth order.
-        cells: maps are averaged to cells x cells at most.
-        weight_CD, bias_C: the head, on the blocks' unit vectors side by side over sqrt(count).
+        blocks: indices into all block outputs in depth order.
+        cells: maps are averaged to at most cells x cells.
+        weight_CD, bias_C: the head, for the concatenated unit vectors of the blocks over
+            sqrt(number of blocks).
 
     Raises:
-        ConfigError: there is no such block.
+        ConfigError: a block does not exist.
         ValueError: the head does not fit those vectors.
     """
     trunk, width = _layer_set(network, blocks, cells)
@@ -234,10 +235,10 @@ def with_layers(
 
 
 def on_one_block(network: Network, block: int, num_classes: int, rng: torch.Generator) -> Network:
-    """A fresh head on the pooled output of one block of `network`, whose trunk is copied.
+    """Returns a network with a new head on one pooled block of `network`; the trunk is copied.
 
     Raises:
-        ConfigError: there is no such block, or the network is itself made from another.
+        ConfigError: the block does not exist, or the network is itself derived from another.
     """
     trunk, width = _layer_set(network, (block,), cells=1)
     return _on_layer_set(network, trunk, fresh_head(width, num_classes, rng))
@@ -246,8 +247,8 @@ def on_one_block(network: Network, block: int, num_classes: int, rng: torch.Gene
 def _layer_set(network: Network, blocks: tuple[int, ...], cells: int) -> tuple[LayerSetTrunk, int]:
     if isinstance(network.portable_config, LayerSetConfig | AdaptedConfig):
         raise ConfigError(
-            f"a network of kind {network.portable_config.kind} cannot be cut open at a block; use "
-            "the one that it was made from"
+            f"a network of kind {network.portable_config.kind} cannot take a head on its blocks; "
+            "use the network that it is derived from"
         )
     base = copy.deepcopy(network.trunk)
     config = LayerSetConfig(base=network.portable_config, blocks=blocks, cells=cells)
@@ -266,32 +267,32 @@ def _on_layer_set(network: Network, trunk: LayerSetTrunk, head: nn.Linear) -> Ne
 
 
 def behind_inputs(network: Network, inputs: InputConfig, image_shape: ImageShape) -> Network:
-    """`network` itself, given images of `image_shape` through `inputs`; nothing is copied.
+    """Returns `network` with preprocessing for images of `image_shape`; nothing is copied.
 
     Raises:
-        ConfigError: what comes out of `inputs` is not what the network takes, or it has such
-            inputs already.
+        ConfigError: the preprocessed images do not fit the network, or it has preprocessing of its
+            own.
     """
     adapted = inputs.adapted_shape(image_shape)
     if adapted != network.image_shape:
         raise ConfigError(
-            f"takes images of (channels, height, width) {network.image_shape}, and is given "
-            f"{adapted}; set its inputs.resize and inputs.grey_to_rgb, or choose another"
+            f"expected images of (channels, height, width) {network.image_shape}, got {adapted}; "
+            "set its inputs.resize and inputs.grey_to_rgb, or choose another network"
         )
     if inputs == InputConfig():
         return network
     if isinstance(network.portable_config, AdaptedConfig):
-        raise ConfigError("is adapted already, by inputs of its own; leave out these inputs")
+        raise ConfigError("already has inputs of its own; remove these inputs")
     config = AdaptedConfig(base=network.portable_config, inputs=inputs)
     return Network(
         AdaptedTrunk(config, network.trunk),
         network.head,
         config=config,
         portable_config=config,
-        image_shape=tuple(image_shape),
+        image_shape=image_shape,
     )
 
 
 def parameter_count(network: nn.Module) -> int:
-    """Number of learnable numbers, each shared one counted once."""
+    """Returns the number of learnable parameters; a shared one counts once."""
     return sum(parameter.numel() for parameter in network.parameters())

@@ -1,8 +1,8 @@
 """One hidden layer on flat inputs: the student of the correlated hidden manifold model.
 
-features = activation(W x / sqrt(D)), W (K, D) with entries N(0, 1) at the start and no biases, so
-that a layer is of the same size whatever its width (Gerace et al., arXiv:2106.05418, section 2).
-Its inputs are taken as they come: no channels, no normalisation.
+features = activation(W x / sqrt(D)), W (K, D) with initial entries N(0, 1) and no biases, so that
+the scale of a layer does not depend on its width (Gerace et al., arXiv:2106.05418, section 2).
+Inputs are used as they are: no channels, no normalisation.
 """
 
 import math
@@ -22,14 +22,14 @@ class PerceptronConfig(StrictModel):
     """A network with one hidden layer."""
 
     kind: Literal["perceptron"] = "perceptron"
-    hidden: int = Field(default=200, ge=1, le=100_000, description="Hidden units, K.")
+    hidden: int = Field(default=200, ge=1, le=100_000, description="Number of hidden units, K.")
     activation: Literal["tanh", "relu", "erf"] = Field(
-        default="tanh", description="Of the hidden units."
+        default="tanh", description="Activation of the hidden units."
     )
 
 
 class HiddenLayer(nn.Module):
-    """Inputs (N, C, H, W), flattened to D numbers each, to hidden units (N, K)."""
+    """Maps inputs (N, C, H, W), flattened to D numbers each, to hidden units (N, K)."""
 
     def __init__(self, config: PerceptronConfig, image_shape: ImageShape) -> None:
         super().__init__()

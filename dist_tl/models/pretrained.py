@@ -1,6 +1,6 @@
-"""Folders of pretrained classifiers: where they are, and which pixels they were trained on.
+"""Folders of pretrained classifiers: local copies and the pixel statistics of their training data.
 
-Only JSON and safetensors files are ever fetched from a hub, so no pickle and no code can come in.
+Only JSON and safetensors files are downloaded from a hub: never a pickle, never code.
 """
 
 import json
@@ -9,16 +9,16 @@ from typing import Any
 
 from dist_tl.errors import ConfigError
 from dist_tl.models.inputs import Normalise
-from dist_tl.models.wording import one_line
+from dist_tl.models.messages import one_line
 
 _FILES = ("config.json", "*processor_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
 def local_folder(path: str) -> Path:
-    """`path` if it is a folder, else a local copy of that hub repository's safetensors and JSON.
+    """Returns `path` if it is a folder, else a local copy of that hub repository.
 
     Raises:
-        ConfigError: neither exists, or there is no safetensors file.
+        ConfigError: neither exists, or the folder has no safetensors file.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -28,24 +28,24 @@ def local_folder(path: str) -> Path:
             folder = Path(snapshot_download(path, allow_patterns=list(_FILES)))
         except Exception as error:
             raise ConfigError(
-                f"{path} is neither a folder here nor a model that the hub would give us: "
-                f"{one_line(error)}"
+                f"{path} is neither a local folder nor a model that can be downloaded from the "
+                f"hub: {one_line(error)}"
             ) from error
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(
-            f"{path} holds no *.safetensors file, and pickled weights are never loaded; save the "
+            f"{path} has no *.safetensors file, and pickled weights are never loaded; save the "
             "model again with save_pretrained"
         )
     return folder
 
 
 def saved_statistics(folder: Path) -> Normalise | None:
-    """Mean and standard deviation for pixels in [0, 1], from the folder's image processor.
+    """Returns mean and standard deviation, for pixels in [0, 1], of the folder's image processor.
 
-    None where it says nothing, so that images stay in [-1, 1].
+    None if the folder has no processor file; images then stay in [-1, 1].
 
     Raises:
-        ConfigError: the processor's file is not JSON, or its numbers make no sense.
+        ConfigError: the processor's file is not JSON, or its numbers are invalid.
     """
     options = _processor_options(folder)
     if options is None:
@@ -62,7 +62,7 @@ def saved_statistics(folder: Path) -> Normalise | None:
 def _statistics(options: dict[str, Any]) -> Normalise:
     normalises = options.get("do_normalize", "image_mean" in options)
     mean, std = (options["image_mean"], options["image_std"]) if normalises else (0.0, 1.0)
-    # A processor multiplies pixels of 0..255 by this; 1/255 unless somebody chose otherwise.
+    # A processor multiplies pixels of 0..255 by this factor, 1/255 by default.
     rescale = options.get("rescale_factor", 1 / 255) if options.get("do_rescale", True) else 1.0
     return Normalise(mean=_divided(mean, 255 * rescale), std=_divided(std, 255 * rescale))
 

@@ -1,7 +1,7 @@
 """A small pre-activation residual network for images of 8x8 to 64x64 pixels.
 
-It keeps full resolution in its first stage, and may pool its last map to 2x2 instead of one
-cell: on tiny images where something is says as much as that it is there.
+Its first stage keeps full resolution, and its last map may be pooled to 2x2 cells instead of one:
+in tiny images position is as informative as presence.
 
 After He, Zhang, Ren, Sun, "Identity Mappings in Deep Residual Networks", arXiv:1603.05027.
 """
@@ -18,7 +18,7 @@ from dist_tl.models.inputs import ImageShape, InputAdapter, InputConfig
 
 
 class ResNetConfig(InputConfig):
-    """A residual network of our own: fast on one CPU thread, good with few labels."""
+    """dist_tl's own residual network: fast on one CPU thread, accurate with few labels."""
 
     kind: Literal["resnet"] = "resnet"
     width: int = Field(
@@ -28,29 +28,29 @@ class ResNetConfig(InputConfig):
         default=(1, 1, 1),
         min_length=1,
         max_length=6,
-        description="Residual blocks of each stage; every stage but the first halves the image.",
+        description="Residual blocks per stage; every stage except the first halves the image.",
     )
     norm: Literal["batch", "group"] = Field(
         default="batch",
-        description="Batch norm, or group norm, which ignores what else is in the batch.",
+        description="Batch norm, or group norm, which does not depend on the rest of the batch.",
     )
     stem_stride: Literal[1, 2, 4] = Field(
         default=1,
-        description="Step of the first convolution: 1 up to 32x32, 2 or 4 for larger images.",
+        description="Stride of the first convolution: 1 up to 32x32, 2 or 4 for larger images.",
     )
     pool: Literal[1, 2] = Field(
         default=2,
-        description="The last map is averaged to pool x pool cells; 2 keeps coarse positions.",
+        description="The last map is averaged to pool x pool cells; 2 retains coarse positions.",
     )
 
     @property
     def total_stride(self) -> int:
-        """Input pixels along one side of a cell of the last map."""
+        """Input pixels per cell of the last map, along one side."""
         return self.stem_stride * 2 ** (len(self.blocks) - 1)
 
 
 class PreActivationBlock(nn.Module):
-    """x + conv(relu(norm(conv(relu(norm(x)))))), the shortcut averaged and widened where needed."""
+    """x + conv(relu(norm(conv(relu(norm(x)))))), the shortcut averaged and widened if needed."""
 
     def __init__(self, num_inputs: int, num_outputs: int, stride: int, norm: str) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class PreActivationBlock(nn.Module):
 
 
 class ResNetTrunk(nn.Module):
-    """Images (N, C, H, W) in [-1, 1] to feature vectors (N, D), D = last width x pool^2."""
+    """Maps images (N, C, H, W) in [-1, 1] to feature vectors (N, D), D = last width x pool^2."""
 
     def __init__(self, config: ResNetConfig, image_shape: ImageShape) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def _norm(kind: str, num_channels: int) -> nn.Module:
 
 
 def _check_size(config: ResNetConfig, image_shape: ImageShape) -> int:
-    """Number of input channels, once it is known that the images are large enough."""
+    """Returns the number of input channels; raises ConfigError if the images are too small."""
     channels, height, width = config.adapted_shape(image_shape)
     needed = config.total_stride * config.pool
     if min(height, width) < needed:

@@ -1,4 +1,4 @@
-"""Image classifiers of the timm library, which is optional, as a trunk and a linear head."""
+"""Image classifiers of the optional timm library, split into a trunk and a linear head."""
 
 from types import ModuleType
 from typing import Any, Literal, Self
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from dist_tl.errors import ConfigError
 from dist_tl.models.inputs import ImageShape, InputAdapter, InputConfig, Normalise
+from dist_tl.models.messages import check_name, one_line
 from dist_tl.models.taps import detach_head
-from dist_tl.models.wording import check_name, one_line
 
-# Set by us, or a way to weights from elsewhere (checkpoint_path reads pickles).
+# Set by dist_tl, or options that load other weights (checkpoint_path reads pickles).
 _RESERVED = {
     *("cache_dir", "checkpoint_path", "in_chans", "num_classes", "pretrained", "pretrained_cfg"),
     *("pretrained_cfg_overlay", "scriptable"),
@@ -25,7 +25,7 @@ class TimmConfig(InputConfig):
     kind: Literal["timm"]
     name: str = Field(description='A name from timm.list_models(), e.g. "resnet18".')
     pretrained: bool = Field(
-        default=False, description="Start from the weights timm has for that name."
+        default=False, description="Start from timm's pretrained weights for that name."
     )
     config: dict[str, Any] = Field(
         default_factory=dict,
@@ -33,14 +33,14 @@ class TimmConfig(InputConfig):
     )
 
     @model_validator(mode="after")
-    def _leave_weights_alone(self) -> Self:
+    def _no_reserved_options(self) -> Self:
         if reserved := sorted(_RESERVED & set(self.config)):
             raise ValueError(f"config must not set {', '.join(reserved)}: dist_tl sets them itself")
         return self
 
 
 class TimmTrunk(nn.Module):
-    """Images (N, C, H, W) in [-1, 1] to the vectors (N, D) that the classifier's head was given."""
+    """Maps images (N, C, H, W) in [-1, 1] to the inputs (N, D) of the classifier's head."""
 
     def __init__(self, inputs: InputAdapter, model: nn.Module) -> None:
         super().__init__()
@@ -54,13 +54,16 @@ class TimmTrunk(nn.Module):
 def build_timm(
     config: TimmConfig, *, num_classes: int, image_shape: ImageShape
 ) -> tuple[TimmTrunk, nn.Linear, TimmConfig]:
-    """Trunk, head, and a config that rebuilds both without a download.
+    """Builds or downloads a classifier of the timm library.
 
-    Draws initial weights from torch's global generator: the caller seeds it and puts it back.
+    Draws initial weights from torch's global generator, which the caller seeds and restores.
+
+    Returns:
+        The trunk, the head, and a config that rebuilds both without a download.
 
     Raises:
         ConfigError: timm or torchvision is missing or broken, the name is unknown, an option or
-            the images do not fit, the head is not linear.
+            the images do not fit, or the head is not linear.
     """
     timm = _import_timm()
     check_name("timm: name", config.name.partition(".")[0], timm.list_models())
@@ -85,20 +88,20 @@ def build_timm(
 
 
 def _import_timm() -> ModuleType:
-    # Not only ImportError: a torchvision made for another torch raises RuntimeError.
+    # Not only ImportError: a torchvision built for another torch raises RuntimeError.
     try:
-        import timm
+        import timm  # pyright: ignore[reportMissingImports]  # optional dependency
     except Exception as error:
         raise ConfigError(
             f"kind timm: importing timm fails: {one_line(error)}. Install it with pip install "
-            "'dist_tl[timm]' torchvision, torchvision in the version that matches your torch; or "
-            "use kind resnet or transformers"
+            "'dist_tl[timm]' torchvision, with the torchvision version that matches your torch, "
+            "or use kind resnet or transformers"
         ) from error
     return timm
 
 
 def _statistics(model: Any, num_channels: int) -> Normalise | None:
-    """Mean and std of the pretrained weights, averaged where the images have fewer channels."""
+    """Returns mean and std of pretrained weights, averaged if the images have fewer channels."""
     mean, std = (tuple(model.pretrained_cfg.get(key) or ()) for key in ("mean", "std"))
     if not mean or not std:
         return None

@@ -1,4 +1,4 @@
-"""A network behind preprocessing of its own is the network on images that were prepared before."""
+"""A network with its own preprocessing equals the base network on preprocessed images."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def grey(rows=5):
     return torch.rand(rows, *GREY, generator=rng(1)) * 2 - 1
 
 
-def test_it_answers_as_the_network_does_to_prepared_images():
+def test_output_equals_the_base_network_on_preprocessed_images():
     base = network()
     prepared = InputAdapter(INPUTS)(grey())
     assert prepared.shape == (5, *COLOURED)
@@ -46,7 +46,7 @@ def test_it_answers_as_the_network_does_to_prepared_images():
     assert torch.equal(behind_inputs(base, INPUTS, GREY)(grey()), expected)
 
 
-def test_it_takes_the_images_that_it_was_made_for_and_no_others():
+def test_only_images_of_its_own_shape_are_accepted():
     adapted = behind_inputs(network(), INPUTS, GREY)
     assert adapted.image_shape == GREY
     with pytest.raises(ValueError, match=r"expected images \(N, 1, 8, 8\), got \(5, 3, 12, 12\)"):
@@ -60,13 +60,13 @@ def test_it_shares_the_weights_and_adds_none():
     assert parameter_count(adapted) == parameter_count(base)
 
 
-def test_inputs_that_change_nothing_leave_the_network_itself():
+def test_default_inputs_return_the_network_itself():
     base = network(shape=GREY)
     assert behind_inputs(base, InputConfig(), GREY) is base
 
 
 @pytest.mark.parametrize("tap", [None, 0, 1])
-def test_it_comes_back_from_its_files_bit_for_bit(tap):
+def test_saving_and_loading_is_bit_exact(tap):
     base = network()
     base = base if tap is None else on_one_block(base, tap, 3, rng()).eval()
     adapted = behind_inputs(base, INPUTS, GREY)
@@ -97,32 +97,32 @@ def test_its_blocks_are_those_of_the_base():
 
 
 @pytest.mark.parametrize(
-    ("inputs", "shape", "told"),
+    ("inputs", "shape", "message"),
     [
-        (InputConfig(), GREY, r"takes .*\(3, 12, 12\), and is given \(1, 8, 8\)"),
-        (InputConfig(resize=12), GREY, r"is given \(1, 12, 12\); set its inputs"),
+        (InputConfig(), GREY, r"expected images .*\(3, 12, 12\), got \(1, 8, 8\)"),
+        (InputConfig(resize=12), GREY, r"got \(1, 12, 12\); set its inputs"),
         (INPUTS, (3, 8, 8), "grey_to_rgb: expected images of 1 channel, got 3"),
     ],
 )
-def test_inputs_that_do_not_lead_to_the_network_are_refused(inputs, shape, told):
-    with pytest.raises(ConfigError, match=told):
+def test_inputs_that_do_not_fit_the_network_are_rejected(inputs, shape, message):
+    with pytest.raises(ConfigError, match=message):
         behind_inputs(network(), inputs, shape)
 
 
-def test_an_adapted_network_is_not_adapted_again_nor_cut_open():
+def test_an_adapted_network_takes_no_further_inputs_and_no_head_on_a_block():
     adapted = behind_inputs(network(), INPUTS, GREY)
-    with pytest.raises(ConfigError, match="adapted already"):
+    with pytest.raises(ConfigError, match="already has inputs"):
         behind_inputs(adapted, InputConfig(resize=8), (1, 16, 16))
-    with pytest.raises(ConfigError, match="kind adapted cannot be cut open"):
+    with pytest.raises(ConfigError, match="kind adapted cannot take a head on its blocks"):
         on_one_block(adapted, 0, 3, rng())
     assert behind_inputs(adapted, InputConfig(), GREY) is adapted
 
 
-def test_a_network_cut_at_one_block_keeps_its_trunk_apart():
+def test_a_head_on_one_block_has_its_own_copy_of_the_trunk():
     base = network()
     cut = on_one_block(base, 0, 3, rng())
     with torch.no_grad():
         next(cut.trunk.parameters()).add_(1.0)
     assert not torch.equal(next(cut.trunk.parameters()), next(base.trunk.parameters()))
-    with pytest.raises(ConfigError, match=r"blocks \[9\]: there are blocks 0 to"):
+    with pytest.raises(ConfigError, match=r"blocks \[9\]: expected blocks 0 to"):
         on_one_block(base, 9, 3, rng())

@@ -1,4 +1,4 @@
-"""Jobs name a generator by kind; opening it gives a frozen one."""
+"""A job selects a generator by kind; loading it returns a frozen one."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def stored(**options):
         ({"kind": "pipeline", "path": "org/dit"}, PipelineConfig(path="org/dit")),
     ],
 )
-def test_the_kind_decides_which_generator_is_meant(data, expected):
+def test_the_kind_selects_the_generator_class(data, expected):
     assert TypeAdapter(GeneratorConfig).validate_python(data) == expected
 
 
@@ -44,12 +44,12 @@ def test_the_kind_decides_which_generator_is_meant(data, expected):
         ({"kind": "pipeline", "path": "x", "num_step": 3}, "did you mean 'num_steps'"),
     ],
 )
-def test_what_names_no_generator_is_refused(data, message):
+def test_an_invalid_generator_configuration_is_rejected(data, message):
     with pytest.raises(ConfigError, match=message):
         validate(Job, {"generator": data}, source="job")
 
 
-def test_an_opened_generator_is_frozen_and_as_it_was_saved():
+def test_a_loaded_generator_is_frozen_and_equals_the_saved_one():
     generator = load_generator(StoredDiffusionConfig(path="g"), files=stored())
     assert generator.config.num_steps == 4
     assert not generator.training
@@ -63,17 +63,17 @@ def test_sampling_settings_of_the_job_replace_the_saved_ones():
     assert generator.config.channels == (8,)
 
 
-def test_a_generator_that_never_learnt_no_class_cannot_be_guided():
+def test_guidance_is_rejected_if_no_class_was_not_learnt():
     config = StoredDiffusionConfig(path="runs/g", guidance_scale=2.0)
     with pytest.raises(ConfigError, match=r"generator runs/g(.|\n)*label_dropout"):
         load_generator(config, files=stored(label_dropout=0.0))
 
 
-def test_files_are_asked_for():
+def test_missing_files_are_an_error():
     with pytest.raises(ConfigError, match="generator runs/g: expected its files"):
         load_generator(StoredDiffusionConfig(path="runs/g"))
 
 
-def test_a_missing_pipeline_is_reported_when_it_is_opened(tmp_path):
-    with pytest.raises(ConfigError, match="neither a folder here"):
+def test_a_missing_pipeline_is_reported_on_loading(tmp_path):
+    with pytest.raises(ConfigError, match="neither a local folder"):
         load_generator(PipelineConfig(path=str(tmp_path / "nothing")))

@@ -1,4 +1,4 @@
-"""Our diffusion model: conditions, seeds, the loss in closed form, learning, and files."""
+"""The diffusion model: conditions, seeds, the loss in closed form, learning, and files."""
 
 import json
 
@@ -22,7 +22,7 @@ SHAPE = (1, 4, 4)
 
 
 def build(seed=0, shape=SHAPE, num_classes=NUM_CLASSES, **options):
-    """A tiny model whose answers depend on its input, which those of a fresh one do not."""
+    """Builds a tiny model whose output depends on its input, unlike that of a new model."""
     settings = {"channels": (8, 8), "num_steps": 3} | options
     model = ClassDiffusion(
         DiffusionConfig(**settings),
@@ -48,10 +48,10 @@ def test_one_hot_conditions_equal_integer_labels_exactly(guidance_scale):
     soft = model.sample(one_hot(labels), rng=row_rngs(0, "z", range(4)))
     hard = model.sample_classes(labels, rng=row_rngs(0, "z", range(4)))
     assert torch.equal(soft, hard)
-    assert not torch.equal(soft[1], soft[3])  # one class, other noise
+    assert not torch.equal(soft[1], soft[3])  # same class, other noise
 
 
-def test_a_sample_follows_from_its_condition_and_its_own_generator():
+def test_a_sample_depends_on_its_condition_and_its_own_generator_only():
     model, condition = build(guidance_scale=1.5), mixtures(5)
     together = model.sample(condition, rng=row_rngs(0, "z", range(5)))
     alone = model.sample(condition[3:4], rng=row_rngs(0, "z", [3]))
@@ -90,7 +90,7 @@ def test_no_rows_give_no_images():
     assert build().sample(torch.empty(0, NUM_CLASSES), rng=[]).shape == (0, *SHAPE)
 
 
-def test_building_training_and_sampling_leave_the_global_generator_alone():
+def test_building_training_and_sampling_do_not_change_the_global_generator():
     before = torch.get_rng_state()
     model = build(attention=True)
     model.loss(torch.zeros(2, *SHAPE), torch.tensor([0, 1]), rng=torch.Generator())
@@ -98,7 +98,7 @@ def test_building_training_and_sampling_leave_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_sample_does_not_depend_on_the_mode_and_leaves_it_as_it_is():
+def test_sampling_does_not_depend_on_the_mode_and_restores_it():
     model = build(attention=True)
     samples = []
     for training in (True, False):
@@ -114,17 +114,17 @@ def test_sampling_changes_no_weight():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_initial_weights_follow_from_the_generator():
+def test_initial_weights_depend_on_the_generator_only():
     one, same, other = (build(seed).label_embedding.weight for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("prediction", ["v", "noise", "image"])
-def test_a_silent_network_loses_the_power_of_its_target(prediction):
+def test_the_loss_of_a_zero_prediction_is_the_power_of_its_target(prediction):
     model = build(prediction=prediction, snr_clip=None)
     nn.init.zeros_(model.unet.conv_out.weight)
-    # Pixels of +-1 have the power of the noise, so that v has it at every noise level too.
+    # Pixels of +-1 have the power of the noise, so v has that power at every noise level.
     images = torch.randn(600, *SHAPE, generator=torch_rng(0, "signs")).sign()
     loss = model.loss(images, torch.zeros(600).long(), rng=torch_rng(0, "noise"))
     assert loss.shape == ()
@@ -134,7 +134,7 @@ def test_a_silent_network_loses_the_power_of_its_target(prediction):
 
 
 @pytest.mark.parametrize("snr_clip", [0.5, 5.0])
-def test_every_prediction_weighs_an_error_of_the_image_alike(snr_clip):
+def test_every_prediction_gives_an_image_error_the_same_weight(snr_clip):
     rng = torch_rng(0, "images")
     image, noise = torch.randn(2, 50, generator=rng, dtype=torch.float64)
     signal = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
@@ -150,7 +150,7 @@ def test_every_prediction_weighs_an_error_of_the_image_alike(snr_clip):
         torch.testing.assert_close(loss_weight(config, signal) * error.square(), expected)
 
 
-def test_the_loss_follows_from_its_generator():
+def test_the_loss_depends_on_its_generator_only():
     model, images, labels = build(), torch.zeros(4, *SHAPE), torch.tensor([0, 1, 2, 0])
     first, again, other = (model.loss(images, labels, rng=torch_rng(s, "noise")) for s in (0, 0, 1))
     assert torch.equal(first, again)
@@ -158,7 +158,7 @@ def test_the_loss_follows_from_its_generator():
     assert not torch.equal(first, other)
 
 
-def test_only_dropped_labels_teach_what_no_class_means():
+def test_only_dropped_labels_train_the_no_class_embedding():
     for label_dropout, learns in ((0.0, False), (0.9, True)):
         model = build(label_dropout=label_dropout)
         images, labels = torch.ones(8, *SHAPE), torch.zeros(8).long()
@@ -166,7 +166,7 @@ def test_only_dropped_labels_teach_what_no_class_means():
         assert model.label_embedding.weight.grad[NUM_CLASSES].any() == learns
 
 
-def test_a_trained_model_paints_the_class_it_is_asked_for():
+def test_a_trained_model_generates_the_requested_class():
     model = build(num_classes=2, num_steps=5, guidance_scale=1.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     labels = torch.arange(2).repeat(16)
@@ -179,7 +179,7 @@ def test_a_trained_model_paints_the_class_it_is_asked_for():
     assert (brightness.sign() == labels * 2 - 1).all()
 
 
-def test_files_bring_the_model_back_bit_for_bit():
+def test_saving_and_loading_is_bit_exact():
     model = build(guidance_scale=1.5, attention=True, prediction="noise")
     files = model.to_files()
     assert set(files) == {"model.safetensors", "config.json"}
@@ -217,7 +217,7 @@ def with_another_width(files):
         ("config.json", lambda files: b"\xff"),
     ],
 )
-def test_damaged_files_are_refused(name, change):
+def test_damaged_files_are_rejected(name, change):
     files = build().to_files()
     with pytest.raises(ConfigError, match="generator"):
         ClassDiffusion.from_files(files | {name: change(files)})
@@ -228,7 +228,7 @@ def test_a_missing_file_is_named():
         ClassDiffusion.from_files({"model.safetensors": b""})
 
 
-def test_a_row_that_leaves_the_finite_numbers_is_named():
+def test_a_row_that_is_not_finite_is_named():
     model = build()
     with torch.no_grad():
         model.label_embedding.weight[1] = float("nan")
@@ -236,7 +236,7 @@ def test_a_row_that_leaves_the_finite_numbers_is_named():
         model.sample_classes(torch.tensor([0, 2, 1, 0]), rng=row_rngs(0, "z", range(4)))
 
 
-def test_batches_that_do_not_fit_are_refused():
+def test_batches_that_do_not_fit_are_rejected():
     model, rng = build(), torch.Generator()
     with pytest.raises(ValueError, match=r"expected images \(N, 1, 4, 4\)"):
         model.loss(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]), rng=rng)
@@ -257,13 +257,13 @@ def test_batches_that_do_not_fit_are_refused():
         ({"chanels": [8]}, "did you mean 'channels'"),
     ],
 )
-def test_configurations_that_cannot_work_are_refused(options, message):
+def test_invalid_configurations_are_rejected(options, message):
     with pytest.raises(ConfigError, match=message):
         validate(DiffusionConfig, options, source="job")
 
 
 @pytest.mark.parametrize("sizes", [{"shape": (1, 5, 4)}, {"shape": (4, 4)}, {"num_classes": 1}])
-def test_sizes_that_do_not_fit_the_network_are_refused(sizes):
+def test_sizes_that_do_not_fit_the_network_are_rejected(sizes):
     with pytest.raises(ConfigError, match="expected"):
         build(**sizes)
 

@@ -1,4 +1,4 @@
-"""Saved DiT pipelines: mixtures against integer labels, and against diffusers' own pipeline."""
+"""Saved DiT pipelines: mixtures compared with integer labels and with diffusers' own pipeline."""
 
 import shutil
 from types import SimpleNamespace
@@ -45,7 +45,7 @@ def save(folder, transformer, vae, scheduler=None):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """One pipeline with latents and learnt variances, one on pixels, one with ImageNet's width."""
+    """Pipelines with latents and learnt variances, on pixels, and with ImageNet's classes."""
     place = tmp_path_factory.mktemp("pipelines")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -132,14 +132,14 @@ def test_no_class_is_the_models_own_last_row(folders):
         generator.sample_classes(labels, rng=row_rngs(0, "z", [0]))
 
 
-def test_a_sample_follows_from_its_condition_and_its_own_generator(folders):
+def test_a_sample_depends_on_its_condition_and_its_own_generator_only(folders):
     generator, condition = load(folders.latent, guidance_scale=1.5), mixtures(4)
     together = generator.sample(condition, rng=row_rngs(0, "z", range(4)))
     alone = generator.sample(condition[2:3], rng=row_rngs(0, "z", [2]))
     torch.testing.assert_close(together[2:3], alone, atol=1e-5, rtol=0)
 
 
-def test_loading_and_sampling_draw_nothing_and_change_nothing(folders):
+def test_loading_and_sampling_change_no_global_generator_and_no_weight(folders):
     before = torch.get_rng_state()
     generator = load(folders.latent, guidance_scale=2.0)
     assert not any(module.training for module in generator.modules())
@@ -150,7 +150,7 @@ def test_loading_and_sampling_draw_nothing_and_change_nothing(folders):
     assert all(torch.equal(weights[name], value) for name, value in generator.state_dict().items())
 
 
-def test_a_narrow_transformer_still_gives_float32_images(folders):
+def test_a_low_precision_transformer_returns_float32_images(folders):
     generator = load(folders.latent, dtype="bfloat16", guidance_scale=2.0)
     assert generator.transformer.dtype == torch.bfloat16
     labels = torch.tensor([0, 2])
@@ -159,17 +159,17 @@ def test_a_narrow_transformer_still_gives_float32_images(folders):
     assert torch.equal(soft, generator.sample_classes(labels, rng=row_rngs(0, "z", range(2))))
 
 
-def test_a_path_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="neither a folder here nor a pipeline"):
+def test_a_path_that_does_not_exist_is_rejected(tmp_path):
+    with pytest.raises(ConfigError, match="neither a local folder nor a pipeline"):
         load(tmp_path / "nothing")
 
 
-def test_a_folder_without_a_pipeline_is_refused(tmp_path):
+def test_a_folder_without_a_pipeline_is_rejected(tmp_path):
     with pytest.raises(ConfigError, match=r"model_index\.json is missing"):
         load(tmp_path)
 
 
-def test_a_pipeline_without_classes_is_refused(tmp_path):
+def test_a_pipeline_without_classes_is_rejected(tmp_path):
     unet = diffusers.UNet2DModel(
         sample_size=8,
         block_out_channels=(8, 8),
@@ -201,7 +201,7 @@ def test_missing_weights_are_not_replaced_by_random_ones(folders, tmp_path):
         load(folder)
 
 
-def test_a_solver_of_another_family_is_refused(folders, tmp_path):
+def test_an_unsupported_scheduler_is_rejected(folders, tmp_path):
     folder = shutil.copytree(folders.pixel, tmp_path / "flow")
     (folder / "scheduler/scheduler_config.json").write_text(
         '{"_class_name": "FlowMatchEulerDiscreteScheduler"}'

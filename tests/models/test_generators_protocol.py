@@ -1,4 +1,4 @@
-"""What conditions and generators are refused, and that the message names the row at fault."""
+"""Invalid conditions and generators are rejected; the message names the invalid row."""
 
 import pytest
 import torch
@@ -28,19 +28,25 @@ def test_no_rows_are_accepted():
         (torch.eye(4), r"shape \(N, 3\), got \(4, 4\)"),
         (torch.eye(3, dtype=torch.float64), "expected float32, got torch.float64"),
         (torch.eye(3, dtype=torch.int64), "expected float32, got torch.int64"),
-        (torch.tensor([[1.0, 0.0, 0.0], [1.2, -0.2, 0.0]]), "row 1 of 2 holds a negative"),
+        (torch.tensor([[1.0, 0.0, 0.0], [1.2, -0.2, 0.0]]), "row 1 of 2 contains a negative"),
         (torch.tensor([[0.5, 0.5, 0.001]]), "row 0 of 1 does not sum to 1"),
         (torch.zeros(1, 3), "row 0 of 1 does not sum to 1"),
-        (torch.tensor([[1.0, 0.0, float("nan")]]), "row 0 of 1 holds a value that is not finite"),
-        (torch.tensor([[float("inf"), 0.0, 0.0]]), "row 0 of 1 holds a value that is not finite"),
+        (
+            torch.tensor([[1.0, 0.0, float("nan")]]),
+            "row 0 of 1 contains a value that is not finite",
+        ),
+        (
+            torch.tensor([[float("inf"), 0.0, 0.0]]),
+            "row 0 of 1 contains a value that is not finite",
+        ),
     ],
 )
-def test_what_is_not_a_probability_vector_is_refused(condition, message):
+def test_rows_that_are_not_probability_vectors_are_rejected(condition, message):
     with pytest.raises(ConfigError, match=message):
         check_condition(condition, 3)
 
 
-def test_a_generator_is_needed_for_every_row():
+def test_every_row_needs_a_generator():
     rng = torch.Generator()
     check_rng([rng, rng], 2)
     with pytest.raises(ValueError, match="each of 2 rows, got 1"):
@@ -52,7 +58,7 @@ def test_a_generator_is_needed_for_every_row():
 @pytest.mark.parametrize(
     "labels", [torch.tensor([0, 3]), torch.tensor([-1]), torch.zeros(2, 1).long(), torch.zeros(2)]
 )
-def test_labels_beyond_the_classes_are_refused(labels):
+def test_labels_out_of_range_are_rejected(labels):
     with pytest.raises(ValueError, match="labels: expected"):
         check_labels(labels, 3)
 

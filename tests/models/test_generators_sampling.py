@@ -1,4 +1,4 @@
-"""Guidance and the solver against denoisers that know the answer."""
+"""Guidance and the solver, tested with denoisers whose exact result is known."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def knows_images(noisy, timesteps, labels):
 
 
 def knows_noise(noisy, timesteps, labels):
-    """The noise of an image that is `labels` everywhere, exactly."""
+    """Predicts the exact noise of an image whose pixels all equal `labels`."""
     signal = make_solver(SCHEDULE, clip=False).alphas_cumprod[timesteps][:, None, None, None]
     return (noisy - signal.sqrt() * labels[:, :, None, None]) / (1 - signal).sqrt()
 
@@ -24,7 +24,7 @@ def knows_noise(noisy, timesteps, labels):
     ("prediction", "denoiser"), [("sample", knows_images), ("epsilon", knows_noise)]
 )
 @pytest.mark.parametrize("num_steps", [1, 2, 10, 25])
-def test_a_denoiser_that_knows_the_image_is_solved_exactly(prediction, denoiser, num_steps):
+def test_the_solver_is_exact_for_a_denoiser_that_knows_the_image(prediction, denoiser, num_steps):
     labels = torch.tensor([[-0.5], [0.25]])
     solver = make_solver(SCHEDULE | {"prediction_type": prediction}, clip=False)
     noise = draw_noise(row_rngs(0, "test", range(2)), (1, 4, 4), torch.device("cpu"))
@@ -48,7 +48,7 @@ def test_guidance_extrapolates_from_no_class_to_the_class():
     torch.testing.assert_close(guided[:, 0, 0, 0], torch.tensor([0.7, 0.1]))
 
 
-def test_guidance_of_one_never_asks_about_no_class():
+def test_guidance_of_one_never_evaluates_no_class():
     assert guide(knows_images, 1.0, torch.tensor([[0.1]])) is knows_images
 
 
@@ -64,7 +64,7 @@ def test_an_infinite_prediction_is_not_hidden_by_clipping():
         solve(overflows, torch.ones(2, 1), noise, solver=solver, num_steps=2)
 
 
-def test_each_row_of_noise_follows_from_its_own_generator():
+def test_each_row_of_noise_depends_on_its_own_generator_only():
     cpu = torch.device("cpu")
     together = draw_noise(row_rngs(7, "test", [3, 5, 9]), (2, 4, 4), cpu)
     alone = draw_noise(row_rngs(7, "test", [5]), (2, 4, 4), cpu)

@@ -1,4 +1,4 @@
-"""A head on some blocks of a network: what a search found, saved and loaded like any model."""
+"""A head on some blocks of a network: the result of a search, saved and loaded like any model."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def headed(layers=(0, 2)):
 
 @pytest.mark.parametrize("layers", [(0,), (0, 2), (0, 1, 2)])
 @torch.no_grad()
-def test_its_logits_are_the_scores_of_the_search(layers):
+def test_logits_equal_the_scores_of_the_search(layers):
     network, queries = headed(layers), images(7, seed=1)
     phis = layer_vectors(teacher().blocks(torch.cat([images(12), queries])), PoolingConfig())
     grams = set_grams(layer_grams(phis, torch.arange(19), 12), [layers])
@@ -51,13 +51,13 @@ def test_its_logits_are_the_scores_of_the_search(layers):
 
 
 @torch.no_grad()
-def test_it_comes_back_from_disk_bit_for_bit():
+def test_saving_and_loading_is_bit_exact():
     network, queries = headed(), images(4, seed=2)
     again = load_network(save_network(network)).eval()
     assert torch.equal(again(queries), network(queries))
 
 
-def test_all_of_it_can_be_fine_tuned():
+def test_all_parameters_can_be_fine_tuned():
     network = headed().train()
     before = network.trunk.base.stem.weight.clone()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
@@ -66,8 +66,8 @@ def test_all_of_it_can_be_fine_tuned():
     assert not torch.equal(network.trunk.base.stem.weight, before)
 
 
-def test_blocks_that_are_not_there_and_heads_that_do_not_fit_are_refused():
-    with pytest.raises(ConfigError, match="blocks 0 to 2"):
+def test_unknown_blocks_and_heads_that_do_not_fit_are_rejected():
+    with pytest.raises(ConfigError, match="expected blocks 0 to 2"):
         with_layers(teacher(), (3,), cells=4, weight_CD=torch.zeros(3, 4), bias_C=torch.zeros(3))
     with pytest.raises(ValueError, match="expected a head"):
         with_layers(teacher(), (0,), cells=4, weight_CD=torch.zeros(3, 4), bias_C=torch.zeros(3))

@@ -1,4 +1,4 @@
-"""Networks of our own: what they are made of, what decides their weights, and the handover."""
+"""ResNet and shared network code: structure, weights, a pretrained trunk under a new head."""
 
 import numpy as np
 import pytest
@@ -74,14 +74,14 @@ def test_blocks_are_all_residual_blocks_and_then_the_heads_input(training):
         assert torch.equal(network.head(features), network(images_of()))
 
 
-def test_blocks_need_one_forward_and_leave_no_hook_behind():
+def test_blocks_need_one_forward_and_remove_their_hooks():
     network = build()
     calls = []
     network.trunk.stem.register_forward_hook(lambda *_: calls.append(1))
     network.blocks(images_of())
     assert len(calls) == 1
     hooks = [module._forward_hooks for module in network.modules()]
-    assert sum(len(registered) for registered in hooks) == 1  # the one of this test
+    assert sum(len(registered) for registered in hooks) == 1  # the hook of this test
 
 
 def test_hooks_are_removed_when_the_forward_raises():
@@ -101,9 +101,9 @@ def test_a_block_is_the_shortcut_plus_its_branch():
 
 
 @pytest.mark.parametrize("config", [ResNetConfig(), VIT], ids=["resnet", "transformers"])
-def test_weights_follow_from_the_generator_alone(config):
+def test_weights_depend_on_the_generator_only(config):
     first = build(config)
-    torch.rand(7)  # the global generator has moved on
+    torch.rand(7)  # advances the global generator
     assert equal_states(first, build(config))
     assert not torch.equal(first.head.weight, build(config, seed=1).head.weight)
     trunk, other = (
@@ -114,7 +114,7 @@ def test_weights_follow_from_the_generator_alone(config):
 
 
 @pytest.mark.parametrize("config", [ResNetConfig(), VIT], ids=["resnet", "transformers"])
-def test_building_leaves_every_global_generator_alone(config):
+def test_building_changes_no_global_generator(config):
     before = torch.get_rng_state()
     numpy_before = np.random.get_state()[1].copy()
     build(config)
@@ -130,9 +130,9 @@ def test_two_builds_from_one_generator_differ():
     assert not torch.equal(one.trunk.stem.weight, two.trunk.stem.weight)
 
 
-def test_handover_keeps_the_trunk_bit_for_bit_and_starts_a_fresh_head():
+def test_a_new_head_leaves_the_pretrained_trunk_unchanged_bit_for_bit():
     source = build(ResNetConfig(width=64), num_classes=7)
-    source(images_of())  # moves the running statistics
+    source(images_of())  # updates the running statistics
     torch.nn.init.ones_(source.head.bias)
     old = {key: value.clone() for key, value in source.state_dict().items()}
 
@@ -150,7 +150,7 @@ def test_handover_keeps_the_trunk_bit_for_bit_and_starts_a_fresh_head():
     assert all(torch.equal(old[key], value) for key, value in source.state_dict().items())
 
 
-def test_handover_keeps_mode_dtype_and_frozen_parameters():
+def test_a_new_head_keeps_mode_dtype_and_frozen_parameters():
     source = build().eval().bfloat16()
     source.trunk.stem.requires_grad_(False)
     target = replace_head(source, 3, seeded())
@@ -165,7 +165,7 @@ def test_a_network_in_bfloat16_takes_float32_images():
     assert logits.isfinite().all()
 
 
-def test_group_norm_does_not_see_the_rest_of_the_batch_in_training():
+def test_group_norm_does_not_depend_on_the_rest_of_the_batch_in_training():
     images = images_of()
     alone = {norm: build(ResNetConfig(norm=norm))(images[:2]) for norm in ("group", "batch")}
     among = {norm: build(ResNetConfig(norm=norm))(images)[:2] for norm in ("group", "batch")}
@@ -173,8 +173,8 @@ def test_group_norm_does_not_see_the_rest_of_the_batch_in_training():
     assert (alone["batch"] - among["batch"]).abs().max() > 1e-3
 
 
-def test_pooling_to_four_cells_tells_left_from_right_and_one_cell_does_not():
-    # The stem made symmetric and the only block silent, so that mirroring commutes with all else.
+def test_pooling_to_four_cells_distinguishes_left_from_right_and_one_cell_does_not():
+    # A symmetric stem and a zero block, so that mirroring commutes with everything else.
     left, right = torch.zeros(1, *GREY), torch.zeros(1, *GREY)
     left[..., 2:4, 1] = 1.0
     right[..., 2:4, 6] = 1.0
@@ -216,7 +216,7 @@ def test_parameters_are_counted_once_and_buffers_not():
     assert parameter_count(network) == stem + norms + convs + head
 
 
-def test_images_are_resized_repeated_and_normalised_as_asked():
+def test_images_are_resized_repeated_and_normalised_as_configured():
     normalise = Normalise(mean=(0.5, 0.25, 0.0), std=(0.5, 0.5, 2.0))
     config = InputConfig(resize=16, grey_to_rgb=True, normalise=normalise)
     assert config.adapted_shape(GREY) == (3, 16, 16)
@@ -227,7 +227,7 @@ def test_images_are_resized_repeated_and_normalised_as_asked():
         torch.testing.assert_close(adapted, wanted)
 
 
-def test_without_options_images_reach_the_network_untouched():
+def test_without_options_images_are_not_changed():
     images = images_of()
     assert torch.equal(InputAdapter(InputConfig())(images), images)
     half = Normalise(mean=(0.5,), std=(0.5,))
@@ -244,7 +244,7 @@ def test_without_options_images_reach_the_network_untouched():
         (ResNetConfig(), (8, 8), "image shape"),
     ],
 )
-def test_images_that_do_not_fit_are_refused(config, shape, message):
+def test_images_that_do_not_fit_are_rejected(config, shape, message):
     with pytest.raises(ConfigError, match=message):
         build(config, image_shape=shape)
 
@@ -263,13 +263,13 @@ def test_small_images_fit_after_resizing():
 
 
 def test_a_head_needs_two_classes():
-    with pytest.raises(ConfigError, match="2 classes or more, got 1"):
+    with pytest.raises(ConfigError, match="at least 2 classes, got 1"):
         build(num_classes=1)
     with pytest.raises(ConfigError, match="got 0"):
         replace_head(build(), 0, seeded())
 
 
-def test_images_of_another_shape_than_promised_are_refused():
+def test_images_of_another_shape_are_rejected():
     with pytest.raises(ValueError, match=r"expected images \(N, 1, 8, 8\), got \(2, 3, 8, 8\)"):
         build()(torch.zeros(2, 3, 8, 8))
 
@@ -285,15 +285,15 @@ def test_images_of_another_shape_than_promised_are_refused():
         ({"kind": "resent"}, "resnet"),
         ({"kind": "transformers"}, "exactly one of architecture"),
         ({"kind": "transformers", "path": "a", "architecture": "vit"}, "exactly one of"),
-        ({"kind": "transformers", "path": "a", "config": {"depths": [1]}}, "brings its own"),
+        ({"kind": "transformers", "path": "a", "config": {"depths": [1]}}, "has its own config"),
         ({"kind": "timm", "name": "a", "config": {"checkpoint_path": "x"}}, "checkpoint_path"),
     ],
 )
-def test_a_wrong_configuration_says_what_is_wrong(network, message):
+def test_an_invalid_configuration_has_a_clear_message(network, message):
     with pytest.raises(ConfigError, match=message):
         validate(Job, {"network": network}, source="job")
 
 
-def test_the_kind_chooses_the_configuration():
+def test_the_kind_selects_the_configuration_class():
     job = validate(Job, {"network": {"kind": "resnet", "blocks": [1, 2]}}, source="job")
     assert job.network == ResNetConfig(blocks=(1, 2))

@@ -1,4 +1,4 @@
-"""A network's two files: nothing is lost, nothing is assumed, and damage is named."""
+"""A network's two files: exact round trips, no assumptions, and clear errors for damage."""
 
 import json
 
@@ -19,7 +19,7 @@ def seeded(seed=0):
 
 def trained(config=SMALL):
     network = build_network(config, num_classes=4, image_shape=(1, 8, 8), rng=seeded())
-    network(torch.randn(5, 1, 8, 8, generator=seeded(1)))  # moves the running statistics
+    network(torch.randn(5, 1, 8, 8, generator=seeded(1)))  # updates the running statistics
     return network
 
 
@@ -37,13 +37,13 @@ def assert_same_tensors(one, other):
         assert torch.equal(one[name], other[name]), name
 
 
-def test_weights_and_buffers_come_back_bit_for_bit():
+def test_weights_and_buffers_are_restored_bit_for_bit():
     network = trained()
     assert int(network.trunk.norm.num_batches_tracked) == 1
     assert_same_tensors(load_network(save_network(network)), network)
 
 
-def test_a_loaded_network_knows_what_it_is():
+def test_a_loaded_network_has_its_configuration():
     network = trained()
     again = load_network(save_network(network, SMALL, 4, (1, 8, 8)))
     assert (again.config, again.num_classes, again.image_shape) == (SMALL, 4, (1, 8, 8))
@@ -57,7 +57,7 @@ def test_equal_networks_have_equal_bytes_and_saving_twice_changes_nothing():
     assert save_network(load_network(files)) == files
 
 
-def test_loading_leaves_the_global_generator_and_the_files_alone():
+def test_loading_does_not_change_the_global_generator_or_the_files():
     files = save_network(trained())
     copy = {name: bytes(bytearray(data)) for name, data in files.items()}
     before = torch.get_rng_state()
@@ -75,7 +75,7 @@ def test_a_loaded_network_trains():
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
-def test_bfloat16_comes_back_as_bfloat16():
+def test_bfloat16_is_restored_as_bfloat16():
     network = trained().bfloat16()
     assert_same_tensors(load_network(save_network(network)), network)
 
@@ -95,20 +95,20 @@ def test_a_shared_parameter_is_stored_once():
     assert "trunk.twin.weight" not in tensors
 
 
-def test_views_of_one_memory_are_stored_as_tensors_of_their_own():
+def test_views_of_shared_memory_are_stored_as_separate_tensors():
     network = trained()
     both = torch.randn(2, *network.trunk.norm.bias.shape)
     network.trunk.norm.bias.data, network.trunk.norm.weight.data = both[0], both[1]
     assert_same_tensors(load_network(save_network(network)), network)
 
 
-def test_a_head_without_bias_comes_back_without():
+def test_a_head_without_bias_is_restored_without():
     network = trained()
     network.head = torch.nn.Linear(network.num_features, 4, bias=False)
     assert load_network(save_network(network)).head.bias is None
 
 
-def test_after_the_handover_the_new_head_is_what_is_saved():
+def test_a_replaced_head_is_saved():
     target = replace_head(trained(), 9, seeded())
     assert_same_tensors(load_network(save_network(target, SMALL, 9, (1, 8, 8))), target)
 
@@ -121,7 +121,7 @@ def test_after_the_handover_the_new_head_is_what_is_saved():
         ((SMALL, 4, (3, 8, 8)), "image shape"),
     ],
 )
-def test_a_network_is_not_filed_under_what_it_is_not(arguments, message):
+def test_saving_rejects_another_networks_description(arguments, message):
     with pytest.raises(ConfigError, match=message):
         save_network(trained(), *arguments)
 
@@ -158,7 +158,7 @@ def test_a_missing_or_damaged_file_is_named(name):
         load_network(files | {name: b"\x80\x04\x95pickle"})
 
 
-def test_an_unknown_key_in_the_configuration_is_refused():
+def test_an_unknown_key_in_the_configuration_is_rejected():
     files = save_network(trained())
     config = json.loads(files["config.json"]) | {"clases": 3}
     with pytest.raises(ConfigError, match="clases: unknown key"):

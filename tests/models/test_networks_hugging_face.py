@@ -1,4 +1,4 @@
-"""Classifiers of transformers, cut into trunk and head: the same numbers as the library's own."""
+"""Classifiers of transformers, split into trunk and head: the same output as in the library."""
 
 import json
 import subprocess
@@ -37,7 +37,7 @@ BLOCKS = {
     "convnextv2": ([(8, 8, 8)] * 2 + [(16, 4, 4)], 16),
     "vit": ([(17, 16)] * 3, 16),
     "deit": ([(18, 16)] * 3, 16),
-    "dinov2": ([(17, 16)] * 3, 32),  # the class token beside the mean of the others
+    "dinov2": ([(17, 16)] * 3, 32),  # the class token next to the mean of the others
     "swin": ([(64, 8)] * 2 + [(16, 16)], 16),
 }
 
@@ -67,7 +67,7 @@ def library_model(architecture, num_labels=5, **options):
         torch.manual_seed(5)
         model = AutoModelForImageClassification.from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # layers that start at zero or one would hide much
+        for parameter in model.parameters():  # layers initialised to zero or one would hide errors
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=seeded(2)))
     return model
 
@@ -83,7 +83,7 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", TINY)
-def test_a_saved_classifier_gives_the_librarys_logits_bit_for_bit(architecture, saved):
+def test_a_saved_classifier_returns_the_librarys_logits_bit_for_bit(architecture, saved):
     model, path = saved(architecture)
     network = build(path=path).eval()
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_blocks_are_in_depth_order_and_end_with_the_heads_input(architecture, tr
 
 
 @pytest.mark.parametrize("architecture", TINY)
-def test_files_bring_it_back_without_the_folder(architecture, saved, tmp_path):
+def test_its_own_files_restore_it_without_the_folder(architecture, saved, tmp_path):
     _, path = saved(architecture)
     network = build(path=path).eval()
     files = save_network(network)
@@ -120,7 +120,7 @@ def test_files_bring_it_back_without_the_folder(architecture, saved, tmp_path):
     assert save_network(again) == files
 
 
-def test_its_hidden_states_are_the_tokens_that_blocks_gives(saved):
+def test_blocks_returns_the_hidden_states(saved):
     model, path = saved("vit")
     with torch.no_grad():
         *tokens, _ = build(path=path).eval().blocks(images_of())
@@ -128,18 +128,18 @@ def test_its_hidden_states_are_the_tokens_that_blocks_gives(saved):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(tokens, expected[1:], strict=True))
 
 
-def test_size_and_channels_follow_from_the_images():
+def test_size_and_channels_default_to_those_of_the_images():
     network = build(architecture="vit", config=TINY["vit"], image_shape=(1, 8, 8))
     assert network(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
     wide = build(architecture="vit", config=TINY["vit"], image_shape=(2, 8, 16))
     assert wide(torch.zeros(2, 2, 8, 16)).shape == (2, 5)
 
 
-def test_a_grey_image_is_repeated_and_resized_only_when_asked(saved):
+def test_a_grey_image_is_repeated_and_resized_only_if_configured(saved):
     model, path = saved("vit")
     with pytest.raises(ConfigError, match=r"3 channels, got 1; set grey_to_rgb: true"):
         build(path=path, image_shape=(1, 8, 8))
-    with pytest.raises(ConfigError, match=r"cannot take 3x8x8 images.*set resize"):
+    with pytest.raises(ConfigError, match=r"does not accept 3x8x8 images.*set resize"):
         build(path=path, grey_to_rgb=True, image_shape=(1, 8, 8))
     network = build(path=path, grey_to_rgb=True, resize=16, image_shape=(1, 8, 8)).eval()
     grey = torch.full((2, 1, 8, 8), 0.25)
@@ -186,7 +186,7 @@ def test_the_folders_statistics_are_used_and_survive_saving(
         assert torch.equal(load_network(save_network(network)).eval()(images), network(images))
 
 
-def test_what_the_job_says_goes_before_the_folders_statistics(saved, tmp_path):
+def test_the_jobs_statistics_override_the_folders(saved, tmp_path):
     model, path = saved("resnet")
     statistics = {"image_mean": [0.9] * 3, "image_std": [0.1] * 3}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(statistics))
@@ -195,9 +195,9 @@ def test_what_the_job_says_goes_before_the_folders_statistics(saved, tmp_path):
         torch.testing.assert_close(network(images_of()), model(images_of()).logits)
 
 
-def test_a_fresh_head_goes_onto_the_saved_trunk(saved):
+def test_the_saved_trunk_can_get_a_new_head(saved):
     model, path = saved("resnet", num_labels=9)
-    with pytest.raises(ConfigError, match="9 classes, 5 classes are asked for; set head: fresh"):
+    with pytest.raises(ConfigError, match="9 classes, expected 5 classes; set head: fresh"):
         build(path=path)
     network = build(path=path, head="fresh")
     assert network.head.weight.shape == (5, 16)
@@ -209,17 +209,17 @@ def test_a_fresh_head_goes_onto_the_saved_trunk(saved):
     assert build(path=path, num_classes=9).head.weight.shape == (9, 16)
 
 
-def test_a_trunk_saved_without_classifier_needs_a_fresh_head(tmp_path):
+def test_a_trunk_saved_without_classifier_needs_a_new_head(tmp_path):
     trunk = ViTModel(ViTConfig(**_TOKENS, image_size=16), add_pooling_layer=False)
     trunk.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="no classifier"):
+    with pytest.raises(ConfigError, match="has no head"):
         build(path=str(tmp_path), num_classes=2)
     network = build(path=str(tmp_path), head="fresh").eval()
     expected = trunk.eval()(images_of()).last_hidden_state[:, 0]
     assert torch.equal(network.features(images_of()), expected)
 
 
-def test_handover_of_a_saved_classifier_can_be_saved_in_turn(saved):
+def test_a_pretrained_trunk_under_a_new_head_can_be_saved(saved):
     _, path = saved("convnextv2")
     target = replace_head(build(path=path), 3, seeded()).eval()
     again = load_network(save_network(target)).eval()
@@ -240,11 +240,11 @@ def test_handover_of_a_saved_classifier_can_be_saved_in_turn(saved):
         ({"architecture": "vit", "config": {"num_labels": 3}}, "'num_labels' is not known"),
         ({"architecture": "vit", "config": {"hidden_size": "a"}}, "cannot be built"),
         ({"architecture": "vit", "config": {"num_channels": 1}}, "1 channels, got 3"),
-        ({"architecture": "vit", "config": TINY["vit"] | {"patch_size": 32}}, "cannot"),
-        ({"path": "no/such/folder/here"}, "neither a folder"),
+        ({"architecture": "vit", "config": TINY["vit"] | {"patch_size": 32}}, "does not accept"),
+        ({"path": "no/such/folder/here"}, "neither a local folder"),
     ],
 )
-def test_what_cannot_be_built_says_why(options, message):
+def test_a_failed_build_reports_the_reason(options, message):
     with pytest.raises(ConfigError, match=message):
         build(**options)
 
@@ -257,7 +257,7 @@ def test_pickled_weights_are_never_loaded(tmp_path):
         build(path=str(tmp_path))
 
 
-def test_code_beside_the_weights_is_never_run(saved, tmp_path):
+def test_code_next_to_the_weights_is_never_run(saved, tmp_path):
     _, path = saved("resnet")
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
     config = json.loads((tmp_path / "config.json").read_text())
@@ -270,7 +270,7 @@ def test_code_beside_the_weights_is_never_run(saved, tmp_path):
         build(path=path)
 
 
-def test_a_saved_wish_for_a_kernel_from_the_hub_is_ignored(saved, tmp_path):
+def test_a_saved_attention_kernel_of_the_hub_is_ignored(saved, tmp_path):
     model, path = saved("vit")
     config = json.loads((tmp_path / "config.json").read_text())
     config["attn_implementation"] = "kernels-community/flash-attn"
@@ -279,7 +279,7 @@ def test_a_saved_wish_for_a_kernel_from_the_hub_is_ignored(saved, tmp_path):
         assert torch.equal(build(path=path).eval()(images_of()), model(images_of()).logits)
 
 
-def test_weights_that_are_missing_in_the_trunk_are_named(saved, tmp_path):
+def test_missing_weights_of_the_trunk_are_named(saved, tmp_path):
     from safetensors.torch import load_file, save_file
 
     _, path = saved("resnet")
@@ -290,14 +290,14 @@ def test_weights_that_are_missing_in_the_trunk_are_named(saved, tmp_path):
         build(path=path)
 
 
-def test_logits_that_no_single_linear_layer_makes_are_refused():
+def test_logits_of_more_than_one_linear_layer_are_rejected():
     # SwiftFormer averages two heads.
     config = {"depths": [1, 1, 1, 1], "embed_dims": [8, 8, 8, 8]}
-    with pytest.raises(ConfigError, match="not one linear layer"):
+    with pytest.raises(ConfigError, match="not the output of one linear layer"):
         build(architecture="swiftformer", config=config, image_shape=(3, 64, 64))
 
 
-def test_timm_that_is_missing_is_said_with_the_way_to_install_it(monkeypatch):
+def test_missing_timm_is_reported_with_install_instructions(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ConfigError, match=r"pip install 'dist_tl\[timm\]' torchvision"):
         build_network(
@@ -308,7 +308,7 @@ def test_timm_that_is_missing_is_said_with_the_way_to_install_it(monkeypatch):
         )
 
 
-def test_timm_classifiers_are_split_and_saved_like_the_others():
+def test_timm_classifiers_are_split_and_saved_like_others():
     pytest.importorskip("timm", exc_type=Exception, reason="timm or its torchvision is not there")
     config = TimmConfig(kind="timm", name="resnet18")
     network = build_network(config, num_classes=3, image_shape=(1, 32, 32), rng=seeded()).eval()
@@ -319,8 +319,8 @@ def test_timm_classifiers_are_split_and_saved_like_the_others():
     assert torch.equal(load_network(save_network(network)).eval()(images), network(images))
 
 
-def test_a_broken_torchvision_stops_neither_import_nor_our_own_network(tmp_path):
-    # What a torchvision made for another torch does on import (and timm with it).
+def test_a_broken_torchvision_does_not_break_imports_or_resnet(tmp_path):
+    # A torchvision built for another torch, and timm with it, fail on import like this.
     fault = "raise RuntimeError('operator torchvision::nms does not exist')"
     for name in ("torchvision", "timm"):
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""The one-layer student: its formula, its scale, and its way to disk."""
+"""The one-layer student: its formula, its scale, saving and loading."""
 
 import math
 
@@ -28,7 +28,7 @@ def test_features_follow_the_formula(name):
     torch.testing.assert_close(student.features(images), expected)
 
 
-def test_weights_are_standard_normal_and_follow_from_the_seed():
+def test_weights_are_standard_normal_and_depend_on_the_seed_only():
     config = PerceptronConfig(hidden=200)
     make = [
         build_network(
@@ -42,12 +42,12 @@ def test_weights_are_standard_normal_and_follow_from_the_seed():
     assert abs(make[0].std() - 1) < 0.02
 
 
-def test_it_comes_back_from_disk_bit_for_bit():
+def test_saving_and_loading_is_bit_exact():
     student, images = network(), torch.randn(3, *SHAPE)
     again = load_network(save_network(student))
     assert torch.equal(again(images), student(images))
 
 
-def test_its_one_block_is_the_head_s_input():
+def test_the_only_block_is_the_heads_input():
     student, images = network(), torch.randn(3, *SHAPE)
     assert torch.equal(student.blocks(images)[-1], student.features(images))

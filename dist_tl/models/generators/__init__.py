@@ -1,1 +1,1 @@
-"""Class-conditional generators: our own small diffusion model and adapters for published ones."""
+"""Class-conditional generators: a small diffusion model and adapters for published ones."""

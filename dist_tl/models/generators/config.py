@@ -1,7 +1,7 @@
-"""Which generator a job asks for, and how to open it.
+"""Configuration and loading of the generator of a job.
 
-Not covered: training one (`diffusion.DiffusionConfig`), and fetching files from a store, which is
-the caller's part.
+Not covered: training a generator (`diffusion.DiffusionConfig`), and reading its files from a store,
+which the caller does.
 """
 
 from collections.abc import Mapping
@@ -16,17 +16,17 @@ from dist_tl.models.generators.pipelines import PipelineConfig, PipelineGenerato
 
 
 class StoredDiffusionConfig(StrictModel):
-    """A `ClassDiffusion` that an earlier job trained."""
+    """A `ClassDiffusion` trained by an earlier job."""
 
     kind: Literal["diffusion"] = "diffusion"
     path: str = Field(
         min_length=1, description="Folder or URL with model.safetensors and config.json."
     )
     guidance_scale: float | None = Field(
-        default=None, ge=0.0, description="Instead of the one it was saved with."
+        default=None, ge=0.0, description="Replaces the saved guidance scale."
     )
     num_steps: int | None = Field(
-        default=None, ge=1, le=500, description="Instead of the number it was saved with."
+        default=None, ge=1, le=500, description="Replaces the saved number of steps."
     )
 
 
@@ -36,10 +36,10 @@ GeneratorConfig = Annotated[StoredDiffusionConfig | PipelineConfig, Field(discri
 def load_generator(
     config: StoredDiffusionConfig | PipelineConfig, *, files: Mapping[str, bytes] | None = None
 ) -> ClassDiffusion | PipelineGenerator:
-    """The generator that `config` names: frozen, in eval mode, on the CPU.
+    """Loads the configured generator: frozen, in eval mode, on the CPU.
 
     Args:
-        files: what lies at `config.path`, file name to content, for kind "diffusion". A pipeline
+        files: the files at `config.path`, file name to content, for kind "diffusion". A pipeline
             is read from its folder or the hub instead.
 
     Raises:
@@ -48,7 +48,7 @@ def load_generator(
     if isinstance(config, PipelineConfig):
         return PipelineGenerator.load(config)
     if files is None:
-        raise ConfigError(f"generator {config.path}: expected its files beside its configuration")
+        raise ConfigError(f"generator {config.path}: expected its files, got none")
     generator = ClassDiffusion.from_files(files)
     changes = config.model_dump(include={"guidance_scale", "num_steps"}, exclude_none=True)
     # Validated again: a generator that never learnt "no class" cannot be guided.

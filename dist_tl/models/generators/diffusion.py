@@ -1,8 +1,8 @@
-"""A small class-conditional diffusion model, trained from scratch in about a minute on two cores.
+"""A small class-conditional diffusion model that trains from scratch in a minute on two cores.
 
-The network is diffusers' UNet with a label embedding of our own, so that a condition may be any
-probability vector: it enters as the mean of the class embeddings under that vector. One further
-row stands for "no class" and is learnt by dropping labels (classifier-free guidance).
+The network is diffusers' UNet with a separate label embedding, so that a condition can be any
+probability vector: its embedding is the mean of the class embeddings under that vector. One more
+row represents "no class" and is learnt by dropping labels (classifier-free guidance).
 
 Source: Ho et al., "Denoising Diffusion Probabilistic Models", arXiv:2006.11239; Salimans and Ho,
 "Progressive Distillation", arXiv:2202.00512 (v-prediction); Hang et al., "Min-SNR Weighting",
@@ -25,7 +25,7 @@ from dist_tl.models.generators.protocol import check_condition, check_labels, ch
 from dist_tl.models.generators.sampling import draw_noise, guide, make_solver, solve
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -39,7 +39,8 @@ _SCHEDULE = {"cosine": "squaredcos_cap_v2", "linear": "linear", "scaled_linear":
 class DiffusionConfig(StrictModel):
     """Network, training loss and sampling of a `ClassDiffusion`.
 
-    The defaults suit 8x8 grey images; for 32x32 colour, [64, 128, 128] with attention is a start.
+    The defaults suit 8x8 grey images; for 32x32 colour images start with [64, 128, 128] and
+    attention.
     """
 
     kind: Literal["diffusion"] = "diffusion"
@@ -49,34 +50,35 @@ class DiffusionConfig(StrictModel):
         description="Width of each level, finest first; each level halves the image. "
         "Multiples of 8.",
     )
-    layers_per_level: int = Field(default=1, ge=1, description="Residual layers in each level.")
+    layers_per_level: int = Field(default=1, ge=1, description="Residual layers per level.")
     attention: bool = Field(
         default=False, description="Self-attention on the coarsest level and in the middle."
     )
     prediction: Literal["v", "noise", "image"] = Field(
-        default="v", description="What the network predicts from a noisy image."
+        default="v", description="Target that the network predicts from a noisy image."
     )
     noise_schedule: Literal["cosine", "linear", "scaled_linear"] = Field(
-        default="cosine", description="How fast images turn into noise."
+        default="cosine", description="Noise schedule of the forward process."
     )
     snr_clip: float | None = Field(
         default=5.0,
         gt=0.0,
-        description="Min-SNR weighting: the signal-to-noise ratio above which a noise level "
-        "counts no more in the loss; null for the plain squared error.",
+        description="Min-SNR weighting: signal-to-noise ratio above which the loss weight is "
+        "constant; null for the plain squared error.",
     )
     label_dropout: float = Field(
-        default=0.1, ge=0.0, lt=1.0, description="Share of training labels replaced by 'no class'."
+        default=0.1,
+        ge=0.0,
+        lt=1.0,
+        description="Fraction of training labels replaced by 'no class'.",
     )
     guidance_scale: float = Field(
         default=1.0,
         ge=0.0,
-        description="1: conditional sampling, half the cost; above: closer to the class, less "
-        "diverse.",
+        description="1: conditional sampling at half the cost; larger values: closer to the class, "
+        "less diverse.",
     )
-    num_steps: int = Field(
-        default=10, ge=1, le=500, description="Network evaluations for each image."
-    )
+    num_steps: int = Field(default=10, ge=1, le=500, description="Network evaluations per image.")
 
     @model_validator(mode="after")
     def _check(self) -> "DiffusionConfig":
@@ -84,20 +86,20 @@ class DiffusionConfig(StrictModel):
             raise ValueError(f"channels: expected multiples of 8, got {list(self.channels)}")
         if self.guidance_scale != 1.0 and self.label_dropout == 0.0:
             raise ValueError(
-                "guidance_scale other than 1 needs label_dropout above 0: "
-                "without it 'no class' is never learnt"
+                "guidance_scale other than 1 needs label_dropout above 0, "
+                "because 'no class' is not learnt otherwise"
             )
         return self
 
 
 class ClassDiffusion(nn.Module):
-    """A `ConditionalGenerator` that can also be trained; see `loss`.
+    """A `ConditionalGenerator` with a training loss; see `loss`.
 
     Args:
-        config: everything but the two sizes below.
+        config: all settings except the sizes below.
         num_classes: K, at least 2.
-        image_shape: (C, H, W); H and W must be multiples of 2 to the number of levels minus 1.
-        rng: a CPU generator that initialises the weights; no global generator is touched.
+        image_shape: (C, H, W); H and W are multiples of 2 ** (number of levels - 1).
+        rng: a CPU generator that initialises the weights; global generators are not changed.
 
     Raises:
         ConfigError: the sizes do not fit the network.
@@ -115,23 +117,24 @@ class ClassDiffusion(nn.Module):
         _check_sizes(config, num_classes, image_shape)
         self.config = config
         self.num_classes = num_classes
-        self.image_shape = tuple(image_shape)
+        channels, height, width = image_shape
+        self.image_shape: tuple[int, int, int] = (channels, height, width)
         seed = int(torch.randint(2**62, (), generator=rng))
         with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would seed the accelerators too and leave them so.
+            # Not torch.manual_seed, which also seeds the accelerators and would not be undone.
             torch.default_generator.manual_seed(seed)
             self.unet = _build_unet(config, self.image_shape)
-            width = self.unet.time_embedding.linear_2.out_features
-            self.label_embedding = nn.Embedding(num_classes + 1, width)
-        # Not a buffer: engines cast buffers to bfloat16, which this table would not survive.
+            embedding_dim = self.unet.time_embedding.linear_2.out_features
+            self.label_embedding = nn.Embedding(num_classes + 1, embedding_dim)
+        # Not a buffer: engines cast buffers to bfloat16, which is too coarse for this table.
         self._signal = make_solver(_noise_schedule(config), clip=True).alphas_cumprod
 
     def forward(self, images: Tensor, labels: Tensor, *, rng: torch.Generator) -> Tensor:
-        """The training loss, so that engines can wrap the model. See `loss`."""
+        """Returns the training loss, so that engines can wrap the model. See `loss`."""
         return self.loss(images, labels, rng=rng)
 
     def loss(self, images: Tensor, labels: Tensor, *, rng: torch.Generator) -> Tensor:
-        """Mean weighted squared error of the prediction at random noise levels.
+        """Returns the mean weighted squared error of the prediction at random noise levels.
 
         Args:
             images: (N, C, H, W) float32 in [-1, 1].
@@ -155,9 +158,9 @@ class ClassDiffusion(nn.Module):
         return (loss_weight(self.config, signal) * (predicted - target).square()).mean()
 
     def sample(self, condition: Tensor, *, rng: Sequence[torch.Generator]) -> Tensor:
-        """One image for each row of `condition`; see `ConditionalGenerator.sample`.
+        """Generates one image per row of `condition`; see `ConditionalGenerator.sample`.
 
-        The cost is `num_steps` evaluations of the network, twice that with guidance.
+        Costs `num_steps` evaluations of the network, twice as many with guidance.
         """
         check_condition(condition, self.num_classes)
         classes = self.label_embedding.weight[: self.num_classes].float()
@@ -165,14 +168,14 @@ class ClassDiffusion(nn.Module):
         return self._sample(embedded, rng).to(condition.device)
 
     def sample_classes(self, labels: Tensor, *, rng: Sequence[torch.Generator]) -> Tensor:
-        """One image for each integer label; equals `sample` of their one-hot rows exactly.
+        """Generates one image per integer label, identical to `sample` of one-hot rows.
 
         Args:
             labels: (N,) int64 in 0..K-1.
             rng: N generators.
 
         Raises:
-            ValueError: labels out of range or not int64, or not one generator for each.
+            ValueError: labels out of range or not int64, or another number of generators.
             NumericsError: as for `sample`.
         """
         check_labels(labels, self.num_classes)
@@ -180,7 +183,7 @@ class ClassDiffusion(nn.Module):
         return self._sample(embedded, rng).to(labels.device)
 
     def to_files(self) -> dict[str, bytes]:
-        """File name -> content: weights as safetensors, the rest as JSON. Bit for bit."""
+        """Returns file name -> content: exact weights as safetensors, settings as JSON."""
         state = {
             name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()
         }
@@ -196,7 +199,7 @@ class ClassDiffusion(nn.Module):
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> "ClassDiffusion":
-        """The model that `to_files` described, in eval mode.
+        """Loads a model saved by `to_files`, in eval mode.
 
         Raises:
             ConfigError: a file is missing, unreadable, or the weights do not fit the config.
@@ -218,7 +221,7 @@ class ClassDiffusion(nn.Module):
             return torch.empty(0, *self.image_shape, device=embedded.device)
         null = self.label_embedding.weight[self.num_classes :].float()
         was_training = self.training
-        # Even a dropout of zero changes the rounding, and a sample must not depend on the mode.
+        # Dropout of zero still changes the rounding, and a sample must not depend on the mode.
         self.eval()
         try:
             images = solve(
@@ -261,8 +264,8 @@ def _check_sizes(
 
 
 def _build_unet(config: DiffusionConfig, image_shape: tuple[int, int, int]) -> "UNet2DModel":
-    # Imported late: the library takes seconds to come up, and a plan needs none of it.
-    from diffusers import UNet2DModel
+    # Imported late: the import takes seconds, and planning a job does not need it.
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
     levels = len(config.channels)
     attends = [config.attention and level == levels - 1 for level in range(levels)]
@@ -278,11 +281,11 @@ def _build_unet(config: DiffusionConfig, image_shape: tuple[int, int, int]) -> "
         norm_num_groups=_NORM_GROUPS,
         attention_head_dim=8,
         resnet_time_scale_shift="scale_shift",
-        class_embed_type="identity",  # we hand in the embedding itself
+        class_embed_type="identity",  # class_labels are embeddings already
     )
-    # Starting from the zero prediction keeps the first large steps from exploding.
-    nn.init.zeros_(unet.conv_out.weight)
-    nn.init.zeros_(unet.conv_out.bias)
+    # A zero initial prediction keeps the first large steps from diverging.
+    for parameter in unet.conv_out.parameters():
+        nn.init.zeros_(parameter)
     return unet
 
 
@@ -295,20 +298,20 @@ def _noise_schedule(config: DiffusionConfig) -> dict[str, Any]:
 
 
 def _draw_corruption(rng: torch.Generator, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # Drawn where the generator lives, so that an accelerator trains on the same noise as a CPU.
-    where: dict[str, Any] = {"generator": rng, "device": rng.device}
-    timesteps = torch.randint(_NUM_TRAIN_STEPS, (len(images),), **where)
-    uniform = torch.rand(len(images), **where)
-    noise = torch.randn(images.shape, **where)
+    # Drawn on the generator's device, so that an accelerator trains on the same noise as a CPU.
+    options: dict[str, Any] = {"generator": rng, "device": rng.device}
+    timesteps = torch.randint(_NUM_TRAIN_STEPS, (len(images),), **options)
+    uniform = torch.rand(len(images), **options)
+    noise = torch.randn(images.shape, **options)
     return timesteps.to(images.device), uniform.to(images.device), noise.to(images.device)
 
 
 def prediction_target(prediction: str, images: Tensor, noise: Tensor, signal: Tensor) -> Tensor:
-    """What the network should answer to sqrt(signal) * images + sqrt(1 - signal) * noise.
+    """Returns the network's target for sqrt(signal) * images + sqrt(1 - signal) * noise.
 
     Args:
         prediction: "v", "noise" or "image".
-        signal: share of the image's power left, strictly between 0 and 1.
+        signal: remaining fraction of the image's power, strictly between 0 and 1.
     """
     if prediction == "noise":
         return noise
@@ -318,15 +321,15 @@ def prediction_target(prediction: str, images: Tensor, noise: Tensor, signal: Te
 
 
 def loss_weight(config: DiffusionConfig, signal: Tensor) -> Tensor:
-    """Weight of the squared error at each noise level, the same for every kind of prediction.
+    """Returns the weight of the squared error at each noise level.
 
-    In terms of the image's error it is min(signal-to-noise ratio, `snr_clip`); 1 where
-    `snr_clip` is None.
+    For every kind of prediction the squared error of the image has the weight
+    min(signal-to-noise ratio, `snr_clip`). All weights are 1 if `snr_clip` is None.
     """
     if config.snr_clip is None:
         return torch.ones_like(signal)
     ratio = signal / (1 - signal)
-    # The squared error of the prediction for a unit error of the image.
+    # Squared error of the prediction per unit squared error of the image.
     per_image_error = {"v": ratio + 1, "noise": ratio, "image": torch.ones_like(ratio)}
     return ratio.clamp(max=config.snr_clip) / per_image_error[config.prediction]
 
@@ -337,6 +340,6 @@ def _read_description(content: bytes) -> tuple[DiffusionConfig, int, tuple[int, 
         data, num_classes = description["generator"], int(description["num_classes"])
         channels, height, width = (int(size) for size in description["image_shape"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"generator: {CONFIG_FILE} is not a description: {error!r}") from None
+        raise ConfigError(f"generator: {CONFIG_FILE} is not valid: {error!r}") from None
     config = validate(DiffusionConfig, data, source=CONFIG_FILE)
     return config, num_classes, (channels, height, width)

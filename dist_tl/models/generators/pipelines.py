@@ -1,10 +1,10 @@
 """Published class-conditional pipelines (DiT) as generators that accept any condition.
 
-A diffusers DiT looks up one embedding for each integer label, in every block. Here the lookups
-also take rows of weights over all labels, so that a condition enters as a mixture of embeddings,
-and "no class" is the model's own last row (diffusers' pipeline has ImageNet's 1000 written in).
+Every block of a diffusers DiT looks up the embedding of an integer label. Here the lookups also
+accept rows of weights over all labels, so that a condition selects a mixture of embeddings, and
+"no class" is the model's own last row (diffusers' pipeline hard-codes ImageNet's 1000).
 
-Only JSON and safetensors files are fetched or read, never a pickle and never code.
+Only JSON and safetensors files are downloaded or read, never a pickle and never code.
 
 Source: Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv:2212.09748.
 """
@@ -12,7 +12,7 @@ Source: Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv:22
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from pydantic import Field
@@ -27,13 +27,17 @@ from dist_tl.models.generators.protocol import (
     check_rng,
 )
 from dist_tl.models.generators.sampling import draw_noise, guide, make_solver, solve
-from dist_tl.models.wording import one_line
+from dist_tl.models.messages import one_line
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DiTTransformer2DModel, ModelMixin
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.modeling_utils import ModelMixin
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+Model = TypeVar("Model", bound="ModelMixin")
 
 _FILES = ("*.json", "*.safetensors")
-# Older repositories name the transformer by the class that DiT was split from.
+# Older repositories use the name of the class that DiT was split from.
 _DIT_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 _SCHEDULE_OPTIONS = (
     "num_train_timesteps",
@@ -48,22 +52,20 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 class PipelineConfig(StrictModel):
-    """A saved DiT pipeline and how to sample from it."""
+    """A saved DiT pipeline and its sampling options."""
 
     kind: Literal["pipeline"] = "pipeline"
     path: str = Field(
-        min_length=1, description="Folder written by save_pretrained, or the name of a hub model."
+        min_length=1, description="Folder written by save_pretrained, or name of a hub model."
     )
-    revision: str | None = Field(default=None, description="Commit or tag, for hub models.")
+    revision: str | None = Field(default=None, description="Commit or tag of a hub model.")
     guidance_scale: float = Field(
         default=1.5,
         ge=0.0,
-        description="1: conditional sampling, half the cost; above: closer to the class, less "
-        "diverse.",
+        description="1: conditional sampling at half the cost; larger values: closer to the class, "
+        "less diverse.",
     )
-    num_steps: int = Field(
-        default=25, ge=1, le=500, description="Network evaluations for each image."
-    )
+    num_steps: int = Field(default=25, ge=1, le=500, description="Network evaluations per image.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
         description="Precision of the transformer; images are decoded in float32.",
@@ -71,19 +73,19 @@ class PipelineConfig(StrictModel):
 
 
 class PipelineGenerator(nn.Module):
-    """A `ConditionalGenerator` made of a DiT, perhaps a VAE, and a deterministic solver.
+    """A `ConditionalGenerator` made of a DiT, an optional VAE, and a deterministic solver.
 
     Frozen and in eval mode. `to` moves it to a device.
 
     Args:
-        config: sampling options; its path has been read already.
-        transformer: its label lookups are replaced in place by ones that also take mixtures.
-        vae: decodes latents; None where the transformer works on pixels.
+        config: sampling options; its path is not used.
+        transformer: its label lookups are replaced in place by ones that accept mixtures.
+        vae: decodes latents; None if the transformer works on pixels.
         noise_schedule: the saved configuration of the pipeline's scheduler.
 
     Raises:
-        ConfigError: the transformer has no row for "no class" or an odd number of output
-            channels, or the schedule is of a kind that the solver does not know.
+        ConfigError: the transformer has no row for "no class" or an unexpected number of output
+            channels, or the solver does not support the schedule.
     """
 
     def __init__(
@@ -97,11 +99,12 @@ class PipelineGenerator(nn.Module):
         self.config = config
         self.transformer = transformer
         self.vae = vae
-        self._noise_schedule = _known_schedule(noise_schedule)
+        self._noise_schedule = _supported_schedule(noise_schedule)
         _check_channels(transformer)
-        self.num_classes = int(transformer.config.num_embeds_ada_norm)
+        self.num_classes = int(transformer.config["num_embeds_ada_norm"])
         _accept_mixtures(transformer, self.num_classes)
-        self.latent_shape = (transformer.config.in_channels, *[transformer.config.sample_size] * 2)
+        side = transformer.config["sample_size"]
+        self.latent_shape = (transformer.config["in_channels"], side, side)
         self.image_shape = (
             self.latent_shape if vae is None else _decoded_shape(self.latent_shape, vae)
         )
@@ -109,14 +112,15 @@ class PipelineGenerator(nn.Module):
 
     @classmethod
     def load(cls, config: PipelineConfig) -> "PipelineGenerator":
-        """The generator saved at `config.path`.
+        """Loads the generator saved at `config.path`.
 
         Raises:
-            ConfigError: nothing is there, it is not a class-conditional DiT pipeline, a part has
-                no safetensors file, or weights are missing from it.
+            ConfigError: the path does not exist, is not a class-conditional DiT pipeline, or a
+                part has no safetensors file or lacks weights.
         """
-        # Imported late: the library takes seconds to come up, and a plan needs none of it.
-        from diffusers import AutoencoderKL, DiTTransformer2DModel
+        # Imported late: the import takes seconds, and planning a job does not need it.
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
         folder = _local_folder(config)
         parts = _read_json(folder / "model_index.json")
@@ -134,23 +138,23 @@ class PipelineGenerator(nn.Module):
         return cls(config, transformer, vae, _read_json(folder / "scheduler/scheduler_config.json"))
 
     def sample(self, condition: Tensor, *, rng: Sequence[torch.Generator]) -> Tensor:
-        """One image for each row of `condition`; see `ConditionalGenerator.sample`.
+        """Generates one image per row of `condition`; see `ConditionalGenerator.sample`.
 
-        The cost is `num_steps` evaluations of the transformer, twice that with guidance, and one
+        Costs `num_steps` evaluations of the transformer, twice as many with guidance, and one
         decoding.
         """
         check_condition(condition, self.num_classes)
-        # The last column is "no class", which a condition gives no weight to.
+        # The last column is "no class", which has weight 0 in a condition.
         rows = nn.functional.pad(condition, (0, 1)).to(self.transformer.device)
         null = torch.zeros_like(rows[:1])
         null[:, -1] = 1.0
         return self._sample(rows, null, rng).to(condition.device)
 
     def sample_classes(self, labels: Tensor, *, rng: Sequence[torch.Generator]) -> Tensor:
-        """One image for each integer label; equals `sample` of their one-hot rows exactly.
+        """Generates one image per integer label, identical to `sample` of one-hot rows.
 
         Raises:
-            ValueError: labels out of range or not (N,) int64, or not one generator for each.
+            ValueError: labels out of range or not (N,) int64, or another number of generators.
             NumericsError: as for `sample`.
         """
         check_labels(labels, self.num_classes)
@@ -178,20 +182,22 @@ class PipelineGenerator(nn.Module):
             class_labels=labels,
             return_dict=False,
         )[0]
-        # A DiT that has learnt variances gives them in a second set of channels.
+        # A DiT with learnt variances returns them in a second set of channels.
         return output[:, : self.latent_shape[0]].float()
 
     def _decode(self, latents: Tensor) -> Tensor:
         if self.vae is None:
             return latents.clamp(-1.0, 1.0)
-        latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        images = self.vae.decode(latents, return_dict=False)[0]
+        config = self.vae.config
+        latents = latents / config["scaling_factor"] + (config["shift_factor"] or 0.0)
+        # diffusers annotates `z` with the legacy class FloatTensor, which no tensor belongs to.
+        images = self.vae.decode(latents, return_dict=False)[0]  # pyright: ignore[reportArgumentType]
         check_finite(images.isfinite().flatten(1).all(dim=1))
         return images.clamp(-1.0, 1.0)
 
 
 class _MixedLabelEmbedding(nn.Module):
-    """A label lookup that also takes rows of weights over all labels, "no class" included."""
+    """A label lookup that also accepts rows of weights over all labels, including "no class"."""
 
     def __init__(self, embedding_table: nn.Embedding) -> None:
         super().__init__()
@@ -201,46 +207,47 @@ class _MixedLabelEmbedding(nn.Module):
         if not labels.is_floating_point():
             return self.embedding_table(labels)
         table = self.embedding_table.weight
-        # In float32, so that a narrow weight type rounds the mixture once, not its weights too.
+        # In float32, so that low precision rounds only the mixture, not its weights too.
         return (labels @ table.float()).to(table.dtype)
 
 
 def _check_channels(transformer: "DiTTransformer2DModel") -> None:
-    taken, given = transformer.config.in_channels, transformer.out_channels
-    if given not in (taken, 2 * taken):
+    inputs, outputs = transformer.config["in_channels"], transformer.out_channels
+    if outputs not in (inputs, 2 * inputs):
         raise ConfigError(
-            f"transformer: expected {taken} output channels, or {2 * taken} with learnt variances, "
-            f"got {given}"
+            f"transformer: expected {inputs} output channels, or {2 * inputs} with learnt "
+            f"variances, got {outputs}"
         )
 
 
 def _accept_mixtures(transformer: "DiTTransformer2DModel", num_classes: int) -> None:
     for block in transformer.transformer_blocks:
-        embedding = block.norm1.emb
-        table = embedding.class_embedder.embedding_table
+        embedding = block.get_submodule("norm1.emb")
+        table = embedding.get_submodule("class_embedder.embedding_table")
+        assert isinstance(table, nn.Embedding)
         if table.num_embeddings != num_classes + 1:
             raise ConfigError(
-                f"expected {num_classes} classes and one row for 'no class', got a table of "
+                f"expected {num_classes} classes and one row for 'no class', got an embedding of "
                 f"{table.num_embeddings} rows"
             )
         embedding.class_embedder = _MixedLabelEmbedding(table)
 
 
-def _known_schedule(saved: dict[str, Any]) -> dict[str, Any]:
-    """What a saved scheduler says of the noise, whichever solver it belongs to."""
-    from diffusers.schedulers import KarrasDiffusionSchedulers
+def _supported_schedule(saved: dict[str, Any]) -> dict[str, Any]:
+    """Returns the noise schedule of a saved scheduler, for any compatible solver."""
+    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
-    known = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
-    if saved.get("_class_name") not in known:
+    supported = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    if saved.get("_class_name") not in supported:
         raise ConfigError(
-            f"scheduler: expected one of {', '.join(known)}, got {saved.get('_class_name')!r}"
+            f"scheduler: expected one of {', '.join(supported)}, got {saved.get('_class_name')!r}"
         )
     return {name: saved[name] for name in _SCHEDULE_OPTIONS if saved.get(name) is not None}
 
 
 def _decoded_shape(latent_shape: tuple[int, ...], vae: "AutoencoderKL") -> tuple[int, int, int]:
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    return (vae.config.out_channels, latent_shape[1] * factor, latent_shape[2] * factor)
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    return (vae.config["out_channels"], latent_shape[1] * factor, latent_shape[2] * factor)
 
 
 def _local_folder(config: PipelineConfig) -> Path:
@@ -255,8 +262,8 @@ def _local_folder(config: PipelineConfig) -> Path:
         )
     except Exception as error:
         raise ConfigError(
-            f"{config.path} is neither a folder here nor a pipeline that the hub would give us: "
-            f"{one_line(error)}"
+            f"{config.path} is neither a local folder nor a pipeline that can be downloaded from "
+            f"the hub: {one_line(error)}"
         ) from error
 
 
@@ -273,7 +280,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _class_of(parts: dict[str, Any], name: str) -> str | None:
-    """The class that a pipeline's index gives for one of its parts, as [library, class]."""
+    """Returns the class of a part in a pipeline's index, where it is [library, class]."""
     entry = parts.get(name)
     return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
@@ -283,26 +290,28 @@ def _named_parts(parts: dict[str, Any]) -> str:
     return ", ".join(names) or "no parts"
 
 
-def _load_part(kind: "type[ModelMixin]", folder: Path, name: str, dtype: torch.dtype) -> Any:
+def _load_part(kind: type[Model], folder: Path, name: str, dtype: torch.dtype) -> Model:
     try:
-        # Library models draw their initial weights, before loading over them, from the global
-        # generator; it must come out as it went in.
+        # Library models draw initial weights from the global generator before loading the saved
+        # ones; the generator's state must not change.
         with torch.random.fork_rng(devices=[]):
-            model, info = kind.from_pretrained(
+            loaded = kind.from_pretrained(
                 str(folder),
                 subfolder=name,
                 use_safetensors=True,
                 local_files_only=True,
                 torch_dtype=dtype,
                 output_loading_info=True,
-                low_cpu_mem_usage=False,  # the other way needs a package that we do not ask for
+                low_cpu_mem_usage=False,  # True requires accelerate
             )
     except Exception as error:
         raise ConfigError(
             f"{folder}/{name} cannot be loaded from safetensors: {one_line(error)}; save it with "
             "save_pretrained(safe_serialization=True)"
         ) from error
-    # The library would only warn, and leave random weights in place.
+    # diffusers annotates from_pretrained without output_loading_info, which adds the second item.
+    model, info = cast("tuple[Model, dict[str, list]]", loaded)
+    # The library only warns about missing weights and keeps random ones.
     if missing := info["missing_keys"] or info["mismatched_keys"]:
         raise ConfigError(f"{folder}/{name} lacks weights, e.g. {sorted(map(str, missing))[0]}")
     return model
