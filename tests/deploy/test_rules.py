@@ -39,7 +39,7 @@ TRAINER = f"{CLUSTER}.workerGroupSpecs.0.template.spec"
         (f"{GROUP}.minReplicas", 5, r"workerGroupSpecs\[1\].minReplicas: expected 0 to maxRep"),
         (f"{GROUP}.minReplicas", -1, "minReplicas"),
         (f"{GROUP}.replicas", 9, "replicas"),
-        (f"{GROUP}.groupName", "trainers", "every name once"),
+        (f"{GROUP}.groupName", "trainers", "expected unique group names"),
         (f"{GROUP}.groupName", "x" * 64, "groupName"),
         (f"{GROUP}.groupName", "Big_Ones", "groupName"),
         (f"{GROUP}.resources", {"CPU": "1"}, "rayStartParams"),
