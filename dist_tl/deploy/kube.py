@@ -229,14 +229,14 @@ class Kube:
         if not self._api.served(RAY_JOBS):
             raise ConfigError(
                 f"the KubeRay operator is not installed on {self._api.host}: its API serves no "
-                "RayJobs; install the operator and its CRDs: k8s/README.md, The operator"
+                "RayJobs; install the operator and its CRDs: k8s/README.md, section 1"
             )
 
     def _check_references(self, options: KubeOptions, namespace: str) -> None:
         """Checks that the Secrets and ServiceAccounts named in the options exist."""
         keys = [("credentials", options.credentials)]
         keys += [("image_pull_secrets", name) for name in options.image_pull_secrets]
-        references = [(SECRETS, *key, "create it: k8s/README.md, Namespace") for key in keys]
+        references = [(SECRETS, *key, "create it: k8s/README.md, section 3") for key in keys]
         for key in ("head_account", "worker_account", "submitter_account"):
             references.append((ACCOUNTS, key, getattr(options, key), "kubectl apply -k k8s/base"))
         for resource, key, name, remedy in references:

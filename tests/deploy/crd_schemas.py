@@ -1,4 +1,4 @@
-"""Strict JSON schemas: those of KubeRay from its CRDs, those of Kubernetes from kubernetes-validate.
+"""Strict JSON schemas of KubeRay (from its CRDs) and Kubernetes (from kubernetes-validate).
 
 The CRDs are not part of the checkout: DIST_TL_CRDS names their folder, by default ../shared/crds.
 """
