@@ -1,5 +1,5 @@
-# Sourced by run, test and bench: a virtual environment in the checkout, made or brought up to date.
-# Leaves the checkout's root in $root and the environment's programs on PATH.
+# Sourced by run, test and bench: creates or updates a virtual environment in the checkout.
+# Sets $root to the root of the checkout and puts the environment on PATH.
 # Usage: . launch/setup.sh EXTRAS      e.g. "" or "[test]"
 
 extras=$1
@@ -10,14 +10,14 @@ python=${PYTHON:-python3}
 "$python" - <<'CHECK' || exit 2
 import sys
 if sys.version_info < (3, 11):
-    sys.exit(f"dist_tl needs Python 3.11 or newer, this is {sys.version.split()[0]}; set PYTHON=")
+    sys.exit(f"dist_tl requires Python 3.11 or newer, got {sys.version.split()[0]}; set PYTHON=")
 CHECK
 
-# What was installed is current as long as this text is the one it was installed for.
+# The installation is up to date if this text equals the one stored when it was made.
 wanted=$(cat "$root/pyproject.toml"; "$python" -V; echo "$root")
 have() { [ "$(cat "$venv/.installed-for$1" 2>/dev/null)" = "$wanted" ]; }
 if ! have "$extras"; then
-    echo "setting up $venv (once; a few minutes)" >&2
+    echo "setting up $venv (only once, takes a few minutes)" >&2
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || exit 3
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         --editable "$root$extras" 2> >(grep -v "is ignored: it is neither a file" >&2) || exit 3

@@ -239,11 +239,11 @@ def test_the_module_is_the_command():
             ("submit", "{job}", "--address", "http://a:1", "run=s3://k:" + 20 * "s" + "@b/r"),
             "expected no secret in a job",
         ),
-        (("status", "{run}"), "holds no run"),
-        (("logs", "{run}"), "was not handed in"),
-        (("stop", "{run}"), "was not handed in"),
+        (("status", "{run}"), "contains no run"),
+        (("logs", "{run}"), "was not submitted"),
+        (("stop", "{run}"), "was not submitted"),
         (("scale", "{run}", "generators=two"), "generators=N or generators=MIN..MAX"),
-        (("scale", "{run}", "generators=2"), "holds no run"),
+        (("scale", "{run}", "generators=2"), "contains no run"),
     ],
 )
 def test_verbs_for_other_machines_refuse_what_cannot_work(

@@ -1,6 +1,6 @@
-"""Verbs of `dist-tl` for jobs that run on other machines: look, scale, stop.
+"""`dist-tl status`, `logs`, `stop` and `scale`: manage jobs that run on other machines.
 
-Where a run was handed in stands in the run itself, so these verbs take the run and nothing else.
+The run's store records where its job was submitted, so these commands need only the run.
 """
 
 import json
@@ -24,31 +24,37 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Folder or URL of the run.")]
 OnKube = Annotated[
     bool,
-    typer.Option("--kube", help="Ask Kubernetes alone, where the run's store is out of reach."),
+    typer.Option(
+        "--kube",
+        help="Query Kubernetes only, if the run's store cannot be reached from this machine.",
+    ),
 ]
 Namespace = Annotated[
     str | None,
     typer.Option(
         "-n",
         "--namespace",
-        help="With --kube: where the job is; absent: the kubectl context's.",
+        help="Namespace of the job, with --kube. Default: that of the kubectl context.",
     ),
 ]
 
 
 def watch(run: str, follow: Callable[[], int]) -> NoReturn:
-    """Follow a job to its end and end with its exit code; Ctrl-C leaves it running."""
+    """Follows a job until it ends and exits with its exit code; Ctrl-C leaves it running."""
     try:
         sys.exit(follow())
     except KeyboardInterrupt:
-        say(f"the job goes on; see it with `dist-tl logs -f {run}`, end it with `dist-tl stop`")
+        print_status(
+            f"the job keeps running; follow it with `dist-tl logs -f {run}`, stop it with "
+            f"`dist-tl stop {run}`"
+        )
         sys.exit(INTERRUPTED)
 
 
 def status(
     run: Run, kube: OnKube = False, namespace: Namespace = None, as_json: AsJson = False
 ) -> None:
-    """Say how far a run is: what is committed, who started it, where it was handed in."""
+    """Show the status of a run: attempts, progress of its stages, state of its job."""
     from dist_tl.jobs.status import age, run_status
     from dist_tl.jobs.submissions import read_submission
     from dist_tl.storage.objects import ObjectStore
@@ -58,33 +64,35 @@ def status(
         print(json.dumps({"run": run, "cluster": state}, indent=1) if as_json else state)
         return
     store = ObjectStore(run)
-    found, submission = run_status(store), read_submission(store)
+    report, submission = run_status(store), read_submission(store)
     if submission is not None:
-        found = found.model_copy(update={"cluster": _state_or_why_not(run, submission)})
+        report = report.model_copy(update={"cluster": _cluster_state(run, submission)})
     if as_json:
-        print(found.model_dump_json(indent=1))
+        print(report.model_dump_json(indent=1))
         return
-    started = f", last {age(found.last_started)} on {found.last_host}" if found.last_started else ""
-    print_line(f"{found.run}: {found.kind}, {found.state}; {found.attempts} starts{started}")
-    if found.generators is not None:
-        print_line(f"generators scaled to {found.generators.min}..{found.generators.max}")
-    if found.stages:
-        rows = [(row.stage, row.state, row.progress) for row in found.stages]
-        show_table("Stages that have begun", ("stage", "state", "progress"), rows)
-    if found.cluster is not None:
-        print_line(found.cluster)
+    attempts = f"{report.attempts} attempt{'' if report.attempts == 1 else 's'}"
+    if report.last_started:
+        attempts += f", last started {age(report.last_started)} on {report.last_host}"
+    print_line(f"{report.run}: {report.kind}, {report.state}; {attempts}")
+    if report.generators is not None:
+        print_line(f"generators scaled to {report.generators.min}..{report.generators.max}")
+    if report.stages:
+        rows = [(row.stage, row.state, row.progress) for row in report.stages]
+        show_table("Stages", ("stage", "state", "progress"), rows)
+    if report.cluster is not None:
+        print_line(report.cluster)
 
 
-def _state_or_why_not(run: str, submission: "Submission") -> str:
-    """The store has told what counts; the cluster may be gone."""
+def _cluster_state(run: str, submission: "Submission") -> str:
+    """Returns the state of the job, or the error: the cluster may be gone, the run is not."""
     try:
-        return f"{submission.where}: {_state(run, submission)}"
+        return f"{submission.backend}: {_job_state(run, submission)}"
     except DistTLError as error:
-        return f"{submission.where}: {error}"
+        return f"{submission.backend}: {error}"
 
 
-def _state(run: str, submission: "Submission") -> str:
-    if submission.where == "kubernetes":
+def _job_state(run: str, submission: "Submission") -> str:
+    if submission.backend == "kubernetes":
         return _kube_state(run, submission.namespace)
     from dist_tl.cluster.submission import RayJobs
 
@@ -94,14 +102,14 @@ def _state(run: str, submission: "Submission") -> str:
 
 def _kube_state(run: str, namespace: str | None) -> str:
     kube, job = _kube_job(run, namespace)
-    found = kube.status(job)
+    report = kube.status(job)
     pods = ", ".join(
         f"{component} {count} {phase}"
-        for component, phases in sorted(found.pods.items())
+        for component, phases in sorted(report.pods.items())
         for phase, count in sorted(phases.items())
     )
-    words = (job.name, found.state, found.job_status, found.message, pods and f"({pods})")
-    return " ".join(word for word in words if word)
+    parts = (job.name, report.state, report.job_status, report.message, pods and f"({pods})")
+    return " ".join(part for part in parts if part)
 
 
 def _kube_job(run: str, namespace: str | None) -> "tuple[Kube, KubeJob]":
@@ -113,13 +121,15 @@ def _kube_job(run: str, namespace: str | None) -> "tuple[Kube, KubeJob]":
 
 def logs(
     run: Run,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Until the job ends.")] = False,
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="Stream the log until the job ends.")
+    ] = False,
     kube: OnKube = False,
     namespace: Namespace = None,
 ) -> None:
-    """Show what a submitted job printed; with -f until it ends, and with its exit code."""
+    """Print the log of a submitted job; with -f, stream it and exit with the job's exit code."""
     submission = _submission(run, kube, namespace)
-    if submission.where == "ray":
+    if submission.backend == "ray":
         from dist_tl.cluster.submission import RayJobs
 
         cluster = RayJobs(str(submission.address))
@@ -127,34 +137,39 @@ def logs(
             watch(run, lambda: cluster.follow(submission.name, on_line=print_line))
         print(cluster.log(submission.name), end="")
         return
-    found, job = _kube_job(run, submission.namespace)
+    client, job = _kube_job(run, submission.namespace)
     if follow:
-        watch(run, lambda: found.follow(job, on_line=print_line, on_state=say))
-    found.logs(job, False, print_line)
+        watch(run, lambda: client.follow(job, on_line=print_line, on_state=print_status))
+    client.logs(job, False, print_line)
 
 
 def stop(run: Run, kube: OnKube = False, namespace: Namespace = None) -> None:
-    """End a submitted job; what is committed stays, and submitting it again goes on from there."""
+    """Stop a submitted job. Committed work is kept; submitting the job again resumes it."""
     submission = _submission(run, kube, namespace)
-    if submission.where == "ray":
+    if submission.backend == "ray":
         from dist_tl.cluster.submission import RayJobs
 
         RayJobs(str(submission.address)).stop(submission.name)
     else:
-        found, job = _kube_job(run, submission.namespace)
-        found.stop(job)
-    say(f"{run} has stopped; what is committed stays")
+        client, job = _kube_job(run, submission.namespace)
+        client.stop(job)
+    print_status(f"stopped {run}; committed work is kept")
 
 
 def scale(
     run: Run,
     sizes: Annotated[
-        list[str], typer.Argument(metavar="generators=N", help="Or generators=MIN..MAX.")
+        list[str],
+        typer.Argument(
+            metavar="generators=N",
+            help="Number of workers, or generators=MIN..MAX to autoscale within bounds.",
+        ),
     ],
 ) -> None:
-    """Change how many generator workers a running job has; trainers do not notice.
+    """Change the number of generator workers of a running job. Trainers are not affected.
 
-    Holds for later starts of the run too. On Kubernetes the bounds of the pods' group follow.
+    The override also applies to later attempts of the run. On Kubernetes, the replica bounds of
+    the generators' worker group change too.
     """
     from dist_tl.cluster.scaling import Scale, parse_sizes, write_scale
     from dist_tl.jobs.status import check_has_generators
@@ -164,20 +179,22 @@ def scale(
     bounds, store = parse_sizes(sizes), ObjectStore(run)
     check_has_generators(store)
     write_scale(store, Scale(**bounds))
-    submission, wanted = read_submission(store), bounds["generators"]
-    if submission is not None and submission.where == "kubernetes":
-        _scale_pods(run, submission, wanted)
-    say(f"generators: {wanted.min} to {wanted.max}, in a few seconds")
+    submission, workers = read_submission(store), bounds["generators"]
+    if submission is not None and submission.backend == "kubernetes":
+        _scale_pods(run, submission, workers)
+    print_status(f"generators: {workers.min} to {workers.max} workers, effective within seconds")
 
 
-def _scale_pods(run: str, submission: "Submission", wanted: "Bounds") -> None:
-    each = submission.generators_per_pod
-    pods = [math.ceil(workers / each) for workers in (wanted.min, max(1, wanted.max))]
+def _scale_pods(run: str, submission: "Submission", workers: "Bounds") -> None:
+    per_pod = submission.generators_per_pod
+    pods = [math.ceil(count / per_pod) for count in (workers.min, max(1, workers.max))]
     try:
         kube, job = _kube_job(run, submission.namespace)
         kube.scale(job, "generators", *pods)
     except DistTLError:
-        say("the size is kept for later starts of the run; that of the pods did not change:")
+        print_status(
+            "the override is stored for later attempts of the run, but the pods were not scaled:"
+        )
         raise
 
 
@@ -186,21 +203,21 @@ def _submission(run: str, kube: bool, namespace: str | None) -> "Submission":
     from dist_tl.storage.objects import ObjectStore
 
     if kube:
-        return Submission(where="kubernetes", name="", namespace=namespace)
-    found = read_submission(ObjectStore(run))
-    if found is None:
+        return Submission(backend="kubernetes", name="", namespace=namespace)
+    submission = read_submission(ObjectStore(run))
+    if submission is None:
         raise ConfigError(
-            f"{run} was not handed in by `dist-tl submit`; a job that `dist-tl run` started is "
-            "stopped and watched where it runs"
+            f"{run} was not submitted with `dist-tl submit`; a job started with `dist-tl run` logs "
+            "to its own terminal and is stopped there"
         )
-    return found
+    return submission
 
 
 def print_line(line: str) -> None:
-    """A line of a job's log."""
+    """Prints a line of a job's log to standard output."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def say(text: str) -> None:
-    """A word beside the results, on standard error."""
+def print_status(text: str) -> None:
+    """Prints a status message to standard error."""
     errors.print(text, highlight=False, markup=False)

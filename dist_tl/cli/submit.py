@@ -1,4 +1,4 @@
-"""`dist-tl submit`: hand a job to a Ray cluster or to Kubernetes; and what `plan --kube` shows."""
+"""`dist-tl submit` to a Ray cluster or to Kubernetes, and the pods table of `plan --kube`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dist_tl.cli.display import show_table
-from dist_tl.cli.remote import print_line, say, watch
+from dist_tl.cli.remote import print_line, print_status, watch
 from dist_tl.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:  # these take seconds to import, and --help needs none of them
@@ -16,14 +16,20 @@ if TYPE_CHECKING:  # these take seconds to import, and --help needs none of them
     from dist_tl.jobs.job_file import Job
     from dist_tl.jobs.submissions import Submission
 
-JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.")]
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="Job file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the job, e.g. trainers.workers=1."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Overrides of the job file, e.g. trainers.workers=1."
+    ),
 ]
 Options = Annotated[
     Path | None,
-    typer.Option("--options", help="How jobs run on your cluster; see k8s/options.yaml."),
+    typer.Option(
+        "--options",
+        help="Options file of your Kubernetes cluster: image, nodes, limits. Example: "
+        "k8s/options.yaml.",
+    ),
 ]
 
 
@@ -31,26 +37,35 @@ def submit(
     job: JobFile,
     overrides: Overrides = None,
     kube: Annotated[
-        bool, typer.Option("--kube", help="A RayJob on the Kubernetes of your kubectl context.")
+        bool,
+        typer.Option("--kube", help="Submit a RayJob to the cluster of your kubectl context."),
     ] = False,
     address: Annotated[
         str | None,
-        typer.Option("--address", help="A Ray cluster that runs, by its dashboard's URL."),
+        typer.Option(
+            "--address",
+            help="Submit to a running Ray cluster: the URL of its dashboard, e.g. "
+            "http://127.0.0.1:8265.",
+        ),
     ] = None,
     options: Options = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be handed in; start nothing.")
+        bool, typer.Option("--dry-run", help="Print what would be submitted, without submitting.")
     ] = False,
     detach: Annotated[
-        bool, typer.Option("--detach", help="Do not wait; see `dist-tl logs -f RUN`.")
+        bool,
+        typer.Option(
+            "--detach", help="Return immediately; follow the job with `dist-tl logs -f RUN`."
+        ),
     ] = False,
     take_over: Annotated[
-        bool, typer.Option("--take-over", help="Stop an earlier attempt that still runs.")
+        bool, typer.Option("--take-over", help="Stop an active attempt of the same run first.")
     ] = False,
 ) -> None:
-    """Hand a job to a cluster, follow it, and end with its exit code.
+    """Submit a job to a cluster, stream its log, and exit with its exit code.
 
-    Handing in the same run again goes on from what is committed. Ctrl-C leaves the job running.
+    Submitting the same run again resumes it from the last checkpoint. Ctrl-C leaves the job
+    running.
     """
     from dist_tl.jobs.job_file import read_job
 
@@ -68,8 +83,8 @@ def cluster_options(path: Path | None) -> "KubeOptions":
 
     if path is None:
         raise ConfigError(
-            "--kube: expected --options FILE, which names the image and the nodes of your cluster; "
-            "k8s/options.yaml is an example"
+            "--kube: expected --options FILE with the image and the nodes of your cluster; see "
+            "k8s/options.yaml"
         )
     return read_options(path)
 
@@ -89,14 +104,14 @@ def _submit_ray(spec: "Job", address: str, dry_run: bool, detach: bool, take_ove
     for name in cluster.running(spec.run):
         if not take_over:
             raise ConfigError(
-                f"{name} still runs: follow it with `dist-tl logs -f {spec.run}`, stop it with "
-                f"`dist-tl stop {spec.run}`, or submit with --take-over"
+                f"{name} is still running: follow it with `dist-tl logs -f {spec.run}`, stop it "
+                f"with `dist-tl stop {spec.run}`, or submit with --take-over"
             )
         cluster.stop(name)
     name = cluster.submit(text, spec.run, label)
-    say(f"{name} was handed in to {address}")
-    remedy = f"see the job with `ray job logs -f {name} --address {address}`"
-    _remember(spec, Submission(where="ray", name=name, address=address), remedy)
+    print_status(f"submitted {name} to {address}")
+    remedy = f"follow the job with `ray job logs -f {name} --address {address}`"
+    _record(spec, Submission(backend="ray", name=name, address=address), remedy)
     if not detach:
         watch(spec.run, lambda: cluster.follow(name, on_line=print_line))
 
@@ -104,43 +119,43 @@ def _submit_ray(spec: "Job", address: str, dry_run: bool, detach: bool, take_ove
 def _submit_kube(
     spec: "Job", options: "KubeOptions", dry_run: bool, detach: bool, take_over: bool
 ) -> None:
-    from dist_tl.deploy.kube import connect, follow_to_the_end
+    from dist_tl.deploy.kube import connect, follow_with_retries
     from dist_tl.deploy.manifests import as_yaml, render
     from dist_tl.jobs.submissions import Submission
 
     if dry_run:
-        print(as_yaml(render(_as_scaled(spec), options)), end="")
+        print(as_yaml(render(_with_scale(spec), options)), end="")
         return
     kube = connect(options.namespace)
-    made = kube.submit(_as_scaled(spec), options, take_over=take_over)
+    submitted = kube.submit(_with_scale(spec), options, take_over=take_over)
     submission = Submission(
-        where="kubernetes",
-        name=made.name,
-        namespace=made.namespace,
+        backend="kubernetes",
+        name=submitted.name,
+        namespace=submitted.namespace,
         generators_per_pod=options.generators.workers_per_pod,
     )
-    remedy = f"status, logs and stop: add --kube --namespace {made.namespace}"
-    _remember(spec, submission, remedy)
+    remedy = f"for status, logs and stop, add --kube --namespace {submitted.namespace}"
+    _record(spec, submission, remedy)
     if detach:
-        say(f"RayJob {made.name} was handed in to namespace {made.namespace}")
+        print_status(f"submitted RayJob {submitted.name} to namespace {submitted.namespace}")
         return
 
     def follow() -> int:
-        return follow_to_the_end(
+        return follow_with_retries(
             kube,
-            made,
-            lambda: _as_scaled(spec),
+            submitted,
+            lambda: _with_scale(spec),
             options,
             max_attempts=options.backoff_limit + 1,
             on_line=print_line,
-            on_state=say,
+            on_state=print_status,
         )
 
     watch(spec.run, follow)
 
 
-def _as_scaled(spec: "Job") -> "Job":
-    """With the generators that `dist-tl scale` asked for in an earlier start of the run."""
+def _with_scale(spec: "Job") -> "Job":
+    """Returns the job with the generator bounds that `dist-tl scale` stored in the run, if any."""
     from dist_tl.cluster.scaling import read_scale
     from dist_tl.storage.objects import ObjectStore
 
@@ -149,7 +164,7 @@ def _as_scaled(spec: "Job") -> "Job":
         return spec
     try:
         scale = read_scale(ObjectStore(spec.run))
-    except StorageError:  # out of reach from here: the job reads it, the pods' bounds are its own
+    except StorageError:  # unreachable from here: the job reads the override itself
         return spec
     if scale is None:
         return spec
@@ -157,22 +172,22 @@ def _as_scaled(spec: "Job") -> "Job":
     return spec.model_copy(update={"generators": pool.model_copy(update=bounds)})
 
 
-def _remember(spec: "Job", submission: "Submission", remedy: str) -> None:
-    """Best effort: the job has been handed in, and a store may be in the cluster's reach only."""
+def _record(spec: "Job", submission: "Submission", remedy: str) -> None:
+    """Stores the submission in the run, if possible: only the cluster may reach the store."""
     from dist_tl.jobs.submissions import write_submission
     from dist_tl.storage.objects import ObjectStore
 
     try:
         write_submission(ObjectStore(spec.run), submission)
     except StorageError as error:
-        say(f"the run's store is out of reach from here ({error}); {remedy}")
+        print_status(f"the run's store is unreachable from this machine ({error}); {remedy}")
 
 
 def _check_reachable(spec: "Job") -> None:
     if spec.store != "direct" or not ("://" in spec.run or spec.run.startswith("/")):
         raise ConfigError(
-            "store: the cluster must reach the run: expected store: direct and a URL (or, on one "
-            f"machine or a shared disk, an absolute path), got store: {spec.store} and run: "
+            "store: the cluster must reach the run: expected store: direct and a URL (or an "
+            f"absolute path on one machine or a shared disk), got store: {spec.store} and run: "
             f"{spec.run}; e.g. run=s3://bucket/runs/birds store=direct"
         )
 
@@ -184,23 +199,23 @@ def _job_text(spec: "Job") -> str:
 
 
 def kube_plan(spec: "Job", options: Path | None) -> "list[KubeRow]":
-    """The pods of `dist-tl plan --kube`, after KubeRay's own rules were checked.
+    """Validates the job for Kubernetes and returns its pods, for `dist-tl plan --kube`.
 
     Raises:
-        ConfigError: the job cannot run on Kubernetes, or KubeRay would refuse it.
+        ConfigError: the job cannot run on Kubernetes, or KubeRay would reject it.
     """
     from dist_tl.deploy.manifests import render
     from dist_tl.deploy.summary import kube_rows
 
-    chosen = cluster_options(options)
-    spec = _as_scaled(spec)
-    render(spec, chosen)
-    return kube_rows(spec, chosen)
+    kube_options = cluster_options(options)
+    spec = _with_scale(spec)
+    render(spec, kube_options)
+    return kube_rows(spec, kube_options)
 
 
-def show_kube_plan(found: "Sequence[KubeRow]") -> None:
-    """The pods as a table, and what they are in all."""
-    rows = [
+def show_kube_plan(pods: "Sequence[KubeRow]") -> None:
+    """Prints the pods as a table, with their maximum total."""
+    rows: list[tuple[str, ...]] = [
         (
             row.group + (" (spot)" if row.spot else ""),
             f"{row.pods_min}..{row.pods_max}" if row.pods_max > row.pods_min else f"{row.pods_min}",
@@ -209,18 +224,18 @@ def show_kube_plan(found: "Sequence[KubeRow]") -> None:
             f"{row.memory_gb:g}",
             f"{row.disk_gb:g}",
         )
-        for row in found
+        for row in pods
     ]
-    most = [row.pods_max for row in found]
+    counts = [row.pods_max for row in pods]
     total = [
-        sum(n * value for n, value in zip(most, values, strict=True))
+        sum(count * value for count, value in zip(counts, values, strict=True))
         for values in (
-            [row.cpus for row in found],
-            [row.gpus for row in found],
-            [row.memory_gb for row in found],
-            [row.disk_gb for row in found],
+            [row.cpus for row in pods],
+            [row.gpus for row in pods],
+            [row.memory_gb for row in pods],
+            [row.disk_gb for row in pods],
         )
     ]
-    rows.append(("all, at most", f"{sum(most)}", *(f"{value:g}" for value in total)))
-    header = ("group", "pods", "CPUs a pod", "GPUs", "memory GiB", "disk GiB")
+    rows.append(("total (maximum)", f"{sum(counts)}", *(f"{value:g}" for value in total)))
+    header = ("group", "pods", "CPUs per pod", "GPUs", "memory GiB", "disk GiB")
     show_table("Pods (Kubernetes)", header, rows)

@@ -1,1 +1,1 @@
-"""Jobs on Kubernetes: manifests for the KubeRay operator, made from a job and checked offline."""
+"""Jobs on Kubernetes: renders, validates and submits KubeRay manifests."""

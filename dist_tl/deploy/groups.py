@@ -1,7 +1,7 @@
-"""Which pods a job needs: one group a role, sized by what the job says. Pure.
+"""Worker groups of a job: one group per role, sized from the job file. Pure.
 
-A role is a Ray resource of the same name: only its pods have it, and each of its actors asks for
-a little of it, so that no actor lands on a pod that was bought for another.
+Each role is a custom Ray resource of the same name. Only the pods of the role provide it, and each
+actor of the role requests a small amount, so no actor is scheduled on a pod of another role.
 """
 
 import math
@@ -20,12 +20,12 @@ class WorkerGroup:
     """The pods of one role.
 
     Attributes:
-        name: the role, and the Ray resource.
-        min_pods: kept while the job runs.
-        max_pods: at most, when the role has more to do.
-        cpus: whole CPUs of a pod, since Ray counts no others.
-        gpus: whole GPUs of a pod.
-        options: where the pods go and what else they are given.
+        name: the role, and the name of its Ray resource.
+        min_pods: minimum number of pods while the job runs.
+        max_pods: maximum number of pods the autoscaler may create.
+        cpus: CPUs per pod; Ray counts whole CPUs only.
+        gpus: GPUs per pod.
+        options: node placement and the remaining pod settings.
     """
 
     name: Role
@@ -37,10 +37,10 @@ class WorkerGroup:
 
 
 def worker_groups(job: JobConfig, options: KubeOptions) -> list[WorkerGroup]:
-    """The groups of a job, the one with most of its work first.
+    """Returns the worker groups of a job, the main one first.
 
     Raises:
-        ConfigError: the job says nothing that a group could be sized by.
+        ConfigError: the job has no trainers, trials or experts to size a group by.
     """
     if hasattr(job, "trainers"):
         groups = [_trainers(job, options.trainers)]
@@ -52,41 +52,42 @@ def worker_groups(job: JobConfig, options: KubeOptions) -> list[WorkerGroup]:
         raise ConfigError(
             f"expected a job with trainers, trials or experts, got {type(job).__name__}"
         )
-    if getattr(job, "generators", None) is not None:
-        groups.append(_generators(job.generators, options.generators))
+    generators = getattr(job, "generators", None)
+    if generators is not None:
+        groups.append(_generators(generators, options.generators))
     return groups
 
 
 def _trainers(job: Any, options: GroupOptions) -> WorkerGroup:
-    each = options.workers_per_pod
-    # Trials work beside the trainers; without a CPU of their own they would wait for the end.
+    per_pod = options.workers_per_pod
+    # Trials run alongside the trainers; without CPUs of their own they would wait until the end.
     trials = getattr(job, "trials", None)
     spare_cpus, spare_gpus = (trials.cpus, trials.gpus) if trials is not None else (0.0, 0.0)
     trainers = job.trainers
-    pods = math.ceil(trainers.workers / each)
-    held = min(each, trainers.workers)
-    cpus = math.ceil(held * trainers.cpus + spare_cpus)
-    gpus = math.ceil(held * trainers.gpus + spare_gpus)
+    pods = math.ceil(trainers.workers / per_pod)
+    workers = min(per_pod, trainers.workers)
+    cpus = math.ceil(workers * trainers.cpus + spare_cpus)
+    gpus = math.ceil(workers * trainers.gpus + spare_gpus)
     return WorkerGroup("trainers", pods, pods, cpus, gpus, options)
 
 
 def _tasks(job: Any, options: GroupOptions) -> WorkerGroup:
-    """One group for jobs of independent tasks."""
+    """Returns the single group of a job that consists of independent tasks."""
     trials = job.trials
-    return _shared(job, "trainers", options, trials.cpus, trials.cpus, trials.gpus)
+    return _sized_by_session(job, "trainers", options, trials.cpus, trials.cpus, trials.gpus)
 
 
 def _experts(job: Any, options: GroupOptions) -> WorkerGroup:
-    """One group for experts and routers: how many experts a hub has is not in the job."""
+    """Returns one group for experts and routers; the job does not state the number of experts."""
     experts = job.experts
     largest = max(experts.cpus, experts.router_cpus)
-    return _shared(job, "experts", options, largest, experts.cpus, experts.gpus)
+    return _sized_by_session(job, "experts", options, largest, experts.cpus, experts.gpus)
 
 
-def _shared(
+def _sized_by_session(
     job: Any, role: Role, options: GroupOptions, largest: float, cpus_each: float, gpus_each: float
 ) -> WorkerGroup:
-    """Pods that together have at least the CPUs of the session, and each room for the largest."""
+    """Returns pods that cover `session.num_cpus` in total and each fit the largest actor."""
     total, at_least = job.session.num_cpus, math.ceil(largest)
     pods = max(1, math.ceil(total / max(options.cpus_per_pod, at_least)))
     cpus = max(at_least, math.ceil(total / pods))
@@ -95,12 +96,12 @@ def _shared(
 
 
 def _generators(pool: Any, options: GroupOptions) -> WorkerGroup:
-    each = options.workers_per_pod
+    per_pod = options.workers_per_pod
     return WorkerGroup(
         name="generators",
-        min_pods=math.ceil(pool.min / each),
-        max_pods=math.ceil(pool.max / each),
-        cpus=math.ceil(each * pool.cpus),
-        gpus=math.ceil(each * pool.gpus),
+        min_pods=math.ceil(pool.min / per_pod),
+        max_pods=math.ceil(pool.max / per_pod),
+        cpus=math.ceil(per_pod * pool.cpus),
+        gpus=math.ceil(per_pod * pool.gpus),
         options=options,
     )

@@ -1,6 +1,6 @@
-"""One connection to a Kubernetes API server: credentials, calls with a time limit, named errors.
+"""Connection to a Kubernetes API server: credentials, calls with timeouts, named errors.
 
-The only module that knows the `kubernetes` package. Not covered: what the calls are for.
+The only module that imports the `kubernetes` package.
 """
 
 import json
@@ -15,26 +15,27 @@ from typing import Any
 from dist_tl.errors import ConfigError, WorkerError
 from dist_tl.telemetry import redact
 
-CONNECT_S = 4.0  # tried twice, so that an unreachable server is named within 10 s
+CONNECT_S = 4.0  # two tries, so an unreachable server is reported within 10 s
 READ_S = 20.0
-STREAM_S = 60.0  # a log that says nothing for so long is asked for anew
+STREAM_S = 60.0  # a log stream that is silent for this long is reopened
 IN_CLUSTER = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-RIGHTS = "ask for the role dist-tl-client of k8s/base/accounts.yaml"
-# Of a Secret only its name is wanted: its values stay on the server.
+ROLE_HINT = "you need the role dist-tl-client of k8s/base/accounts.yaml"
+# Only the existence of a Secret is checked: its values stay on the server.
 METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
-# What the client tells of its own objects; host and port are said already.
-_CONNECTION = re.compile(r"<[^>]*>:? ?|\bHTTPS?Connection(Pool)?\([^)]*\):? ?")
+# Representations of client objects in error texts; the message names the host already.
+_CLIENT_REPR = re.compile(r"<[^>]*>:? ?|\bHTTPS?Connection(Pool)?\([^)]*\):? ?")
 Object = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Resource:
-    """A kind of object in a namespace.
+    """A namespaced kind of object.
 
     Attributes:
-        plural: its name in URLs and rights.
-        group: absent: Kubernetes' own first one, whose client names methods after `core`.
-        core: the singular in the names of methods.
+        plural: name of the kind in URLs and RBAC rules.
+        group: API group; empty: the core group, whose client methods are named after `core`.
+        version: API version.
+        core: singular name in the methods of the core client.
     """
 
     plural: str
@@ -56,50 +57,54 @@ PODS = Resource("pods", core="pod")
 BY_KIND = {"RayJob": RAY_JOBS, "ConfigMap": CONFIG_MAPS, "PodDisruptionBudget": BUDGETS}
 
 
-class AlreadyThere(ConfigError):
-    """An object of that name exists."""
+class AlreadyExistsError(ConfigError):
+    """An object of the same name exists (409 on create)."""
 
 
-class NotAllowed(ConfigError):
-    """The account has not the right to do so."""
+class ForbiddenError(ConfigError):
+    """The account lacks a permission (403)."""
 
 
-class NoOutput(WorkerError):
-    """The API server is out of reach or broken; what it was asked may work later."""
+class ApiUnavailableError(WorkerError):
+    """The API server is unreachable or reports an internal error; a retry may succeed."""
+
+
+class _NotFoundError(ConfigError):
+    """The object does not exist (404)."""
 
 
 class KubeApi:
-    """Calls of one API server, each within a time limit.
+    """Calls to one API server, each with a timeout.
 
     Attributes:
-        host: of the server, without credentials.
-        namespace: that of the context.
+        host: URL of the server, without credentials.
+        namespace: namespace of the context.
     """
 
     def __init__(self, configuration: Any, namespace: str) -> None:
         from kubernetes import client
         from urllib3 import Retry
 
-        # The client's own three retries would take minutes where packets vanish.
+        # The client's default of three retries would take minutes if packets are dropped.
         configuration.retries = Retry(total=1, read=0, redirect=0, other=0)
         self.host, self.namespace = redact(configuration.host), namespace
-        plain = client.ApiClient(configuration)
-        self._custom, self._core = client.CustomObjectsApi(plain), client.CoreV1Api(plain)
-        named = client.ApiClient(configuration, "Accept", METADATA_ONLY)
-        self._metadata = client.CoreV1Api(named)
-        patches = client.ApiClient(configuration, "Content-Type", "application/json-patch+json")
-        self._patches = client.CustomObjectsApi(patches)
+        default = client.ApiClient(configuration)
+        self._custom, self._core = client.CustomObjectsApi(default), client.CoreV1Api(default)
+        metadata_only = client.ApiClient(configuration, "Accept", METADATA_ONLY)
+        self._metadata = client.CoreV1Api(metadata_only)
+        json_patch = client.ApiClient(configuration, "Content-Type", "application/json-patch+json")
+        self._patch = client.CustomObjectsApi(json_patch)
 
     def served(self, resource: Resource) -> bool:
-        """Whether the server knows the kind.
+        """Returns whether the server serves the kind.
 
         Raises:
-            ConfigError: the server refuses the credentials.
-            WorkerError: the server does not answer.
+            ConfigError: the server rejects the credentials.
+            WorkerError: the server does not respond.
         """
         try:
             with self._named_errors("list", resource, ""):
-                found = _answer(
+                kinds = _parsed(
                     self._custom.get_api_resources(
                         resource.group,
                         resource.version,
@@ -107,94 +112,98 @@ class KubeApi:
                         _preload_content=False,
                     )
                 )
-        except _Missing:
+        except _NotFoundError:
             return False
-        return any(kind["name"] == resource.plural for kind in found.get("resources", []))
+        return any(kind["name"] == resource.plural for kind in kinds.get("resources", []))
 
     def get(self, resource: Resource, namespace: str, name: str) -> Object | None:
-        """An object, of Secrets and accounts its metadata only; None where there is none.
+        """Returns an object (core kinds: its metadata only), or None if it does not exist.
 
         Raises:
-            ConfigError: the right is missing, or the credentials are refused.
-            WorkerError: the server does not answer.
+            ConfigError: a permission is missing, or the server rejects the credentials.
+            WorkerError: the server does not respond.
         """
-        with self._none_if_missing() as found, self._named_errors("get", resource, namespace):
+        with suppress(_NotFoundError), self._named_errors("get", resource, namespace):
             if resource.group:
-                where = _where(resource, namespace, name)
-                response = self._custom.get_namespaced_custom_object(**where, **_limits())
+                path = _path(resource, namespace, name)
+                response = self._custom.get_namespaced_custom_object(**path, **_call_options())
             else:
                 read = getattr(self._metadata, f"read_namespaced_{resource.core}")
-                response = read(name, namespace, **_limits())
-            found.append(_answer(response))
-        return found[0] if found else None
+                response = read(name, namespace, **_call_options())
+            return _parsed(response)
+        return None
 
     def select(self, resource: Resource, namespace: str, labels: str) -> list[Object]:
-        """Objects with labels; raises as `get` does."""
+        """Returns the objects that match a label selector; raises the errors of `get`."""
         with self._named_errors("list", resource, namespace):
             if resource.group:
                 response = self._custom.list_namespaced_custom_object(
-                    **_where(resource, namespace), label_selector=labels, **_limits()
+                    **_path(resource, namespace), label_selector=labels, **_call_options()
                 )
             else:
-                ask = getattr(self._core, f"list_namespaced_{resource.core}")
-                response = ask(namespace, label_selector=labels, **_limits())
-            return _answer(response)["items"]
+                list_objects = getattr(self._core, f"list_namespaced_{resource.core}")
+                response = list_objects(namespace, label_selector=labels, **_call_options())
+            return _parsed(response)["items"]
 
     def create(
         self, resource: Resource, namespace: str, body: Object, *, dry_run: bool = False
     ) -> Object:
-        """Make an object, or with `dry_run` have the server check it.
+        """Creates an object; with `dry_run`, has the server validate it only.
 
         Raises:
-            AlreadyThere: one of that name exists.
-            ConfigError: the server refuses the object, the right is missing, or the credentials.
-            WorkerError: the server does not answer.
+            AlreadyExistsError: an object of the same name exists.
+            ConfigError: the server rejects the object or the credentials, or a permission is
+                missing.
+            WorkerError: the server does not respond.
         """
-        how = _limits() | ({"dry_run": "All"} if dry_run else {})
+        options = _call_options()
+        if dry_run:
+            options["dry_run"] = "All"
         name = body["metadata"]["name"]
         with self._named_errors("create", resource, namespace, name):
             if resource.group:
                 response = self._custom.create_namespaced_custom_object(
-                    **_where(resource, namespace), body=body, **how
+                    **_path(resource, namespace), body=body, **options
                 )
             else:
-                make = getattr(self._core, f"create_namespaced_{resource.core}")
-                response = make(namespace, body, **how)
-            return _answer(response)
+                create = getattr(self._core, f"create_namespaced_{resource.core}")
+                response = create(namespace, body, **options)
+            return _parsed(response)
 
     def delete(self, resource: Resource, namespace: str, name: str) -> bool:
-        """Ask for an object's end after that of all it owns; False where there is none."""
-        how = {"propagation_policy": "Foreground", **_limits()}
-        with self._none_if_missing() as done, self._named_errors("delete", resource, namespace):
+        """Deletes an object after everything it owns; returns False if it does not exist."""
+        options = {"propagation_policy": "Foreground", **_call_options()}
+        with suppress(_NotFoundError), self._named_errors("delete", resource, namespace):
             if resource.group:
-                where = _where(resource, namespace, name)
-                response = self._custom.delete_namespaced_custom_object(**where, **how)
+                path = _path(resource, namespace, name)
+                response = self._custom.delete_namespaced_custom_object(**path, **options)
             else:
-                end = getattr(self._core, f"delete_namespaced_{resource.core}")
-                response = end(name, namespace, **how)
-            done.append(_answer(response))
-        return bool(done)
+                delete = getattr(self._core, f"delete_namespaced_{resource.core}")
+                response = delete(name, namespace, **options)
+            _parsed(response)
+            return True
+        return False
 
     def patch(self, resource: Resource, namespace: str, name: str, changes: list[Object]) -> Object:
-        """Change an object by the steps of a JSON patch, all of them or none.
+        """Applies a JSON patch to an object, atomically.
 
         Raises:
-            ConfigError: it is not there, a step does not fit it, or the right is missing.
-            WorkerError: the server does not answer.
+            ConfigError: the object does not exist, the patch does not apply, or a permission is
+                missing.
+            WorkerError: the server does not respond.
         """
         with self._named_errors("patch", resource, namespace, name):
-            return _answer(
-                self._patches.patch_namespaced_custom_object(
-                    **_where(resource, namespace, name), body=changes, **_limits()
-                )
+            path = _path(resource, namespace, name)
+            return _parsed(
+                self._patch.patch_namespaced_custom_object(**path, body=changes, **_call_options())
             )
 
     def open_log(self, namespace: str, pod: str, *, follow: bool, since_s: int | None) -> Any:
-        """The log of a pod as a urllib3 response, a timestamp before every line.
+        """Opens the log of a pod as a urllib3 response; every line starts with a timestamp.
 
         Raises:
-            ConfigError: the pod is gone or has not begun, or the right is missing.
-            WorkerError: the server does not answer.
+            ConfigError: the pod does not exist or has not started, or a permission is missing.
+            WorkerError: the server does not respond.
         """
         options: dict[str, Any] = {"follow": follow, "timestamps": True}
         if since_s is not None:
@@ -207,15 +216,7 @@ class KubeApi:
                 _preload_content=False,
                 _request_timeout=(CONNECT_S, STREAM_S),
             )
-            return _accepted(response)
-
-    @contextmanager
-    def _none_if_missing(self) -> Iterator[list[Any]]:
-        found: list[Any] = []
-        try:
-            yield found
-        except _Missing:
-            found.clear()
+            return _checked(response)
 
     @contextmanager
     def _named_errors(
@@ -224,65 +225,61 @@ class KubeApi:
         from kubernetes.client.exceptions import ApiException
         from urllib3.exceptions import HTTPError
 
-        what = f"{resource} {name}".strip() + (f" in namespace {namespace}" if namespace else "")
+        target = f"{resource} {name}".strip() + (f" in namespace {namespace}" if namespace else "")
         try:
             yield
         except ApiException as error:
-            if not error.status:  # TLS, which the client reports as an answer
-                raise self._no_answer(str(error.reason)) from None
-            raise self._named(error.status, _message(error.body), verb, what) from None
+            if not error.status:  # a TLS error, which the client reports as a response
+                raise self._unavailable(str(error.reason)) from None
+            raise self._error(error.status, _message(error.body), verb, target) from None
         except HTTPError as error:
             reason = getattr(error, "reason", None) or error
-            said = f"{type(reason).__name__}: {_CONNECTION.sub('', str(reason))}"
-            raise self._no_answer(said) from None
+            message = f"{type(reason).__name__}: {_CLIENT_REPR.sub('', str(reason))}"
+            raise self._unavailable(message) from None
         except json.JSONDecodeError:
-            raise self._no_answer("something that is not JSON") from None
+            raise self._unavailable("the response is not JSON") from None
 
-    def _no_answer(self, said: str) -> NoOutput:
-        return NoOutput(
-            f"expected an answer of the Kubernetes API at {self.host}, got "
-            f"{_short(said)}; check the network, or the context: kubectl config current-context"
+    def _unavailable(self, message: str) -> ApiUnavailableError:
+        return ApiUnavailableError(
+            f"no valid response from the Kubernetes API at {self.host}: {_short(message)}; check "
+            "the network, or the context: kubectl config current-context"
         )
 
-    def _named(self, status: int, said: str, verb: str, what: str) -> Exception:
+    def _error(self, status: int, message: str, verb: str, target: str) -> Exception:
         if status == 401:
             return ConfigError(
-                f"the Kubernetes API at {self.host} refused the credentials of this context; log "
-                "in again, or choose another context: kubectl config use-context"
+                f"the Kubernetes API at {self.host} rejected the credentials of this context; log "
+                "in again, or select another context: kubectl config use-context"
             )
         if status == 403:
-            return NotAllowed(f"expected the right to {verb} {what}, got: {said}; {RIGHTS}")
+            return ForbiddenError(f"no permission to {verb} {target}: {message}; {ROLE_HINT}")
         if status == 404 and verb != "create":
-            return _Missing(f"expected {what}, got none; see kubectl get {what.split()[0]}")
+            return _NotFoundError(f"{target} not found; see kubectl get {target.split()[0]}")
         if status == 409 and verb == "create":
-            return AlreadyThere(
-                f"expected no {what} yet, got one: another submit was faster, or it is not ours; "
-                "try again, or choose another last part of run"
+            return AlreadyExistsError(
+                f"{target} already exists: created by a concurrent submit, or not by dist-tl; try "
+                "again, or change the last path component of run"
             )
-        answer = f"could not {verb} {what}: the API answered {status}: {said}"
+        text = f"could not {verb} {target}: the API returned {status}: {message}"
         if status == 429 or status >= 500:
-            return NoOutput(f"{answer}; try again")
-        return ConfigError(answer)
-
-
-class _Missing(ConfigError):
-    """There is no such object."""
+            return ApiUnavailableError(f"{text}; try again")
+        return ConfigError(text)
 
 
 def load_api(namespace: str | None = None) -> KubeApi:
-    """The API server of the current context, else that of the cluster this runs in.
+    """Connects to the API server of the current context, or of the cluster this process runs in.
 
     Args:
-        namespace: in place of that of the context.
+        namespace: overrides the namespace of the context.
 
     Raises:
-        ConfigError: the package is missing, there is no context, or it cannot be used.
+        ConfigError: the package is missing, or there is no usable context.
     """
     try:
         from kubernetes import client, config
     except ImportError:
         raise ConfigError(
-            'expected the kubernetes package, found none; pip install "dist_tl[kube]"'
+            'the kubernetes package is not installed; pip install "dist_tl[kube]"'
         ) from None
     configuration = client.Configuration()
     files = os.environ.get("KUBECONFIG") or str(Path.home() / ".kube" / "config")
@@ -290,40 +287,41 @@ def load_api(namespace: str | None = None) -> KubeApi:
         if any(Path(path).expanduser().exists() for path in files.split(os.pathsep) if path):
             config.load_kube_config(files, client_configuration=configuration)
             _, context = config.list_kube_config_contexts(files)
-            found = context["context"].get("namespace")
+            default = context["context"].get("namespace")
         else:
             config.load_incluster_config(client_configuration=configuration)
-            found = (IN_CLUSTER / "namespace").read_text().strip()
+            default = (IN_CLUSTER / "namespace").read_text().strip()
     except config.ConfigException as error:
         raise ConfigError(
-            "expected a Kubernetes context in KUBECONFIG or ~/.kube/config, or a pod's own "
-            f"account, got: {_short(str(error))}; see kubectl config get-contexts"
+            "no usable Kubernetes context in KUBECONFIG or ~/.kube/config, and no service account "
+            f"of a pod: {_short(str(error))}; see kubectl config get-contexts"
         ) from None
     except Exception as error:
-        # A damaged file makes the package fail in any way, and its text may hold credentials.
+        # A damaged file can raise any error, whose text may contain credentials.
         raise ConfigError(
             f"cannot use the Kubernetes configuration: {type(error).__name__}; "
             "see kubectl config view"
         ) from None
-    return KubeApi(configuration, namespace or found or "default")
+    return KubeApi(configuration, namespace or default or "default")
 
 
-def _where(resource: Resource, namespace: str, name: str | None = None) -> dict[str, str]:
-    where = {
+def _path(resource: Resource, namespace: str, name: str | None = None) -> dict[str, str]:
+    """Returns the keyword arguments that address an object or a collection."""
+    path = {
         "group": resource.group,
         "version": resource.version,
         "namespace": namespace,
         "plural": resource.plural,
     }
-    return where if name is None else {**where, "name": name}
+    return path if name is None else {**path, "name": name}
 
 
-def _limits() -> dict[str, Any]:
-    """Of every call; answers are read here, as models of the client refuse what is newer."""
+def _call_options() -> dict[str, Any]:
+    """Returns options of every call; raw responses, since client models reject newer fields."""
     return {"_request_timeout": (CONNECT_S, READ_S), "_preload_content": False}
 
 
-def _accepted(response: Any) -> Any:
+def _checked(response: Any) -> Any:
     from kubernetes.client.exceptions import ApiException
 
     if response.status < 300:
@@ -333,12 +331,12 @@ def _accepted(response: Any) -> Any:
     raise error
 
 
-def _answer(response: Any) -> Object:
-    return json.loads(_accepted(response).data)
+def _parsed(response: Any) -> Object:
+    return json.loads(_checked(response).data)
 
 
 def _message(body: Any) -> str:
-    """What the server says went wrong."""
+    """Returns the error message in the body of a response."""
     text = body.decode(errors="replace") if isinstance(body, bytes) else str(body or "nothing")
     with suppress(ValueError, KeyError, TypeError):
         text = json.loads(text)["message"]

@@ -1,7 +1,7 @@
-"""Following a RayJob: its log as it comes, its states as they change, and how it ended.
+"""Follows a RayJob: streams its log, reports state changes, and returns its exit code.
 
-The log is that of the submitter pods, which repeat what the driver says. A thread reads them, so
-that a silent log never hides a lost head; callbacks are called by the caller's own thread.
+The log is that of the submitter pods, which print the output of the driver. A background thread
+reads it, so a silent log never hides a lost head; callbacks run in the thread of the caller.
 """
 
 import queue
@@ -12,40 +12,47 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from dist_tl.deploy.kube_api import PODS, RAY_JOBS, KubeApi, NoOutput, NotAllowed, Object
+from dist_tl.deploy.kube_api import (
+    PODS,
+    RAY_JOBS,
+    ApiUnavailableError,
+    ForbiddenError,
+    KubeApi,
+    Object,
+)
 from dist_tl.errors import DistTLError, HeadLostError, JobDeletedError
 from dist_tl.telemetry import redact
 
-FAILED_CODE = 3  # failed, and can be started again
-PATIENCE_S = 300.0  # without an answer of the API, before following is given up
-DRAIN_S = 5.0  # for the last lines of a job that ended
+FAILED_CODE = 3  # failed, but the same command resumes
+PATIENCE_S = 300.0  # time without an API response after which following is given up
+DRAIN_S = 5.0  # time to wait for the last log lines of a job that ended
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _LOST = "JobStatusCheckTimeoutExceeded"
 _ENDED = ("Complete", "Failed")
 _HAS_LOG = ("Running", "Succeeded", "Failed")
-# The message goes on with the end of the log, which may speak of other exit codes.
+# First match only: the message continues with the end of the log, which may name other exit codes.
 _EXIT_CODE = re.compile(r"\bexit code (-?\d+)")
-Tell = Callable[[str], None]
+TextCallback = Callable[[str], None]
 
 
 def status_of(ray_job: Object) -> Object:
-    """The status of a RayJob, empty before the operator has seen it."""
+    """Returns the status of a RayJob; empty until the operator has seen it."""
     return ray_job.get("status") or {}
 
 
 def has_ended(ray_job: Object) -> bool:
-    """Whether the operator will start nothing more for a RayJob."""
+    """Returns whether a RayJob is final: the operator starts nothing more for it."""
     return status_of(ray_job).get("jobDeploymentStatus") in _ENDED
 
 
-def lost_its_head(ray_job: Object) -> bool:
-    """Whether the operator gave a RayJob up because its head said nothing for too long."""
+def lost_head(ray_job: Object) -> bool:
+    """Returns whether the operator failed a RayJob because its head stopped responding."""
     status = status_of(ray_job)
     return status.get("reason") == _LOST or _LOST in status.get("message", "")
 
 
 def state_of(ray_job: Object) -> str:
-    """What is told of a RayJob's state, e.g. `Running: RUNNING`."""
+    """Returns the state of a RayJob as text, e.g. `Running: RUNNING`."""
     if ray_job["metadata"].get("deletionTimestamp"):
         return "Deleting"
     status = status_of(ray_job)
@@ -54,16 +61,16 @@ def state_of(ray_job: Object) -> str:
     if state == "Failed":
         parts += [status.get("reason", ""), redact(status.get("message", "")).split("\n")[0][:300]]
     if state == "Suspended":
-        parts = [f"{'waits in its queue' if _is_queued(ray_job) else 'starts when it is resumed'}"]
-    said = ", ".join(part for part in parts if part)
-    return f"{state}: {said}" if said else state
+        parts = ["waiting in its queue" if _is_queued(ray_job) else "waiting to be resumed"]
+    details = ", ".join(part for part in parts if part)
+    return f"{state}: {details}" if details else state
 
 
 def exit_code(ray_job: Object) -> int | None:
-    """The exit code of a RayJob; None while it may go on.
+    """Returns the exit code of a RayJob, or None if it has not ended yet.
 
     Raises:
-        HeadLost: it ended because its head did.
+        HeadLostError: the RayJob failed because its head was lost.
     """
     status = status_of(ray_job)
     state = status.get("jobDeploymentStatus")
@@ -73,74 +80,80 @@ def exit_code(ray_job: Object) -> int | None:
         return None
     if status.get("jobStatus") == "SUCCEEDED":
         return 0
-    if lost_its_head(ray_job):
+    if lost_head(ray_job):
         raise HeadLostError(
-            f"the head of {ray_job['metadata']['name']} said nothing for too long; submit again "
-            "to go on from the last COMMIT"
+            f"the head of {ray_job['metadata']['name']} stopped responding; submit again to resume "
+            "from the last checkpoint"
         )
-    found = _EXIT_CODE.search(status.get("message", ""))
-    code = int(found[1]) if found else FAILED_CODE
+    match = _EXIT_CODE.search(status.get("message", ""))
+    code = int(match[1]) if match else FAILED_CODE
     return code if 1 <= code <= 255 else FAILED_CODE
 
 
 def follow(
-    api: KubeApi, namespace: str, name: str, *, on_line: Tell, on_state: Tell, poll_s: float
+    api: KubeApi,
+    namespace: str,
+    name: str,
+    *,
+    on_line: TextCallback,
+    on_state: TextCallback,
+    poll_s: float,
 ) -> int:
-    """Show the log and the states of a RayJob until it ends.
+    """Streams log lines and states of a RayJob until it ends; returns its exit code.
 
     Raises:
-        HeadLost: it ended because its head did.
-        JobDeleted: somebody deleted it.
-        ConfigError: a right is missing.
-        WorkerError: the API did not answer for PATIENCE_S.
+        HeadLostError: the RayJob failed because its head was lost.
+        JobDeletedError: the RayJob was deleted.
+        ConfigError: a permission is missing.
+        WorkerError: the API server did not respond for PATIENCE_S.
     """
     log = SubmitterLog(api, namespace, name, poll_s=poll_s)
-    states = _States(api, namespace, name, on_state)
+    states = _StatePoller(api, namespace, name, on_state)
     log.start()
     try:
-        while (code := states.ask()) is None:
+        while (code := states.poll()) is None:
             log.pump(on_line, on_state, poll_s)
         log.drain(on_line, on_state)
     except (HeadLostError, JobDeletedError):
         log.drain(on_line, on_state)
         raise
     finally:
-        log.leave()
+        log.close()
     return code
 
 
-class _States:
-    """Asks for a RayJob and tells each of its states once."""
+class _StatePoller:
+    """Polls a RayJob and reports each change of its state once."""
 
-    def __init__(self, api: KubeApi, namespace: str, name: str, on_state: Tell) -> None:
+    def __init__(self, api: KubeApi, namespace: str, name: str, on_state: TextCallback) -> None:
         self._api, self._namespace, self._name = api, namespace, name
-        self._on_state, self._told, self._answered_at = on_state, "", time.monotonic()
+        self._on_state, self._reported, self._responded_at = on_state, "", time.monotonic()
 
-    def ask(self) -> int | None:
+    def poll(self) -> int | None:
         try:
             ray_job = self._api.get(RAY_JOBS, self._namespace, self._name)
-        except NoOutput:
-            if time.monotonic() - self._answered_at > PATIENCE_S:
+        except ApiUnavailableError:
+            if time.monotonic() - self._responded_at > PATIENCE_S:
                 raise
-            self._tell("no answer of the Kubernetes API; the job goes on, asking again")
+            self._report("no response from the Kubernetes API; the job keeps running, retrying")
             return None
-        self._answered_at = time.monotonic()
+        self._responded_at = time.monotonic()
         if ray_job is None:
             raise JobDeletedError(
-                f"{self._name} was deleted in namespace {self._namespace}, by stop or another "
-                "submit; what was committed is kept, and submit goes on from there"
+                f"{self._name} was deleted from namespace {self._namespace}, by stop or by another "
+                "submit; committed work is kept, submit again to resume"
             )
-        self._tell(state_of(ray_job))
+        self._report(state_of(ray_job))
         return exit_code(ray_job)
 
-    def _tell(self, state: str) -> None:
-        if state != self._told:
-            self._told = state
+    def _report(self, state: str) -> None:
+        if state != self._reported:
+            self._reported = state
             self._on_state(state)
 
 
 class SubmitterLog:
-    """The log of the submitter pods of one RayJob, each line once, oldest pod first."""
+    """Log of the submitter pods of one RayJob: each line once, oldest pod first."""
 
     def __init__(self, api: KubeApi, namespace: str, name: str, *, poll_s: float) -> None:
         self._api, self._namespace, self._poll_s = api, namespace, poll_s
@@ -149,99 +162,99 @@ class SubmitterLog:
         self._pods: dict[str, _PodLog] = {}
         self._problem: str | None = None
         self._ending, self._stream = threading.Event(), None
-        self._thread = threading.Thread(target=self._read_on, daemon=True, name="submitter log")
+        self._thread = threading.Thread(target=self._read_loop, daemon=True, name="submitter log")
 
     def start(self) -> None:
-        """Begin to read on in a thread."""
+        """Starts the reader thread."""
         self._thread.start()
 
-    def pump(self, on_line: Tell, on_state: Tell, seconds: float) -> None:
-        """Hand over lines as they come, for so long."""
-        until = time.monotonic() + seconds
+    def pump(self, on_line: TextCallback, on_state: TextCallback, seconds: float) -> None:
+        """Passes on lines as they arrive, for `seconds`."""
+        deadline = time.monotonic() + seconds
         with suppress(queue.Empty):
-            while (left := until - time.monotonic()) > 0:
+            while (left := deadline - time.monotonic()) > 0:
                 on_line(self._lines.get(timeout=left))
         if self._problem is not None:
             on_state(self._problem)
             self._problem = None
 
-    def drain(self, on_line: Tell, on_state: Tell) -> None:
-        """Hand over what the ended job said last."""
+    def drain(self, on_line: TextCallback, on_state: TextCallback) -> None:
+        """Passes on the last lines of a job that ended."""
         self._ending.set()
-        until = time.monotonic() + DRAIN_S
-        while self._thread.is_alive() and time.monotonic() < until:
+        deadline = time.monotonic() + DRAIN_S
+        while self._thread.is_alive() and time.monotonic() < deadline:
             self.pump(on_line, on_state, 0.05)
         with suppress(queue.Empty):
             while True:
                 on_line(self._lines.get_nowait())
 
-    def leave(self) -> None:
-        """End the thread, in the middle of a log if need be."""
+    def close(self) -> None:
+        """Ends the reader thread, even in the middle of a log."""
         self._ending.set()
         if self._thread.is_alive() and self._stream is not None:
             with suppress(Exception):
                 getattr(self._stream, "shutdown", self._stream.close)()
 
-    def read(self, on_line: Tell, *, follow: bool) -> int:
-        """Show what the pods have said that was not shown yet; the number of pods with a log.
+    def read(self, on_line: TextCallback, *, follow: bool) -> int:
+        """Passes on new lines of all pods; returns the number of pods that have a log.
 
         Raises:
-            ConfigError: the right to read logs is missing.
-            WorkerError: the API does not answer.
+            ConfigError: the permission to read logs is missing.
+            WorkerError: the API server does not respond.
         """
         pods = self._api.select(PODS, self._namespace, self._labels)
-        begun = [pod for pod in pods if pod.get("status", {}).get("phase") in _HAS_LOG]
-        for pod in sorted(begun, key=lambda pod: str(pod["metadata"].get("creationTimestamp"))):
+        started = [pod for pod in pods if pod.get("status", {}).get("phase") in _HAS_LOG]
+        for pod in sorted(started, key=lambda pod: str(pod["metadata"].get("creationTimestamp"))):
             log = self._pods.setdefault(pod["metadata"]["name"], _PodLog())
-            if not log.is_read:
+            if not log.is_complete:
                 self._read_pod(pod, log, on_line, follow)
-        return len(begun)
+        return len(started)
 
-    def _read_pod(self, pod: Object, log: "_PodLog", on_line: Tell, follow: bool) -> None:
+    def _read_pod(self, pod: Object, log: "_PodLog", on_line: TextCallback, follow: bool) -> None:
         name, is_running = pod["metadata"]["name"], pod["status"]["phase"] == "Running"
         self._stream = self._api.open_log(
             self._namespace, name, follow=follow and is_running, since_s=log.since_s()
         )
         try:
-            log.is_read = log.read(self._stream, on_line) and not is_running
+            log.is_complete = log.read(self._stream, on_line) and not is_running
         finally:
             self._stream.release_conn()
 
-    def _read_on(self) -> None:
+    def _read_loop(self) -> None:
         is_last = False
         while not is_last:
-            # Looked at first: a pod that ends meanwhile is read once more to its end.
+            # Checked before reading: a pod that ends during the read is read once more to its end.
             is_last = self._ending.is_set()
             try:
                 self.read(self._lines.put, follow=not is_last)
-            except NotAllowed as error:
+            except ForbiddenError as error:
                 self._problem = f"no log: {error}"
                 return
             except DistTLError:
-                pass  # of a pod that went, or a server that will be back: asked again
+                pass  # the pod is gone or the server is temporarily unavailable: retry
             except Exception as error:
-                # Whatever breaks here must not end the thread unseen.
+                # No error may end the thread silently.
                 if not self._ending.is_set():
-                    self._problem = f"the log stopped: {type(error).__name__}; reading it again"
+                    self._problem = f"reading the log failed: {type(error).__name__}; retrying"
             self._ending.wait(self._poll_s)
 
 
 class _PodLog:
-    """How far the log of one pod was read, by the timestamps of its lines."""
+    """Read position in the log of one pod, by the timestamps of its lines."""
 
     def __init__(self) -> None:
-        self.is_read = False
-        self._last, self._last_at = ("", ""), 0.0
+        self.is_complete = False
+        self._last_stamp, self._last_at = ("", ""), 0.0
 
     def since_s(self) -> int | None:
-        """Seconds that the next request reaches back, with room for clocks that differ."""
+        """Returns how many seconds the next request reaches back; includes 60 s of clock skew."""
         return int(time.monotonic() - self._last_at) + 60 if self._last_at else None
 
-    def read(self, stream: Any, on_line: Tell) -> bool:
-        """Show each whole line once; False where the stream fell silent before its end.
+    def read(self, stream: Any, on_line: TextCallback) -> bool:
+        """Passes on each complete line once; returns False if the stream timed out before its end.
 
         Raises:
-            urllib3.exceptions.HTTPError: the connection broke; what broke off is read again.
+            urllib3.exceptions.HTTPError: the connection broke; the incomplete line is read again.
         """
         from urllib3.exceptions import ReadTimeoutError
 
@@ -250,21 +263,21 @@ class _PodLog:
             for chunk in stream.stream(65536):
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:
-                    self._show(line.decode(errors="replace"), on_line)
+                    self._emit(line.decode(errors="replace"), on_line)
         except ReadTimeoutError:
             return False
         if rest:
-            self._show(rest.decode(errors="replace"), on_line)
+            self._emit(rest.decode(errors="replace"), on_line)
         return True
 
-    def _show(self, line: str, on_line: Tell) -> None:
-        stamp, _, said = line.partition(" ")
-        seconds, _, fraction = stamp.rstrip("Z").partition(".")
-        # Zeros at the end are left out, so that stamps do not sort as they are.
-        read = (seconds, fraction.ljust(9, "0"))
-        if read > self._last:
-            self._last, self._last_at = read, time.monotonic()
-            on_line(said)
+    def _emit(self, line: str, on_line: TextCallback) -> None:
+        timestamp, _, text = line.partition(" ")
+        seconds, _, fraction = timestamp.rstrip("Z").partition(".")
+        # Trailing zeros are omitted, so the raw timestamps do not sort as strings.
+        stamp = (seconds, fraction.ljust(9, "0"))
+        if stamp > self._last_stamp:
+            self._last_stamp, self._last_at = stamp, time.monotonic()
+            on_line(text)
 
 
 def _is_queued(ray_job: Object) -> bool:

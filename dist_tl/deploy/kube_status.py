@@ -1,4 +1,4 @@
-"""How an attempt at a run stands, read from its RayJob and its pods. Pure."""
+"""State of one attempt, read from its RayJob and its pods. Pure."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,16 +11,16 @@ from dist_tl.telemetry import redact
 
 @dataclass(frozen=True)
 class KubeStatus:
-    """How an attempt stands.
+    """State of one attempt.
 
     Attributes:
-        state: of the RayJob: New, Initializing, Running, Complete, Failed, Suspended, Retrying, ...
-        job_status: what Ray says of the driver: PENDING, RUNNING, SUCCEEDED, ...; may be empty.
-        message: why it is so, may be empty.
-        started: when the operator began with it.
-        ended: when it was over.
-        pods: component -> phase -> how many.
-        waiting: why pods do not start, one line each.
+        state: RayJob state: New, Initializing, Running, Complete, Failed, Suspended, Retrying, ...
+        job_status: Ray's status of the driver: PENDING, RUNNING, SUCCEEDED, ...; may be empty.
+        message: reason for the state; may be empty.
+        started: time at which the operator started the job.
+        ended: time at which the job ended.
+        pods: component -> phase -> number of pods.
+        waiting: reasons why pods do not start, one line each.
     """
 
     state: str
@@ -33,7 +33,7 @@ class KubeStatus:
 
 
 def read_status(ray_job: Object, pods: list[Object]) -> KubeStatus:
-    """What a RayJob and its pods say."""
+    """Returns the status reported by a RayJob and its pods."""
     status = status_of(ray_job)
     return KubeStatus(
         state=state_of(ray_job).partition(":")[0],
@@ -42,7 +42,7 @@ def read_status(ray_job: Object, pods: list[Object]) -> KubeStatus:
         started=_time(status.get("startTime")),
         ended=_time(status.get("endTime")),
         pods=_by_component(pods),
-        waiting=tuple(line for pod in pods for line in _waits(pod)),
+        waiting=tuple(line for pod in pods for line in _waiting_reasons(pod)),
     )
 
 
@@ -51,18 +51,18 @@ def _time(text: str | None) -> datetime | None:
 
 
 def _by_component(pods: list[Object]) -> dict[str, dict[str, int]]:
-    found: dict[str, Counter[str]] = {}
+    counts: dict[str, Counter[str]] = {}
     for pod in pods:
         labels = pod["metadata"].get("labels", {})
         component = labels.get("app.kubernetes.io/component", "other")
-        found.setdefault(component, Counter())[pod["status"].get("phase", "Unknown")] += 1
-    return {component: dict(phases) for component, phases in sorted(found.items())}
+        counts.setdefault(component, Counter())[pod["status"].get("phase", "Unknown")] += 1
+    return {component: dict(phases) for component, phases in sorted(counts.items())}
 
 
-def _waits(pod: Object) -> list[str]:
-    """Why a pod does not start, as its containers or the scheduler say."""
+def _waiting_reasons(pod: Object) -> list[str]:
+    """Returns why a pod does not start, as reported by its containers or the scheduler."""
     name, status = pod["metadata"]["name"], pod["status"]
-    said = [
+    reasons = [
         condition
         for condition in status.get("conditions", [])
         if condition.get("status") == "False" and condition.get("reason") == "Unschedulable"
@@ -73,7 +73,8 @@ def _waits(pod: Object) -> list[str]:
     ]:
         waiting = container.get("state", {}).get("waiting")
         if waiting and waiting.get("reason") not in ("ContainerCreating", "PodInitializing"):
-            said.append(waiting)
+            reasons.append(waiting)
     return [
-        f"{name}: {each.get('reason')}: {redact(each.get('message', ''))[:300]}" for each in said
+        f"{name}: {reason.get('reason')}: {redact(reason.get('message', ''))[:300]}"
+        for reason in reasons
     ]

@@ -1,6 +1,6 @@
-"""A job and the options of a cluster -> what Kubernetes is given. Pure: same in, same out.
+"""Renders Kubernetes manifests from a job and the options of a cluster. Pure and deterministic.
 
-Not covered: handing it in, and what the operator and the API server make of it.
+Not covered: submitting the manifests, and what the operator and the API server do with them.
 """
 
 import re
@@ -32,7 +32,7 @@ from dist_tl.telemetry import redact
 
 JOB_KEY = "job.yaml"
 ENTRYPOINT = f"dist-tl run {JOB_FOLDER}/{JOB_KEY} session.roles=true"
-RUN_ANNOTATION = "dist-tl/run"  # two runs may share a last part: compare before handing in
+RUN_ANNOTATION = "dist-tl/run"  # full run URL: two runs may share the last path component
 MAX_ATTEMPT = 999
 MAX_LABEL = MAX_JOB_NAME - len(f"--{MAX_ATTEMPT}")
 AUTOSCALER = {"cpu": "500m", "memory": "1Gi", "ephemeral-storage": "1Gi"}
@@ -40,45 +40,47 @@ Manifest = dict[str, Any]
 
 
 def run_label(job: JobConfig) -> str:
-    """The run's name on Kubernetes: the last part of `job.run`, as a DNS-1035 label.
+    """Returns the name of the run on Kubernetes: the last path component of `job.run` as a label.
 
     Raises:
-        ConfigError: nothing is left of that part, or it is too long.
+        ConfigError: the component has no letters or digits, or is too long.
     """
     return label_of(job.run)
 
 
 def label_of(run: str) -> str:
-    """The name on Kubernetes of the run at a URL.
+    """Returns the name on Kubernetes of the run at a URL, a DNS-1035 label.
 
     Raises:
-        ConfigError: nothing is left of its last part, or it is too long.
+        ConfigError: its last path component has no letters or digits, or is too long.
     """
     last = run.rstrip("/").rsplit("/", 1)[-1]
     label = re.sub(r"[^a-z0-9]+", "-", last.lower()).strip("-")
     if not label:
         raise ConfigError(
-            f"run: expected a last part with letters a-z or digits, to name the run on Kubernetes; "
-            f"got {redact(run)!r}; e.g. s3://bucket/runs/birds"
+            f"run: the last path component names the run on Kubernetes: expected letters a-z or "
+            f"digits, got {redact(run)!r}; e.g. s3://bucket/runs/birds"
         )
     if not label[0].isalpha():
         label = f"run-{label}"
     if len(label) > MAX_LABEL:
         raise ConfigError(
-            f"run: the last part names the run on Kubernetes: expected at most {MAX_LABEL} "
-            f"characters, got {len(label)} in {label!r}; choose a shorter one"
+            f"run: the last path component names the run on Kubernetes: expected at most "
+            f"{MAX_LABEL} characters, got {len(label)} in {label!r}; choose a shorter one"
         )
     return label
 
 
 def job_name(job: JobConfig, attempt: int = 1) -> str:
-    """Name of the RayJob of an attempt; no label holds "--", so that no two runs share one.
+    """Returns the RayJob name of an attempt. Labels never contain "--", so names are unique.
 
     Raises:
-        ConfigError: the run has no name on Kubernetes, or too many attempts were made.
+        ConfigError: the run has no valid name on Kubernetes, or too many attempts exist.
     """
     if not 1 <= attempt <= MAX_ATTEMPT:
-        raise ConfigError(f"attempt: expected 1 to {MAX_ATTEMPT}, got {attempt}; delete old ones")
+        raise ConfigError(
+            f"attempt: expected 1 to {MAX_ATTEMPT}, got {attempt}; delete old RayJobs"
+        )
     label = run_label(job)
     return label if attempt == 1 else f"{label}--{attempt}"
 
@@ -86,14 +88,14 @@ def job_name(job: JobConfig, attempt: int = 1) -> str:
 def render(
     job: JobConfig, options: KubeOptions, *, attempt: int = 1, submission: str | None = None
 ) -> list[Manifest]:
-    """A ConfigMap with the job, its RayJob, and budgets that keep head and trainers alive.
+    """Returns the ConfigMap with the job file, the RayJob, and its disruption budgets.
 
     Args:
-        attempt: counts the RayJobs of the run; part of their names.
-        submission: a word that no other RayJob has, by which the run knows its retries.
+        attempt: attempt number of the run; part of the RayJob name.
+        submission: unique id of the submission, by which the run recognises its retries.
 
     Raises:
-        ConfigError: the job cannot work over several pods, or KubeRay would refuse it.
+        ConfigError: the job cannot run on several pods, or KubeRay would reject it.
     """
     _check_store(job)
     _check_shared_memory(job, options)
@@ -117,7 +119,7 @@ def render(
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines, such as a job, as they are."""
+    """Writes multi-line strings, such as the job file, as literal blocks."""
 
 
 def _block(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
@@ -129,15 +131,15 @@ _Dumper.add_representer(str, _block)
 
 
 def as_yaml(manifests: list[Manifest]) -> str:
-    """Manifests as people and kubectl read them."""
+    """Returns the manifests as a YAML stream for `kubectl apply -f -`."""
     return yaml.dump_all(manifests, Dumper=_Dumper, sort_keys=False)
 
 
 def render_cluster(name: str, job: JobConfig, options: KubeOptions) -> Manifest:
-    """A RayCluster that jobs like this one can be handed to, by the Ray Jobs API.
+    """Returns a RayCluster to which jobs like this one can be submitted with the Ray Jobs API.
 
     Raises:
-        ConfigError: the job cannot work over several pods, or KubeRay would refuse the cluster.
+        ConfigError: the job cannot run on several pods, or KubeRay would reject the cluster.
     """
     _check_store(job)
     _check_shared_memory(job, options)
@@ -154,7 +156,7 @@ def render_cluster(name: str, job: JobConfig, options: KubeOptions) -> Manifest:
 
 
 def _cluster_spec(context: PodContext, groups: list[WorkerGroup], *, has_job: bool) -> Manifest:
-    """One head and the groups, sized by Ray's autoscaler."""
+    """Returns the spec of a cluster with one head and autoscaled worker groups."""
     options = context.options
     return {
         "rayVersion": options.ray_version,
@@ -196,7 +198,7 @@ def _ray_job(job: JobConfig, context: PodContext, groups: list[WorkerGroup]) -> 
     metadata["annotations"] = {RUN_ANNOTATION: job.run}
     if options.queue is not None:
         metadata["labels"]["kueue.x-k8s.io/queue-name"] = options.queue
-        # Without it Kueue refuses jobs that autoscale.
+        # Kueue rejects autoscaling jobs without this annotation.
         metadata["annotations"]["kueue.x-k8s.io/elastic-job"] = "true"
     spec = {
         "entrypoint": ENTRYPOINT,
@@ -225,7 +227,7 @@ def _config_map(job: JobConfig, context: PodContext) -> Manifest:
 
 
 def _budget(context: PodContext, component: str, pods: int) -> Manifest:
-    """Node upgrades wait for the job: losing the head or a trainer sets it back."""
+    """Returns a budget that keeps node drains from evicting the head or the trainers."""
     metadata = _metadata(context, component)
     metadata["name"] = f"{context.name}-{component}"
     spec = {
@@ -251,7 +253,8 @@ def _check_store(job: JobConfig) -> None:
     protocol, separator, _ = job.run.partition("://")
     if job.store != "direct" or not separator or protocol in ("file", "memory"):
         raise ConfigError(
-            "store: pods share no disk: expected store: direct and a run in an object store, got "
+            "store: pods do not share a disk: expected store: direct and a run in an object store, "
+            "got "
             f"store: {job.store} and run: {redact(job.run)}; e.g. "
             "run=s3://bucket/runs/birds store=direct"
         )
@@ -259,10 +262,10 @@ def _check_store(job: JobConfig) -> None:
 
 
 def check_no_secret(job: JobConfig) -> None:
-    """A job is stored where everybody with access to the cluster can read it.
+    """Checks that a job file, which anybody with access to the cluster can read, has no secret.
 
     Raises:
-        ConfigError: it holds a secret.
+        ConfigError: it contains a secret.
     """
     _check_no_secret(job.model_dump(mode="json"), "")
 
@@ -276,8 +279,8 @@ def _check_no_secret(value: Any, path: str) -> None:
             _check_no_secret(inner, f"{path}.{i}")
     elif isinstance(value, str) and redact(value) != value:
         raise ConfigError(
-            f"{path}: expected no secret in a job, got {redact(value)}; put it into a Secret and "
-            "name that in the options: credentials"
+            f"{path}: expected no secret in a job, got {redact(value)}; store it in a Secret and "
+            "name the Secret in the options: credentials"
         )
 
 
@@ -285,19 +288,19 @@ def _check_resources(job: JobConfig) -> None:
     experts = getattr(job, "experts", None)
     if experts is not None and experts.resources:
         raise ConfigError(
-            "experts.resources: expected none on Kubernetes, whose pods offer no Ray resource but "
-            f"their role's, got {', '.join(experts.resources)}; choose nodes with experts: in the "
-            "options"
+            "experts.resources: expected none on Kubernetes, whose pods provide no custom Ray "
+            f"resource except their role, got {', '.join(experts.resources)}; select nodes with "
+            "experts.node_selector in the options"
         )
 
 
 def _check_shared_memory(job: JobConfig, options: KubeOptions) -> None:
     needed = job.session.object_store_mb
-    places: dict[str, HeadOptions | GroupOptions] = {"head": options.head}
-    places |= {group.name: group.options for group in worker_groups(job, options)}
-    for name, place in places.items():
-        if place.shm_gb * 1024 < needed:
+    pods: dict[str, HeadOptions | GroupOptions] = {"head": options.head}
+    pods |= {group.name: group.options for group in worker_groups(job, options)}
+    for name, pod in pods.items():
+        if pod.shm_gb * 1024 < needed:
             raise ConfigError(
-                f"{name}.shm_gb: Ray's objects live in /dev/shm: expected at least "
-                f"{needed / 1024:.3g} for session.object_store_mb {needed}, got {place.shm_gb:g}"
+                f"{name}.shm_gb: Ray's object store is in /dev/shm: expected at least "
+                f"{needed / 1024:.3g} for session.object_store_mb {needed}, got {pod.shm_gb:g}"
             )

@@ -1,7 +1,7 @@
-"""Pod templates of one RayJob: head, workers and the pod that hands the job in. Pure.
+"""Pod templates of one RayJob: head, workers and submitter. Pure.
 
-All meet the restricted pod security standard, with a read-only root. KubeRay itself adds the
-command, the probes, the token of Ray's authentication and the autoscaler's container.
+All of them meet the restricted pod security standard and have a read-only root file system. KubeRay
+adds the command, the probes, the token of Ray's authentication and the autoscaler container.
 """
 
 import json
@@ -9,20 +9,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_tl.deploy.groups import WorkerGroup
-from dist_tl.deploy.options import KubeOptions, PlaceOptions, Toleration
+from dist_tl.deploy.options import (
+    GroupOptions,
+    HeadOptions,
+    KubeOptions,
+    PlacementOptions,
+    Toleration,
+)
 from dist_tl.storage.attempts import SUBMISSION
 
 JOB_FOLDER = "/etc/dist_tl"
 HOME = "/home/dist_tl"
-ROLE_AMOUNT = 1000  # of a role's resource in a pod; an actor asks for a thousandth
+ROLE_AMOUNT = 1000  # amount of the role's Ray resource per pod
 DRAINING_VARIABLE = "DIST_TL_DRAINING"
-DRAINING_FILE = "/tmp/dist_tl-draining"  # there as soon as the pod is to end
-DRAIN_MARGIN_S = 20  # left to Ray after the drain, before the pod is killed
+DRAINING_FILE = "/tmp/dist_tl-draining"  # created when the pod starts to terminate
+DRAIN_MARGIN_S = 20  # time left for Ray to exit after the drain, before the pod is killed
 SUBMITTER = {"cpu": "500m", "memory": "1Gi", "ephemeral-storage": "1Gi"}
 ENVIRONMENT = {
     "HOME": HOME,
     "OMP_NUM_THREADS": "1",
-    # A pod that vanished without a word is noticed in 44 s; Ray's defaults take 7 minutes.
+    # A node that disappears is detected within 44 s; with Ray's defaults, after 7 minutes.
     "RAY_grpc_client_keepalive_time_ms": "10000",
     "RAY_grpc_client_keepalive_timeout_ms": "5000",
 }
@@ -31,14 +37,14 @@ PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}
 
 @dataclass(frozen=True)
 class PodContext:
-    """What all pods of one RayJob share.
+    """Settings shared by all pods of one RayJob.
 
     Attributes:
-        run: the run's name on Kubernetes, the same for all attempts at it.
-        name: of the RayJob, and of the ConfigMap with its job file.
-        options: how jobs run on this cluster.
-        object_store_mb: Ray's shared memory in every pod.
-        submission: a word of its own, so that its retries can be told from later submissions.
+        run: name of the run on Kubernetes, the same for all attempts.
+        name: name of the RayJob and of the ConfigMap with its job file.
+        options: options of the cluster.
+        object_store_mb: size of Ray's object store in every pod, MiB.
+        submission: unique id that distinguishes retries of this RayJob from later submissions.
     """
 
     run: str
@@ -49,7 +55,7 @@ class PodContext:
 
 
 def selector(context: PodContext, component: str) -> dict[str, str]:
-    """What picks the pods of one component of one attempt."""
+    """Returns the labels that select the pods of one component of one attempt."""
     return {
         "app.kubernetes.io/name": "dist-tl",
         "app.kubernetes.io/instance": context.name,
@@ -58,22 +64,22 @@ def selector(context: PodContext, component: str) -> dict[str, str]:
 
 
 def labels(context: PodContext, component: str) -> dict[str, str]:
-    """The selector, and the run that the attempt belongs to."""
+    """Returns the selector labels plus the run that the attempt belongs to."""
     return {**selector(context, component), "app.kubernetes.io/part-of": context.run}
 
 
 def mounts() -> list[dict[str, Any]]:
-    """What must be writable under a read-only root."""
+    """Returns the mounts of the folders that must be writable."""
     return [{"name": "tmp", "mountPath": "/tmp"}, {"name": "home", "mountPath": HOME}]
 
 
-def environment(more: dict[str, str] | None = None) -> list[dict[str, str]]:
-    """What every container of ours is told."""
-    return [{"name": key, "value": value} for key, value in (ENVIRONMENT | (more or {})).items()]
+def environment(extra: dict[str, str] | None = None) -> list[dict[str, str]]:
+    """Returns the environment variables of a container."""
+    return [{"name": key, "value": value} for key, value in (ENVIRONMENT | (extra or {})).items()]
 
 
 def container_security(options: KubeOptions) -> dict[str, Any]:
-    """The restricted standard, for one container."""
+    """Returns a container security context that meets the restricted standard."""
     return {
         "allowPrivilegeEscalation": False,
         "capabilities": {"drop": ["ALL"]},
@@ -86,23 +92,24 @@ def container_security(options: KubeOptions) -> dict[str, Any]:
 
 
 def equal(resources: dict[str, str]) -> dict[str, Any]:
-    """Requests that equal limits: nothing is throttled or evicted for a neighbour's sake."""
+    """Returns requests equal to limits, which gives pods the Guaranteed QoS class."""
     return {"requests": dict(resources), "limits": dict(resources)}
 
 
 def start_params(context: PodContext, role: str | None = None) -> dict[str, str]:
-    """Arguments of `ray start`, without a role those of the head."""
+    """Returns the arguments of `ray start` for a worker role, or for the head if role is None."""
     store = {"object-store-memory": str(context.object_store_mb * 2**20)}
     if role is None:
         return {"dashboard-host": "0.0.0.0", "num-cpus": "0", **store}
-    # KubeRay pastes the value into a shell command; Ray's autoscaler strips quotes and slashes.
+    # Doubly encoded: KubeRay inserts the value into a shell command, and Ray's autoscaler strips
+    # quotes and backslashes.
     return {"resources": json.dumps(json.dumps({role: ROLE_AMOUNT})), **store}
 
 
 def head_template(context: PodContext, *, has_job: bool) -> dict[str, Any]:
-    """The head's pod; with a job, its file lies in JOB_FOLDER."""
+    """Returns the pod template of the head; with a job, mounts the job file in JOB_FOLDER."""
     options, head = context.options, context.options.head
-    container = _ray_container(context, "ray-head", _size(head, _number(head.cpus)))
+    container = _ray_container(context, "ray-head", _size(head, _cpu_quantity(head.cpus)))
     container["ports"] = [{"name": k, "containerPort": v} for k, v in PORTS.items()]
     spec = _spec(context, head, head.tolerations, head.shm_gb, options.head_account)
     if context.submission is not None:
@@ -116,27 +123,30 @@ def head_template(context: PodContext, *, has_job: bool) -> dict[str, Any]:
 
 
 def worker_template(context: PodContext, group: WorkerGroup) -> dict[str, Any]:
-    """A pod of one role."""
-    place = group.options
-    size = _size(place, str(group.cpus))
+    """Returns the pod template of one role."""
+    options = group.options
+    size = _size(options, str(group.cpus))
     if group.gpus:
-        size[place.gpu_resource] = str(group.gpus)
+        size[options.gpu_resource] = str(group.gpus)
     container = _ray_container(context, "ray-worker", size)
     container["env"].append({"name": DRAINING_VARIABLE, "value": DRAINING_FILE})
-    container["lifecycle"] = {"preStop": {"exec": {"command": _drain(place.grace_s)}}}
+    container["lifecycle"] = {"preStop": {"exec": {"command": _drain_command(options.grace_s)}}}
     account = context.options.worker_account
-    spec = _spec(context, place, place.accepted(), place.shm_gb, account)
+    spec = _spec(context, options, options.all_tolerations(), options.shm_gb, account)
     spec["automountServiceAccountToken"] = False
-    spec["terminationGracePeriodSeconds"] = place.grace_s
+    spec["terminationGracePeriodSeconds"] = options.grace_s
     spec["containers"] = [container]
     return {"metadata": {"labels": _pod_labels(context, group.name)}, "spec": spec}
 
 
 def submitter_template(context: PodContext) -> dict[str, Any]:
-    """The pod that hands the job to Ray and shows its log; it needs no rights and no secret."""
+    """Returns the template of the pod that submits the job to Ray and prints its log.
+
+    It needs no permissions and no secret.
+    """
     options = context.options
     container = _container(context, "ray-job-submitter", SUBMITTER)
-    spec = _spec(context, PlaceOptions(), (), None, options.submitter_account)
+    spec = _spec(context, PlacementOptions(), (), None, options.submitter_account)
     spec["automountServiceAccountToken"] = False
     spec["containers"] = [container]
     return {"metadata": {"labels": labels(context, "submitter")}, "spec": spec}
@@ -146,8 +156,8 @@ def _pod_labels(context: PodContext, component: str) -> dict[str, str]:
     return context.options.pod_labels | labels(context, component)
 
 
-def _drain(grace_s: int) -> list[str]:
-    """Say so to the actors, let no more work in, wait until what runs is done and Ray has left."""
+def _drain_command(grace_s: int) -> list[str]:
+    """Returns the preStop command: notifies the actors, drains the Ray node, waits for its exit."""
     seconds = grace_s - DRAIN_MARGIN_S
     script = (
         f"touch {DRAINING_FILE}; "
@@ -165,7 +175,7 @@ def _ray_container(context: PodContext, name: str, size: dict[str, str]) -> dict
     options = context.options
     env: dict[str, str] = {}
     if options.endpoint_url is not None:
-        # Not every S3 sends the checksums that newer clients expect of AWS.
+        # Not every S3-compatible store sends the checksums that newer clients expect from AWS.
         env["AWS_ENDPOINT_URL"] = options.endpoint_url
         env["AWS_RESPONSE_CHECKSUM_VALIDATION"] = "when_required"
     container["env"] = environment({**env, **options.env})
@@ -188,7 +198,7 @@ def _container(context: PodContext, name: str, size: dict[str, str]) -> dict[str
 
 def _spec(
     context: PodContext,
-    place: PlaceOptions,
+    placement: PlacementOptions,
     tolerations: tuple[Toleration, ...],
     shm_gb: float | None,
     account: str | None,
@@ -199,10 +209,10 @@ def _spec(
         {"name": "home", "emptyDir": {}},
     ]
     if shm_gb is not None:
-        shared = {"medium": "Memory", "sizeLimit": _mebibytes(shm_gb)}
+        shared = {"medium": "Memory", "sizeLimit": _quantity(shm_gb)}
         volumes.append({"name": "shm", "emptyDir": shared})
     spec: dict[str, Any] = {
-        # KubeRay replaces lost pods itself; with autoscaler v2 it refuses any other policy.
+        # KubeRay replaces lost pods itself; with autoscaler v2 it rejects any other policy.
         "restartPolicy": "Never",
         "enableServiceLinks": False,
         "securityContext": {
@@ -218,27 +228,27 @@ def _spec(
         spec["serviceAccountName"] = account
     if options.image_pull_secrets:
         spec["imagePullSecrets"] = [{"name": name} for name in options.image_pull_secrets]
-    if place.node_selector:
-        spec["nodeSelector"] = dict(place.node_selector)
+    if placement.node_selector:
+        spec["nodeSelector"] = dict(placement.node_selector)
     if tolerations:
         spec["tolerations"] = [t.model_dump(exclude_none=True) for t in tolerations]
-    if place.priority_class is not None:
-        spec["priorityClassName"] = place.priority_class
+    if placement.priority_class is not None:
+        spec["priorityClassName"] = placement.priority_class
     return spec
 
 
-def _size(place: Any, cpus: str) -> dict[str, str]:
+def _size(options: HeadOptions | GroupOptions, cpus: str) -> dict[str, str]:
     return {
         "cpu": cpus,
-        "memory": _mebibytes(place.memory_gb),
-        "ephemeral-storage": _mebibytes(place.ephemeral_gb),
+        "memory": _quantity(options.memory_gb),
+        "ephemeral-storage": _quantity(options.ephemeral_gb),
     }
 
 
-def _mebibytes(gibibytes: float) -> str:
+def _quantity(gibibytes: float) -> str:
     whole, rest = divmod(round(gibibytes * 1024), 1024)
     return f"{whole}Gi" if not rest else f"{whole * 1024 + rest}Mi"
 
 
-def _number(cpus: float) -> str:
+def _cpu_quantity(cpus: float) -> str:
     return str(int(cpus)) if cpus == int(cpus) else f"{round(cpus * 1000)}m"

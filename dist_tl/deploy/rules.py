@@ -1,6 +1,6 @@
-"""What KubeRay's operator and the API server would refuse, found before anything is handed in.
+"""Validates manifests against the rules of the KubeRay operator before they are submitted.
 
-Not covered: the schemas of the kinds, which the API server holds and the tests check against.
+Not covered: the schemas of the kinds; the API server enforces them and the tests check them.
 """
 
 import re
@@ -20,142 +20,146 @@ _NAME_LIMITS = {"RayJob": MAX_JOB_NAME, "RayCluster": MAX_CLUSTER_NAME}
 
 
 def check(manifests: Sequence[dict[str, Any]], *, ray_version: str | None = None) -> None:
-    """Refuse manifests that would not run.
+    """Checks that the operator would accept the manifests.
 
     Args:
-        manifests: any kinds; RayJobs and RayClusters are looked at closely.
-        ray_version: that of the image; absent: the one installed here.
+        manifests: manifests of any kind; RayJobs and RayClusters are checked in detail.
+        ray_version: Ray version of the image; default: the installed one.
 
     Raises:
-        ConfigError: naming the field, what was expected, and what came.
+        ConfigError: a field is invalid; the message names it, the expected and the actual value.
     """
-    wanted = ray_version or installed_ray()
+    expected_ray = ray_version or installed_ray()
     for manifest in manifests:
         kind = manifest.get("kind", "manifest")
         _check_name(manifest, _NAME_LIMITS.get(kind, MAX_NAME))
         if kind == "RayJob":
             _check_job(manifest["spec"], "RayJob.spec")
             cluster = manifest["spec"]["rayClusterSpec"]
-            _check_cluster(cluster, "RayJob.spec.rayClusterSpec", wanted)
+            _check_cluster(cluster, "RayJob.spec.rayClusterSpec", expected_ray)
         elif kind == "RayCluster":
-            _check_cluster(manifest["spec"], "RayCluster.spec", wanted)
+            _check_cluster(manifest["spec"], "RayCluster.spec", expected_ray)
         elif kind == "ConfigMap":
             _check_size(manifest)
         elif kind == "Secret":
-            _refuse("Secret", "no secret among the manifests", "one", "make it with kubectl")
+            _refuse("Secret", "no secret in the manifests", "one", "create it with kubectl")
 
 
 def _check_name(manifest: dict[str, Any], longest: int) -> None:
     name = manifest.get("metadata", {}).get("name", "")
-    where = f"{manifest.get('kind', 'manifest')}.metadata.name"
+    path = f"{manifest.get('kind', 'manifest')}.metadata.name"
     if not _DNS_1035.fullmatch(name):
-        _refuse(where, "a DNS-1035 label (a-z, 0-9 and -, a letter first)", repr(name))
+        _refuse(path, "a DNS-1035 label (a-z, 0-9 and -, starting with a letter)", repr(name))
     if len(name) > longest:
-        _refuse(where, f"at most {longest} characters", f"{len(name)} in {name!r}")
+        _refuse(path, f"at most {longest} characters", f"{len(name)} in {name!r}")
 
 
-def _check_job(spec: dict[str, Any], where: str) -> None:
+def _check_job(spec: dict[str, Any], path: str) -> None:
     if not spec.get("entrypoint", "").strip():
-        _refuse(f"{where}.entrypoint", "a command", "none")
+        _refuse(f"{path}.entrypoint", "a command", "none")
     if spec.get("suspend") and not spec.get("shutdownAfterJobFinishes"):
-        _refuse(f"{where}.shutdownAfterJobFinishes", "true, as suspend needs it", "false")
+        _refuse(f"{path}.shutdownAfterJobFinishes", "true, required by suspend", "false")
     for key in ("backoffLimit", "ttlSecondsAfterFinished"):
         if spec.get(key, 0) < 0:
-            _refuse(f"{where}.{key}", "0 or more", spec[key])
+            _refuse(f"{path}.{key}", "0 or more", spec[key])
     if spec.get("ttlSecondsAfterFinished") and not spec.get("shutdownAfterJobFinishes"):
-        _refuse(f"{where}.shutdownAfterJobFinishes", "true, as a time to live needs it", "false")
+        _refuse(
+            f"{path}.shutdownAfterJobFinishes", "true, required by ttlSecondsAfterFinished", "false"
+        )
     if spec.get("activeDeadlineSeconds", 1) < 1:
-        _refuse(f"{where}.activeDeadlineSeconds", "1 or more", spec["activeDeadlineSeconds"])
-    _check_pod(spec.get("submitterPodTemplate"), f"{where}.submitterPodTemplate")
+        _refuse(f"{path}.activeDeadlineSeconds", "1 or more", spec["activeDeadlineSeconds"])
+    _check_pod(spec.get("submitterPodTemplate"), f"{path}.submitterPodTemplate")
 
 
-def _check_cluster(spec: dict[str, Any], where: str, ray_version: str) -> None:
+def _check_cluster(spec: dict[str, Any], path: str, ray_version: str) -> None:
     if spec.get("rayVersion") != ray_version:
         _refuse(
-            f"{where}.rayVersion",
-            f"{ray_version}, the version of the image",
+            f"{path}.rayVersion",
+            f"{ray_version}, the Ray version of the image",
             spec.get("rayVersion"),
-            "build the image anew or give ray_version",
+            "rebuild the image or set ray_version",
         )
-    _check_pod(spec["headGroupSpec"]["template"], f"{where}.headGroupSpec.template")
+    _check_pod(spec["headGroupSpec"]["template"], f"{path}.headGroupSpec.template")
     if spec.get("enableInTreeAutoscaling"):
-        _check_container(spec.get("autoscalerOptions", {}), f"{where}.autoscalerOptions")
+        _check_container(spec.get("autoscalerOptions", {}), f"{path}.autoscalerOptions")
     groups = spec.get("workerGroupSpecs", [])
     names = [group["groupName"] for group in groups]
     for i, group in enumerate(groups):
-        _check_group(group, f"{where}.workerGroupSpecs[{i}]", names)
-    _check_restarts(spec, where)
-    _check_images(spec, where)
+        _check_group(group, f"{path}.workerGroupSpecs[{i}]", names)
+    _check_restarts(spec, path)
+    _check_images(spec, path)
 
 
-def _check_group(group: dict[str, Any], where: str, names: list[str]) -> None:
+def _check_group(group: dict[str, Any], path: str, names: list[str]) -> None:
     name = group["groupName"]
     if not _DNS_1035.fullmatch(name) or len(name) > MAX_NAME:
-        _refuse(f"{where}.groupName", f"a DNS-1035 label of at most {MAX_NAME}", repr(name))
+        _refuse(
+            f"{path}.groupName", f"a DNS-1035 label of at most {MAX_NAME} characters", repr(name)
+        )
     if names.count(name) > 1:
-        _refuse(f"{where}.groupName", "every name once", repr(name))
-    # What the API server puts where nothing is said.
-    least, most = group.get("minReplicas", 0), group.get("maxReplicas", 2**31 - 1)
-    if not 0 <= least <= most:
-        _refuse(f"{where}.minReplicas", f"0 to maxReplicas ({most})", least)
-    pods = group.get("replicas", least)
-    if not least <= pods <= most:
-        _refuse(f"{where}.replicas", f"{least} to {most}", pods)
+        _refuse(f"{path}.groupName", "unique group names", repr(name))
+    # The defaults of the API server.
+    low, high = group.get("minReplicas", 0), group.get("maxReplicas", 2**31 - 1)
+    if not 0 <= low <= high:
+        _refuse(f"{path}.minReplicas", f"0 to maxReplicas ({high})", low)
+    pods = group.get("replicas", low)
+    if not low <= pods <= high:
+        _refuse(f"{path}.replicas", f"{low} to {high}", pods)
     params = group.get("rayStartParams", {})
     if group.get("resources") and {"resources", "num-cpus", "num-gpus", "memory"} & set(params):
-        _refuse(f"{where}.resources", "resources here or in rayStartParams", "both")
-    _check_pod(group["template"], f"{where}.template")
+        _refuse(f"{path}.resources", "either resources or rayStartParams", "both")
+    _check_pod(group["template"], f"{path}.template")
 
 
-def _check_restarts(spec: dict[str, Any], where: str) -> None:
+def _check_restarts(spec: dict[str, Any], path: str) -> None:
     is_v2 = spec.get("autoscalerOptions", {}).get("version") == "v2"
     if not (spec.get("enableInTreeAutoscaling") and is_v2):
         return
-    for place, template in _ray_pods(spec, where):
+    for pod_path, template in _ray_pods(spec, path):
         policy = template["spec"].get("restartPolicy", "Never")
         if policy != "Never":
-            _refuse(f"{place}.spec.restartPolicy", "Never, with autoscaler v2", policy)
+            _refuse(f"{pod_path}.spec.restartPolicy", "Never, with autoscaler v2", policy)
 
 
-def _check_images(spec: dict[str, Any], where: str) -> None:
-    """Ray refuses to join nodes of different versions, and pickles nothing between Pythons."""
-    images = {place: t["spec"]["containers"][0]["image"] for place, t in _ray_pods(spec, where)}
-    first = next(iter(images.values()))
-    for place, image in images.items():
-        if image != first:
-            _refuse(f"{place}.spec.containers[0].image", f"the head's, {first}", image)
+def _check_images(spec: dict[str, Any], path: str) -> None:
+    """Checks that all Ray pods use one image: Ray and Python versions must match in a cluster."""
+    images = {pod: t["spec"]["containers"][0]["image"] for pod, t in _ray_pods(spec, path)}
+    head_image = next(iter(images.values()))
+    for pod_path, image in images.items():
+        if image != head_image:
+            _refuse(f"{pod_path}.spec.containers[0].image", f"the head's, {head_image}", image)
 
 
-def _ray_pods(spec: dict[str, Any], where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    yield f"{where}.headGroupSpec.template", spec["headGroupSpec"]["template"]
+def _ray_pods(spec: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield f"{path}.headGroupSpec.template", spec["headGroupSpec"]["template"]
     for i, group in enumerate(spec.get("workerGroupSpecs", [])):
-        yield f"{where}.workerGroupSpecs[{i}].template", group["template"]
+        yield f"{path}.workerGroupSpecs[{i}].template", group["template"]
 
 
-def _check_pod(template: dict[str, Any] | None, where: str) -> None:
+def _check_pod(template: dict[str, Any] | None, path: str) -> None:
     if template is None:
         return
     for i, container in enumerate(template["spec"]["containers"]):
-        _check_container(container, f"{where}.spec.containers[{i}]")
+        _check_container(container, f"{path}.spec.containers[{i}]")
 
 
-def _check_container(container: dict[str, Any], where: str) -> None:
+def _check_container(container: dict[str, Any], path: str) -> None:
     resources = container.get("resources", {})
     requests, limits = resources.get("requests", {}), resources.get("limits", {})
     for key in sorted({"cpu", "memory", *requests, *limits}):
         if requests.get(key) is None or requests.get(key) != limits.get(key):
             _refuse(
-                f"{where}.resources.requests.{key}",
-                f"what the limit says, {limits.get(key)}",
+                f"{path}.resources.requests.{key}",
+                f"the value of the limit, {limits.get(key)}",
                 requests.get(key),
             )
     for variable in container.get("env", []):
         if "value" in variable and SECRET_NAME.search(variable["name"]):
             _refuse(
-                f"{where}.env.{variable['name']}",
+                f"{path}.env.{variable['name']}",
                 "a secret by reference",
                 "its value",
-                "put it into a Secret and name that in credentials",
+                "store it in a Secret and name the Secret in credentials",
             )
 
 
@@ -165,5 +169,5 @@ def _check_size(manifest: dict[str, Any]) -> None:
         _refuse("ConfigMap.data", f"less than {MAX_CONFIG_BYTES} bytes", size, "shorten the job")
 
 
-def _refuse(where: str, expected: str, got: object, remedy: str = "") -> None:
-    raise ConfigError(f"{where}: expected {expected}, got {got}{'; ' if remedy else ''}{remedy}")
+def _refuse(path: str, expected: str, got: object, remedy: str = "") -> None:
+    raise ConfigError(f"{path}: expected {expected}, got {got}{'; ' if remedy else ''}{remedy}")

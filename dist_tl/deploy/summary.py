@@ -1,6 +1,6 @@
-"""What a job asks of a Kubernetes cluster, one row a group of pods. Pure.
+"""Resources that a job requests from Kubernetes: one row per pod group. Pure.
 
-Not covered: the pod that hands the job in, which is small.
+Not covered: the submitter pod, which is small.
 """
 
 from pydantic import Field
@@ -12,23 +12,23 @@ from dist_tl.jobs.spec import JobConfig
 
 
 class KubeRow(StrictModel):
-    """The pods of one group; sizes are those of one pod."""
+    """One pod group; resources are per pod."""
 
     group: str = Field(description="head, or the role of the workers.")
-    pods_min: int = Field(description="Kept while the job runs.")
-    pods_max: int = Field(description="At most.")
-    cpus: float = Field(description="CPUs of a pod.")
-    gpus: int = Field(description="GPUs of a pod.")
-    memory_gb: float = Field(description="Memory of a pod, GiB.")
-    disk_gb: float = Field(description="Disk of a pod, GiB.")
-    spot: bool = Field(description="Whether nodes are accepted that the cloud may take away.")
+    pods_min: int = Field(description="Minimum number of pods while the job runs.")
+    pods_max: int = Field(description="Maximum number of pods.")
+    cpus: float = Field(description="CPUs per pod.")
+    gpus: int = Field(description="GPUs per pod.")
+    memory_gb: float = Field(description="Memory per pod, GiB.")
+    disk_gb: float = Field(description="Ephemeral storage per pod, GiB.")
+    spot: bool = Field(description="Whether the pods tolerate spot nodes.")
 
 
 def kube_rows(job: JobConfig, options: KubeOptions) -> list[KubeRow]:
-    """The head, then the groups of workers.
+    """Returns one row for the head, then one per worker group.
 
     Raises:
-        ConfigError: the job says nothing that a group could be sized by.
+        ConfigError: the job has no trainers, trials or experts to size a group by.
     """
     return [_head(options), *(_row(group) for group in worker_groups(job, options))]
 

@@ -1,4 +1,4 @@
-"""How far a run is, from its store alone: so it works from anywhere, whatever runs the job."""
+"""Progress of a run, read from its store only: independent of the system that runs the job."""
 
 import time
 from typing import Any
@@ -17,72 +17,73 @@ from dist_tl.train.loop import read_rows
 
 
 class StageStatus(StrictModel):
-    """One stage that has begun."""
+    """Progress of one stage that has started."""
 
-    stage: str
+    stage: str = Field(description="Name of the stage.")
     state: str = Field(description='"done", "shards", "training" or "begun".')
-    progress: str
+    progress: str = Field(description="Shards, or step, loss and checkpoint; may be empty.")
 
 
 class RunStatus(StrictModel):
-    """A run as its store shows it."""
+    """Status of a run."""
 
-    run: str
-    kind: str
+    run: str = Field(description="Folder or URL of the run.")
+    kind: str = Field(description="Kind of the job.")
     state: str = Field(description='"done" or "unfinished".')
-    attempts: int
-    last_started: float | None = Field(description="Unix time of the latest start.")
-    last_host: str | None
+    attempts: int = Field(description="Number of attempts.")
+    last_started: float | None = Field(description="Unix time at which the last attempt started.")
+    last_host: str | None = Field(description="Host of the last attempt.")
     generators: Bounds | None = Field(description="Bounds set by `dist-tl scale`.")
-    stages: tuple[StageStatus, ...]
+    stages: tuple[StageStatus, ...] = Field(description="Stages that have started.")
     cluster: str | None = Field(
-        default=None, description="What the cluster it was handed to says of it."
+        default=None, description="State of the job as reported by its cluster."
     )
 
 
 def run_status(store: ObjectStore) -> RunStatus:
-    """What is committed, and by whom.
+    """Returns the attempts of a run and the committed progress of its stages.
 
     Raises:
-        ConfigError: there is no run at this place.
+        ConfigError: the store contains no run.
     """
-    job = _job_of(store)
+    job = _read_job(store)
     number = latest_attempt(store)
-    start = store.read_json(layout.attempt_key(number)) if number else {}
+    attempt = store.read_json(layout.attempt_key(number)) if number else {}
     scale = read_scale(store)
     return RunStatus(
         run=store.url,
         kind=job["kind"],
         state="done" if _is_done(store, job["kind"]) else "unfinished",
         attempts=number,
-        last_started=start.get("started"),
-        last_host=start.get("host"),
+        last_started=attempt.get("started"),
+        last_host=attempt.get("host"),
         generators=scale.generators if scale else None,
         stages=tuple(_stages(store)),
     )
 
 
 def check_has_generators(store: ObjectStore) -> None:
-    """That there is a pool to scale.
+    """Checks that a run has generators to scale.
 
     Raises:
-        ConfigError: there is no run at this place, or it draws no pseudo-samples.
+        ConfigError: the store contains no run, or the run has no generators.
     """
-    job = _job_of(store)
+    job = _read_job(store)
     if job.get("generators") is None:
         raise ConfigError(f"{store.url} is of kind {job['kind']} and has no generators to scale")
 
 
-def _job_of(store: ObjectStore) -> dict[str, Any]:
+def _read_job(store: ObjectStore) -> dict[str, Any]:
     if not store.exists(layout.JOB):
         raise ConfigError(
-            f"{store.url} holds no run (no {layout.JOB}); check the URL, and that the job has begun"
+            f"{store.url} contains no run (no {layout.JOB}); check the URL, and that the job has "
+            "started"
         )
     return dict(store.read_json(layout.JOB)["job"])
 
 
 def _is_done(store: ObjectStore, kind: str) -> bool:
-    if kind == "source":  # it makes models, no results
+    if kind == "source":  # produces models, no results.json
         return store.exists(layout.result_key(PHASE))
     return store.exists(layout.RESULTS)
 
@@ -98,7 +99,7 @@ def _stages(store: ObjectStore) -> list[StageStatus]:
 def _stage(store: ObjectStore, stage: str, names: list[str]) -> StageStatus:
     if "manifest.json" in names:
         manifest = read_manifest(store, stage)
-        assert manifest is not None, "listed just now"
+        assert manifest is not None, "it was just listed"
         done = sum(name.startswith("entries/") for name in names)
         state = "done" if done == manifest.plan.num_shards else "shards"
         return StageStatus(
@@ -108,18 +109,18 @@ def _stage(store: ObjectStore, stage: str, names: list[str]) -> StageStatus:
         return StageStatus(stage=stage, state="done", progress="")
     if "metrics.jsonl" in names:
         rows = read_rows(store.read_or_none(layout.metrics_key(stage)))
-        at = f"step {rows[-1]['step']}, loss {rows[-1]['loss']:.3f}, " if rows else ""
+        latest = f"step {rows[-1]['step']}, loss {rows[-1]['loss']:.3f}, " if rows else ""
         commits = [name.split("/")[1] for name in names if name.endswith("/COMMIT")]
         saved = max((layout.parse_checkpoint_step(name) or 0 for name in commits), default=0)
-        progress = f"{at}checkpoint at step {saved}"
+        progress = f"{latest}checkpoint at step {saved}"
         return StageStatus(stage=stage, state="training", progress=progress)
     return StageStatus(stage=stage, state="begun", progress="")
 
 
-def age(seconds_ago: float) -> str:
-    """How long ago, as people say it."""
-    past = max(0.0, time.time() - seconds_ago)
+def age(unix_time: float) -> str:
+    """Returns the time since `unix_time` as text, e.g. "3 minutes ago"."""
+    seconds = max(0.0, time.time() - unix_time)
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if past >= 2 * size:
-            return f"{past / size:.0f} {unit} ago"
-    return f"{past:.0f} seconds ago"
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} seconds ago"

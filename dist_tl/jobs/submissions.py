@@ -1,4 +1,4 @@
-"""Where a run was handed in: kept with the run, so that its other verbs find it. No secrets."""
+"""Records where a run was submitted, in the run's store: `dist-tl status` and others read it."""
 
 import time
 from typing import Literal
@@ -12,29 +12,31 @@ from dist_tl.storage.records import read_record
 
 
 class Submission(StrictModel):
-    """submission.json of a run: its latest."""
+    """Latest submission of a run (`submission.json`). Contains no secrets."""
 
-    where: Literal["ray", "kubernetes"]
-    name: str = Field(description="Of the job: its id, or the RayJob's name.")
-    address: str | None = Field(default=None, description="Of Ray's dashboard.")
-    namespace: str | None = Field(default=None, description="Of the RayJob.")
-    generators_per_pod: int = Field(default=1, ge=1, description="On Kubernetes.")
-    submitted: float = Field(default_factory=time.time, description="Unix time.")
+    backend: Literal["ray", "kubernetes"] = Field(description="System that runs the job.")
+    name: str = Field(description="Submission id of the Ray job, or name of the RayJob.")
+    address: str | None = Field(default=None, description="URL of Ray's dashboard.")
+    namespace: str | None = Field(default=None, description="Namespace of the RayJob.")
+    generators_per_pod: int = Field(
+        default=1, ge=1, description="Generator workers per pod, on Kubernetes."
+    )
+    submitted: float = Field(default_factory=time.time, description="Unix time of submission.")
 
 
 def write_submission(store: ObjectStore, submission: Submission) -> None:
-    """Remember where the run was handed in last.
+    """Stores the latest submission of a run.
 
     Raises:
-        StorageError: the store refused.
+        StorageError: the store cannot be written.
     """
     store.write(layout.SUBMISSION, submission.model_dump_json(indent=1).encode())
 
 
 def read_submission(store: ObjectStore) -> Submission | None:
-    """Where the run was handed in last; None where it was started by hand.
+    """Returns the latest submission of a run, or None if the run was never submitted.
 
     Raises:
-        ConfigError: the file is damaged.
+        ConfigError: `submission.json` is damaged.
     """
     return read_record(store, layout.SUBMISSION, Submission, remedy="submit again")

@@ -1,1 +1,1 @@
-"""What a finished run looks like to people: a table, a verdict, one page that opens offline."""
+"""Reports of finished runs: results table, verdict, and a self-contained HTML report."""

@@ -1,4 +1,4 @@
-"""Curves and maps of a study. Every `draw_...` takes a width in CSS pixels."""
+"""Line charts and heat maps. Every `draw_...` function takes a width in CSS pixels."""
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,16 +12,16 @@ from dist_tl.report.svg import Drawing, new_figure
 
 COLORS = (svg.ARM, svg.REFERENCE, svg.GENERATE, svg.TRIAL, svg.OTHER, svg.INK)
 MARKERS = "osD^vP"
-DASHES = ("-", "--", ":")  # tell series apart once the colours begin again
-# Fixed colours, the same in the light and in the dark page: cells carry their own background.
+DASHES = ("-", "--", ":")  # distinguish series once the colours repeat
+# Fixed colours for the light and the dark theme: cells have their own background.
 LOSS, EVEN, GAIN = "#b35806", "#f7f7f7", "#2166ac"
 DARK_TEXT, LIGHT_TEXT = "#1b1f24", "#ffffff"
 
 
 def draw_chart(chart: Chart, *, width: int) -> Drawing:
-    """Lines and points with error bars, the legend below the axes."""
-    beside = width > svg.NARROW
-    figure = new_figure(width, (360 if beside else 300) + _legend_height(chart, width))
+    """Draws lines, and points with error bars; the legend is below the axes."""
+    wide = width > svg.NARROW
+    figure = new_figure(width, (360 if wide else 300) + _legend_height(chart, width))
     axes = figure.add_subplot()
     if chart.zero_line:
         axes.axhline(0, color=svg.MUTED, dashes=(4, 3), lw=1)
@@ -30,8 +30,8 @@ def draw_chart(chart: Chart, *, width: int) -> Drawing:
     if chart.log_x:
         _log_axis(axes, chart)
     else:
-        whole = all(x == int(x) for series in chart.series for x in series.x)
-        axes.xaxis.set_major_locator(MaxNLocator(8 if beside else 5, integer=whole))
+        integers = all(x == int(x) for series in chart.series for x in series.x)
+        axes.xaxis.set_major_locator(MaxNLocator(8 if wide else 5, integer=integers))
     axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.tick_params(length=0)
@@ -65,7 +65,7 @@ def _draw_series(axes: Axes, series: Series) -> None:
 
 
 def _log_axis(axes: Axes, chart: Chart) -> None:
-    """A logarithmic axis that names the values that were measured, not powers of ten."""
+    """Sets a logarithmic x axis with ticks at the measured values instead of powers of ten."""
     axes.set_xscale("log")
     values = sorted({x for series in chart.series for x in series.x})
     axes.xaxis.set_major_locator(FixedLocator(values))
@@ -84,7 +84,7 @@ def _legend_height(chart: Chart, width: int) -> int:
 
 
 def draw_heat_map(heat_map: HeatMap, *, width: int) -> Drawing:
-    """A cell for each pair of values, its number inside; the line is where the sign changes."""
+    """Draws one labelled cell per pair of values; a contour marks where the sign changes."""
     cell = min(64, (width - 110) / max(1, len(heat_map.x)))
     height = 46 if cell > 40 else 30
     figure = new_figure(width, 80 + height * len(heat_map.y))
@@ -112,12 +112,12 @@ def draw_heat_map(heat_map: HeatMap, *, width: int) -> Drawing:
 
 def _coloring(heat_map: HeatMap, values: np.ndarray) -> tuple[LinearSegmentedColormap, Normalize]:
     if heat_map.signed:
-        reach = max(float(np.nanmax(np.abs(values))), 1e-9)
-        shades = LinearSegmentedColormap.from_list("signed", [LOSS, EVEN, GAIN])
-        return shades, Normalize(-reach, reach)
+        limit = max(float(np.nanmax(np.abs(values))), 1e-9)
+        colormap = LinearSegmentedColormap.from_list("signed", [LOSS, EVEN, GAIN])
+        return colormap, Normalize(-limit, limit)
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    shades = LinearSegmentedColormap.from_list("unsigned", [EVEN, GAIN])
-    return shades, Normalize(low, max(high, low + 1e-9))
+    colormap = LinearSegmentedColormap.from_list("unsigned", [EVEN, GAIN])
+    return colormap, Normalize(low, max(high, low + 1e-9))
 
 
 def _draw_cell(
@@ -130,17 +130,17 @@ def _draw_cell(
     *,
     small: bool,
 ) -> None:
-    place = (column - 0.5, row - 0.5)
+    corner = (column - 0.5, row - 0.5)
     if np.isnan(value):
-        axes.add_patch(Rectangle(place, 1, 1, fc="none", ec=svg.LINE))
+        axes.add_patch(Rectangle(corner, 1, 1, fc="none", ec=svg.LINE))
         return
     hatched = bool(heat_map.insignificant) and heat_map.insignificant[row][column]
-    axes.add_patch(Rectangle(place, 1, 1, fc=color, ec=svg.PAPER, lw=1))
+    axes.add_patch(Rectangle(corner, 1, 1, fc=color, ec=svg.PAPER, lw=1))
     if hatched:
-        axes.add_patch(Rectangle(place, 1, 1, fc="none", ec="#8c959f", hatch="///", lw=0))
-    light = sum(color[:3]) < 1.5
+        axes.add_patch(Rectangle(corner, 1, 1, fc="none", ec="#8c959f", hatch="///", lw=0))
+    is_dark = sum(color[:3]) < 1.5
     digits = 0 if small else 1
-    text = f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: never "-0"
+    text = f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0 turns "-0" into "0"
     axes.text(
         column,
         row,
@@ -148,6 +148,6 @@ def _draw_cell(
         ha="center",
         va="center",
         size=10 if small else 11,
-        color=LIGHT_TEXT if light else DARK_TEXT,
+        color=LIGHT_TEXT if is_dark else DARK_TEXT,
         bbox={"fc": color, "ec": "none", "pad": 1.5} if hatched else None,
     )

@@ -1,4 +1,4 @@
-"""From a run's folder to its page: everything is read from the store, nothing from the job."""
+"""Builds the report of a run from the files in its store; the job file is not needed."""
 
 import json
 from typing import Any
@@ -17,22 +17,22 @@ from dist_tl.storage.objects import ObjectStore
 
 
 def read_results(store: ObjectStore) -> AnyResults:
-    """The results of a finished run.
+    """Returns the results of a finished run.
 
     Raises:
-        ConfigError: there are none: the run is not done, or is no run.
+        ConfigError: the store has no results: the run is not finished, or there is no run.
     """
     data = store.read_or_none(layout.RESULTS)
     if data is None:
         raise ConfigError(
-            f"{store.url} holds no {layout.RESULTS}; start the job with `dist-tl run`, or let it "
-            "end, and then report"
+            f"{store.url} contains no {layout.RESULTS}; start the job with `dist-tl run`, or wait "
+            "until it has finished"
         )
     return parse_results(data)
 
 
 def write_report(store: ObjectStore) -> str:
-    """Make the page of a finished run and store it; returns its key.
+    """Writes the HTML report of a finished run to its store; returns the key of the report.
 
     Raises:
         ConfigError: the run has no results yet.
@@ -75,6 +75,6 @@ def _gallery(store: ObjectStore) -> Gallery | None:
 
 
 def _metadata(data: bytes) -> dict[str, str]:
-    # A safetensors file begins with the length of its JSON header; texts are in __metadata__.
+    # A safetensors file starts with the length of its JSON header, which has the metadata.
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]).get("__metadata__", {})

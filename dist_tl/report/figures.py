@@ -1,4 +1,4 @@
-"""Tables, charts and maps of results, ready for a page."""
+"""Converts charts, heat maps and tables of results to figures of an HTML report."""
 
 from collections.abc import Sequence
 
@@ -6,28 +6,25 @@ from dist_tl.report.charts import draw_chart, draw_heat_map
 from dist_tl.report.results import Chart, HeatMap, Table
 from dist_tl.report.svg import Plot, responsive
 
-TEXT_FROM = 14  # a column whose longest cell has more letters is set as text
+MAX_NUMBER_LENGTH = 14  # a column with longer cells is formatted as text
 Figure = tuple[str, Plot, str]  # title, plot, note
 
 
 def figures(charts: Sequence[Chart], heat_maps: Sequence[HeatMap]) -> list[Figure]:
-    """All charts, then all maps."""
+    """Returns the figures of all charts, then of all heat maps."""
     drawn = [_chart(chart, i) for i, chart in enumerate(charts)]
     return drawn + [_heat_map(heat_map, i) for i, heat_map in enumerate(heat_maps)]
 
 
 def text_columns(tables: Sequence[Table]) -> dict[str, list[int]]:
-    """Columns, from 0, that hold words rather than numbers, by the title of the table."""
+    """Returns the indices of the text columns of each table, by table title."""
     return {table.title: _text_columns(table) for table in tables}
 
 
 def _text_columns(table: Table) -> list[int]:
-    longest = [max((len(row[i]) for row in table.rows), default=0) for i in range(_width(table))]
-    return [i for i, length in enumerate(longest) if i == 0 or length > TEXT_FROM]
-
-
-def _width(table: Table) -> int:
-    return len(table.header)
+    columns = range(len(table.header))
+    longest = [max((len(row[i]) for row in table.rows), default=0) for i in columns]
+    return [i for i, length in enumerate(longest) if i == 0 or length > MAX_NUMBER_LENGTH]
 
 
 def _chart(chart: Chart, index: int) -> Figure:

@@ -1,4 +1,4 @@
-"""Pseudo samples beside target samples, as tiles of a page."""
+"""Gallery of pseudo-samples and target samples, as image tiles of an HTML report."""
 
 import base64
 import io
@@ -14,29 +14,30 @@ _TOP_CLASSES = 3
 
 @dataclass(frozen=True)
 class Gallery:
-    """Images to look at: what the generator made, and what it should help with.
+    """Pseudo-samples with their conditions, and samples of the target data.
 
     Raises:
-        ValueError: the shapes, types or counts do not fit each other.
+        ValueError: shapes, dtypes or counts are inconsistent.
     """
 
     pseudo_images: np.ndarray
-    """uint8 [N, H, W, C], C being 1 or 3."""
+    """uint8 [N, H, W, C] with C = 1 or 3."""
     conditions: np.ndarray
-    """float32 [N, K]: what the generator was given for each image, rows on the simplex."""
+    """float32 [N, K]: class probabilities that the generator was conditioned on."""
     source_classes: tuple[str, ...]
-    """K names."""
+    """Names of the K source classes."""
     target_images: np.ndarray
-    """uint8 [M, H, W, C]; the size may differ from that of the pseudo images."""
+    """uint8 [M, H, W, C]; the image size may differ from that of the pseudo-samples."""
     target_labels: np.ndarray
-    """int [M]."""
+    """int [M]: indices into `target_classes`."""
     target_classes: tuple[str, ...]
+    """Names of the target classes."""
     captions: tuple[str, ...] = ()
-    """N texts shown under the pseudo images, or none."""
+    """N captions of the pseudo-samples; may be empty."""
     title: str = "Pseudo samples and their conditions"
-    """What the pseudo images and their bars are."""
+    """Heading of the pseudo-samples."""
     subject: str = "pseudo sample for"
-    """What one of them is called where it cannot be seen, before the names of its bars."""
+    """Start of the alternative text of a pseudo-sample, followed by its top classes."""
 
     def __post_init__(self) -> None:
         for name in ("pseudo_images", "target_images"):
@@ -49,10 +50,10 @@ class Gallery:
         _require("target_labels", self.target_labels.shape, (len(self.target_images),))
         if self.captions:
             _require("captions", (len(self.captions),), (count,))
-        wrong = set(self.target_labels.tolist()) - set(range(len(self.target_classes)))
-        if wrong:
+        unknown = set(self.target_labels.tolist()) - set(range(len(self.target_classes)))
+        if unknown:
             expected = f"0..{len(self.target_classes) - 1}"
-            raise ValueError(f"target_labels: expected {expected}, got {sorted(wrong)}")
+            raise ValueError(f"target_labels: expected {expected}, got {sorted(unknown)}")
 
 
 def _require(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -62,7 +63,7 @@ def _require(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> No
 
 @dataclass(frozen=True)
 class Share:
-    """One class of a condition; `percent` is its probability in per cent."""
+    """One class of a condition; `percent` is its probability in percent."""
 
     name: str
     percent: float
@@ -70,7 +71,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Tile:
-    """One image of the page with what is written under it."""
+    """One image with its caption."""
 
     source: str
     alt: str
@@ -79,7 +80,7 @@ class Tile:
 
 
 def pseudo_tiles(gallery: Gallery) -> list[Tile]:
-    """The first `MAX_TILES` pseudo images, each with the top classes of its condition."""
+    """Returns the first `MAX_TILES` pseudo-samples, each with the top classes of its condition."""
     captions = gallery.captions or ("",) * len(gallery.pseudo_images)
     rows = zip(gallery.pseudo_images, gallery.conditions, captions, strict=True)
     tiles = []
@@ -92,7 +93,7 @@ def pseudo_tiles(gallery: Gallery) -> list[Tile]:
 
 
 def target_tiles(gallery: Gallery) -> list[Tile]:
-    """The first `MAX_TILES` target images, each with the name of its class."""
+    """Returns the first `MAX_TILES` target samples, each with the name of its class."""
     rows = zip(gallery.target_images, gallery.target_labels, strict=True)
     names = gallery.target_classes
     return [
@@ -102,14 +103,14 @@ def target_tiles(gallery: Gallery) -> list[Tile]:
 
 
 def top_classes(condition: np.ndarray, names: Sequence[str]) -> tuple[Share, ...]:
-    """The likeliest class and up to two more of at least half a per cent; ties in class order."""
+    """Returns the most likely class and up to two more of at least 0.5 %; ties in class order."""
     order = np.argsort(-condition, kind="stable")[:_TOP_CLASSES]
-    first, *rest = (Share(name=names[k], percent=100 * float(condition[k])) for k in order)
+    first, *rest = (Share(name=names[int(k)], percent=100 * float(condition[k])) for k in order)
     return (first, *(share for share in rest if share.percent >= 0.5))
 
 
 def data_uri(image: np.ndarray) -> str:
-    """`image`, uint8 [H, W, 1 or 3], as a PNG inside a URI."""
+    """Returns `image`, uint8 [H, W, 1 or 3], as a PNG data URI."""
     buffer = io.BytesIO()
     pixels = image[:, :, 0] if image.shape[2] == 1 else image
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, format="PNG", optimize=True)

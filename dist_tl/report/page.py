@@ -1,6 +1,6 @@
-"""The report of a run: one HTML page that opens offline and needs nothing beside itself.
+"""HTML report of a run that compares arms: one self-contained file that opens offline.
 
-The page says what happened and adds nothing: the same input gives the same bytes.
+The output is deterministic: the same input gives the same bytes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,10 +9,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from dist_tl.report import gallery as pictures
 from dist_tl.report import plots
 from dist_tl.report.figures import figures, text_columns
-from dist_tl.report.gallery import Gallery
+from dist_tl.report.gallery import Gallery, pseudo_tiles, target_tiles
 from dist_tl.report.results import ComparisonResults, RunRecord, StageRecord
 from dist_tl.report.summary import MARKS_EXPLAINED, ordered, points, table_rows, verdict
 from dist_tl.report.svg import Plot, responsive
@@ -20,7 +19,7 @@ from dist_tl.report.svg import Plot, responsive
 
 @dataclass(frozen=True)
 class Fact:
-    """A figure with its name and, where it is not plain, what it means."""
+    """A named value with an optional explanation."""
 
     name: str
     value: str
@@ -33,22 +32,23 @@ def build_page(
     metrics: Mapping[str, Sequence[Mapping[str, Any]]],
     gallery: Gallery | None,
 ) -> str:
-    """The whole page as text.
+    """Returns the report as HTML.
 
     Args:
-        metrics: stage name to its metric rows; rows with `step` and `loss` become curves.
-        gallery: images to show, if there are any.
+        results: results of the run.
+        metrics: metric rows by stage name; rows with `step` and `loss` become curves.
+        gallery: images to show, or None.
     """
     groups = plots.group_curves(metrics)
     header, *rows = table_rows(results)
-    inside = sum(not summary.reference for summary in results.summaries)
+    num_arms = sum(not summary.reference for summary in results.summaries)
     return render(
         "page.html",
         results=results,
         verdict=verdict(results),
         header=header,
-        arm_rows=rows[:inside],
-        reference_rows=rows[inside:],
+        arm_rows=rows[:num_arms],
+        reference_rows=rows[num_arms:],
         has_intervals=any(s.accuracy.half_width is not None for s in results.summaries),
         marks_explained=MARKS_EXPLAINED,
         accuracy=_accuracy_plot(results),
@@ -57,8 +57,8 @@ def build_page(
         figures=figures(results.charts, results.heat_maps),
         text_columns=text_columns(results.tables),
         tiles_title=gallery.title if gallery else "",
-        pseudo_tiles=pictures.pseudo_tiles(gallery) if gallery else [],
-        target_tiles=pictures.target_tiles(gallery) if gallery else [],
+        pseudo_tiles=pseudo_tiles(gallery) if gallery else [],
+        target_tiles=target_tiles(gallery) if gallery else [],
         timeline=timeline_plot(results.stages),
         kinds=[kind for kind in plots.KINDS if any(s.kind == kind for s in results.stages)],
         stage_rows=_stage_rows(results),
@@ -69,7 +69,7 @@ def build_page(
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from one of the templates beside this module."""
+    """Renders one of the HTML templates of this package."""
     environment = Environment(
         loader=PackageLoader("dist_tl", "report"),
         autoescape=True,
@@ -103,18 +103,18 @@ def _loss_plot(groups: Mapping[str, Sequence[Mapping[int, float]]]) -> Plot | No
 
 
 def timeline_plot(stages: Sequence[StageRecord]) -> Plot | None:
-    """Bars of the stages over time; None without stages."""
+    """Returns a plot of the stages over time, or None if there are no stages."""
     if not stages:
         return None
     return responsive(
         lambda width: plots.draw_timeline(stages, width=width),
         name="timeline",
-        label=f"When each of {len(stages)} stages worked; the list below has the numbers.",
+        label=f"Start and end of each of {len(stages)} stages; the list below has the numbers.",
     )
 
 
 def _stage_rows(results: ComparisonResults) -> list[tuple[str, ...]]:
-    """Number, name, kind, start, seconds, steps, samples, starved, overlap; by start."""
+    """Returns number, name, kind, start, seconds, steps, samples, starved, overlap; by start."""
     origin = min((stage.started for stage in results.stages), default=0.0)
     return [
         (
@@ -148,36 +148,36 @@ def _quality_facts(results: ComparisonResults) -> list[Fact]:
         Fact(
             "Agreement",
             f"{points(quality.agreement)} %",
-            "samples in which the source classifier sees the class that was asked for",
+            "samples that the source classifier assigns to the requested class",
         )
     ]
     if quality.frechet is not None:
         meaning = "to real source images, in the source classifier's features"
         facts.append(Fact("Fréchet distance", f"{quality.frechet:,.2f}", meaning))
     if quality.frechet_real is not None:
-        meaning = "the same distance between two halves of the real images"
-        facts.append(Fact("Its floor", f"{quality.frechet_real:,.2f}", meaning))
-    return [*facts, Fact("Samples judged", f"{quality.samples:,}")]
+        meaning = "between two halves of the real images: the lower limit"
+        facts.append(Fact("Fréchet distance, real", f"{quality.frechet_real:,.2f}", meaning))
+    return [*facts, Fact("Samples evaluated", f"{quality.samples:,}")]
 
 
 def _shard_facts(results: ComparisonResults) -> list[Fact]:
-    """What the generators stored and how well the trainers were fed; absent figures stay out."""
-    making = [stage for stage in results.stages if stage.kind == "generate"]
+    """Returns totals of the generated shards and of the data loading; omits missing figures."""
+    generating = [stage for stage in results.stages if stage.kind == "generate"]
     facts = []
-    if (shards := _total(making, "shards")) is not None:
+    if (shards := _total(generating, "shards")) is not None:
         facts.append(Fact("Shards", f"{shards:,.0f}"))
-    if (stored := _total(making, "bytes")) is not None:
+    if (stored := _total(generating, "bytes")) is not None:
         facts.append(Fact("Stored", byte_text(stored)))
-    if (samples := _total(making, "samples")) is not None:
-        facts.append(Fact("Pseudo samples", f"{samples:,.0f}"))
-        if seconds := busy_seconds((stage.started, stage.ended) for stage in making):
+    if (samples := _total(generating, "samples")) is not None:
+        facts.append(Fact("Pseudo-samples", f"{samples:,.0f}"))
+        if seconds := busy_seconds((stage.started, stage.ended) for stage in generating):
             meaning = "while at least one stage was generating"
-            facts.append(Fact("Samples a second", f"{samples / seconds:,.1f}", meaning))
+            facts.append(Fact("Samples per second", f"{samples / seconds:,.1f}", meaning))
     if (starved := _total(results.stages, "starved_s")) is not None:
         meaning = "trainers waiting for data, summed over stages"
         facts.append(Fact("Starved", f"{starved:,.1f} s", meaning))
     if results.overlap:
-        meaning = "first optimizer steps ahead of the last shard they read, summed over stages"
+        meaning = "time from the first step to the commit of the last shard, summed over stages"
         facts.append(Fact("Overlap", f"{sum(results.overlap.values()):,.1f} s", meaning))
     return facts
 
@@ -188,16 +188,16 @@ def _total(stages: Iterable[StageRecord], figure: str) -> float | None:
 
 
 def busy_seconds(spans: Iterable[tuple[float, float]]) -> float:
-    """Seconds in which at least one of the (start, end) spans was open."""
-    total, reached = 0.0, float("-inf")
+    """Returns the total length of the union of (start, end) spans, in seconds."""
+    total, covered_until = 0.0, float("-inf")
     for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
+        total += max(0.0, end - max(start, covered_until))
+        covered_until = max(covered_until, end)
     return total
 
 
 def byte_text(size: float) -> str:
-    """A size in bytes as people read it, in powers of 1024."""
+    """Returns a size in bytes as text, e.g. "1.5 KiB"."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
@@ -206,7 +206,7 @@ def byte_text(size: float) -> str:
 
 
 def run_facts(results: RunRecord) -> list[Fact]:
-    """What every page ends with."""
+    """Returns the facts at the end of every report."""
     return [
         Fact("Wall time", f"{results.wall_seconds:,.1f} s"),
         Fact("Peak memory", byte_text(results.peak_memory_bytes)),

@@ -1,6 +1,6 @@
-"""The page's plots: accuracy per arm, loss curves, the timeline of stages.
+"""Plots of a comparison: accuracy per arm, loss curves, timeline of the stages.
 
-Every `draw_...` takes a width in CSS pixels and gives back a figure that fits it.
+Every `draw_...` function takes a width in CSS pixels and returns a figure of that width.
 """
 
 import math
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
@@ -26,12 +27,12 @@ KINDS = {
 }
 MAX_PANELS = 24
 _MAX_CURVE_POINTS = 120
-_MARKS = ("first_step_at", "last_commit_at")  # tell how far generating and training overlapped
+_MARKS = ("first_step_at", "last_commit_at")  # show how far generation and training overlap
 _REPEAT = re.compile(r"[-_./ ]?(?:seed|fold)[-_=]?\d+")
 
 
 def shorten(name: str, length: int) -> str:
-    """`name`, or its two ends around an ellipsis, in at most `length` characters."""
+    """Shortens `name` to at most `length` characters, with an ellipsis in the middle."""
     if len(name) <= length:
         return name
     tail = (length - 1) // 2
@@ -41,25 +42,23 @@ def shorten(name: str, length: int) -> str:
 def draw_accuracy(
     summaries: Sequence[ArmSummary], scores: Sequence[Score], baseline: str, *, width: int
 ) -> Drawing:
-    """One row an arm: mean and 95 % interval above, the seeds below, in per cent."""
-    beside = width > svg.NARROW
-    figure = new_figure(width, 52 + (38 if beside else 56) * len(summaries))
+    """Draws one row per arm: mean and 95 % interval above, seeds below, in percent."""
+    wide = width > svg.NARROW
+    figure = new_figure(width, 52 + (38 if wide else 56) * len(summaries))
     axes = figure.add_subplot()
     for row, summary in enumerate(summaries):
         _arm_row(axes, row, summary, [s.accuracy for s in scores if s.arm == summary.arm])
         if summary.arm == baseline:
             axes.axvline(100 * summary.accuracy.mean, color=svg.MUTED, dashes=(4, 3), lw=1)
-        if not beside:
+        if not wide:
             _name_above(axes, row, summary)
     names = ["\n".join(textwrap.wrap(shorten(s.arm, 56), 30)) for s in summaries]
-    axes.set_yticks(range(len(summaries)), names if beside else [""] * len(names))
-    axes.set(
-        ylim=(len(summaries) - 0.4, -0.5 if beside else -0.75), xlim=_limits(summaries, scores)
-    )
+    axes.set_yticks(range(len(summaries)), names if wide else [""] * len(names))
+    axes.set(ylim=(len(summaries) - 0.4, -0.5 if wide else -0.75), xlim=_limits(summaries, scores))
     axes.set_xlabel("accuracy on the test split, %")
     axes.tick_params(length=0)
     axes.grid(axis="x")
-    axes.xaxis.set_major_locator(MaxNLocator(8 if beside else 5))
+    axes.xaxis.set_major_locator(MaxNLocator(8 if wide else 5))
     return Drawing(figure)
 
 
@@ -76,13 +75,13 @@ def _arm_row(axes: Axes, row: int, summary: ArmSummary, seeds: Sequence[float]) 
 
 
 def _name_above(axes: Axes, row: int, summary: ArmSummary) -> None:
-    place = {"transform": axes.get_yaxis_transform(), "ha": "left", "va": "bottom"}
-    behind = {"fc": svg.PAPER, "ec": "none", "pad": 1.0}  # keeps the baseline out of the letters
-    axes.text(0, row - 0.18, shorten(summary.arm, 44), color=svg.INK, bbox=behind, **place)
+    position = {"transform": axes.get_yaxis_transform(), "ha": "left", "va": "bottom"}
+    background = {"fc": svg.PAPER, "ec": "none", "pad": 1.0}  # hides the baseline behind the text
+    axes.text(0, row - 0.18, shorten(summary.arm, 44), color=svg.INK, bbox=background, **position)
 
 
 def _limits(summaries: Sequence[ArmSummary], scores: Sequence[Score]) -> tuple[float, float]:
-    """Room for every interval and seed, within what an accuracy can be."""
+    """Returns axis limits that contain all intervals and seeds, clipped to 0..100 plus a margin."""
     means = [(s.accuracy.mean, s.accuracy.half_width or 0.0) for s in summaries]
     values = [mean - half for mean, half in means] + [mean + half for mean, half in means]
     values += [score.accuracy for score in scores]
@@ -94,9 +93,9 @@ def _limits(summaries: Sequence[ArmSummary], scores: Sequence[Score]) -> tuple[f
 def group_curves(
     metrics: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> dict[str, list[dict[int, float]]]:
-    """Loss by step, stages that differ only in seed or fold under one name.
+    """Returns loss curves (step -> loss), grouped over stages that differ only in seed or fold.
 
-    Rows without a step or a finite loss are left out, and so are stages without any row.
+    Rows without a step or a finite loss are omitted, and so are stages without such rows.
     """
     groups: dict[str, list[dict[int, float]]] = {}
     for stage, rows in metrics.items():
@@ -112,32 +111,34 @@ def group_curves(
 
 
 def mean_curve(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    """The mean over curves at the steps that all of them have."""
+    """Returns the mean over curves at the steps that all of them share."""
     steps = sorted(set(curves[0]).intersection(*curves[1:]))
     return {step: math.fsum(curve[step] for curve in curves) / len(curves) for step in steps}
 
 
 def _thinned(curve: Mapping[int, float]) -> tuple[list[float], list[float]]:
-    """Means over runs of neighbouring rows, so that a long curve does not swell the page."""
+    """Averages blocks of neighbouring points, which bounds the size of the report."""
     steps, losses = list(curve), list(curve.values())
     size = math.ceil(len(steps) / _MAX_CURVE_POINTS) or 1
-    cuts = range(0, len(steps), size)
+    starts = range(0, len(steps), size)
     return (
-        [math.fsum(part) / len(part) for part in (steps[cut : cut + size] for cut in cuts)],
-        [math.fsum(part) / len(part) for part in (losses[cut : cut + size] for cut in cuts)],
+        [math.fsum(part) / len(part) for part in (steps[i : i + size] for i in starts)],
+        [math.fsum(part) / len(part) for part in (losses[i : i + size] for i in starts)],
     )
 
 
 def draw_losses(groups: Mapping[str, Sequence[Mapping[int, float]]], *, width: int) -> Drawing:
-    """Small multiples: a light line a seed and their mean; the first `MAX_PANELS` groups."""
+    """Draws the first `MAX_PANELS` groups in panels: one light line per seed, and their mean."""
     shown = list(groups.items())[:MAX_PANELS]
     wide = width > svg.NARROW
     columns = min(4 if wide else 2, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure = new_figure(width, (195 if wide else 170) * rows + 10)
-    figure.get_layout_engine().set(h_pad=0.09)
+    engine = figure.get_layout_engine()
+    assert isinstance(engine, ConstrainedLayoutEngine), "set by new_figure"
+    engine.set(h_pad=0.09)
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    # The panels second: zip would otherwise take one more than it fills.
+    # The panels come second: otherwise zip would consume one panel that stays empty.
     for (name, curves), panel in zip(shown, panels, strict=False):
         _loss_panel(panel, curves)
         size = (width // columns - 40) // 7  # characters that fit above a panel
@@ -156,7 +157,7 @@ def _loss_panel(axes: Axes, curves: Sequence[Mapping[int, float]]) -> None:
     losses = [loss for curve in curves for loss in curve.values()]
     if min(losses) > 0 and max(losses) > 100 * min(losses):
         axes.set_yscale("log")
-        # The usual formatter writes mathematics, which the style switches off.
+        # The default formatter uses mathtext, which the style disables.
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
@@ -167,12 +168,12 @@ def _loss_panel(axes: Axes, curves: Sequence[Mapping[int, float]]) -> None:
 
 
 def pack_lanes(spans: Iterable[tuple[float, float]]) -> list[int]:
-    """A lane for every span, so that spans of one lane do not overlap.
+    """Assigns a lane to every span so that spans of one lane do not overlap.
 
-    Uses as few lanes as spans are ever open at once.
+    Uses the minimum number of lanes.
 
     Args:
-        spans: (start, end) pairs in order of their starts.
+        spans: (start, end) pairs, sorted by start.
     """
     ends: list[float] = []
     lanes = []
@@ -184,14 +185,14 @@ def pack_lanes(spans: Iterable[tuple[float, float]]) -> list[int]:
 
 
 def by_start(stages: Iterable[StageRecord]) -> list[StageRecord]:
-    """The stages in the order in which the page numbers them, from 1."""
+    """Returns the stages sorted by start; the report numbers them in this order, from 1."""
     return sorted(stages, key=lambda stage: (stage.started, stage.name))
 
 
 def draw_timeline(stages: Sequence[StageRecord], *, width: int) -> Drawing:
-    """Bars by kind over seconds since the first start.
+    """Draws one bar per stage over the seconds since the first start, grouped by kind.
 
-    A bar bears the name of its stage, or its number, or nothing, as its length allows.
+    Depending on its length, a bar shows the name of its stage, its number, or nothing.
     """
     origin = min(stage.started for stage in stages)
     total = max(max(stage.ended for stage in stages) - origin, 1e-3)
@@ -212,7 +213,7 @@ def draw_timeline(stages: Sequence[StageRecord], *, width: int) -> Drawing:
 
 @dataclass(frozen=True)
 class _Bar:
-    """One stage as it is drawn; times in seconds since the first start of the run."""
+    """Bar of one stage; times are in seconds since the start of the first stage."""
 
     stage: StageRecord
     number: int
@@ -234,14 +235,14 @@ class _Bar:
 
     @property
     def text(self) -> str:
-        """The first of name and number that fits into the bar, with 7 pixels a character."""
+        """Stage name, else number, whichever fits into the bar at 7 pixels per character."""
         room = (self.end - self.start) / self.seconds_per_pixel
         fitting = [t for t in (self.stage.name, str(self.number)) if 7 * len(t) + 6 < room]
         return fitting[0] if fitting else ""
 
 
 def _bars(stages: Sequence[StageRecord], origin: float, seconds_per_pixel: float) -> list[_Bar]:
-    """Rows of a kind together, half a row between kinds."""
+    """Returns the bars of all stages; kinds are separated by half a row."""
     numbered = list(enumerate(by_start(stages), 1))
     bars: list[_Bar] = []
     first = 0.0
@@ -265,13 +266,13 @@ def _draw_bar(axes: Axes, bar: _Bar, *, with_text: bool) -> None:
         dots = [mark for mark in bar.marks if bar.start <= mark <= bar.end]
         axes.plot(dots, [bar.row + 0.25] * len(dots), "o", ms=3.5, mew=0, color=svg.ON_BAR)
     if with_text and bar.text:
-        place = {"ha": "center", "va": "center_baseline", "size": 10.5, "color": svg.ON_BAR}
-        axes.text((bar.start + bar.end) / 2, bar.row, bar.text, **place)
+        style = {"ha": "center", "va": "center_baseline", "size": 10.5, "color": svg.ON_BAR}
+        axes.text((bar.start + bar.end) / 2, bar.row, bar.text, **style)
 
 
 def _label_kinds(axes: Axes, bars: Sequence[_Bar]) -> None:
     rows: dict[str, list[float]] = {}
     for bar in bars:
         rows.setdefault(bar.stage.kind, []).append(bar.row)
-    middles = [(min(of_kind) + max(of_kind)) / 2 for of_kind in rows.values()]
-    axes.set_yticks(middles, [shorten(kind, 10) for kind in rows])
+    centers = [(min(of_kind) + max(of_kind)) / 2 for of_kind in rows.values()]
+    axes.set_yticks(centers, [shorten(kind, 10) for kind in rows])

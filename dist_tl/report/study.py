@@ -1,4 +1,4 @@
-"""The page of a run that measures: its tables, curves and maps, as results.json gives them."""
+"""HTML report of a study: the tables, charts and heat maps of its results.json."""
 
 from dist_tl.report.figures import figures, text_columns
 from dist_tl.report.page import Fact, render, run_facts, timeline_plot
@@ -6,11 +6,11 @@ from dist_tl.report.results import StudyResults
 
 
 def build_study_page(results: StudyResults) -> str:
-    """The whole page as text."""
+    """Returns the report as HTML."""
     drawn = figures(results.charts, results.heat_maps)
-    if results.stages:
-        note = "When each group of tasks was at work."
-        drawn.append(("Timeline", timeline_plot(results.stages), note))
+    timeline = timeline_plot(results.stages)
+    if timeline is not None:
+        drawn.append(("Timeline", timeline, "Start and end of each group of tasks."))
     return render(
         "study.html",
         results=results,

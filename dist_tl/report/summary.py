@@ -1,6 +1,6 @@
-"""The results in words and rows: one verdict, one table, the same for terminal, README and page.
+"""Verdict and tables of results, shared by the terminal, Markdown and the HTML report.
 
-Accuracies and gains are in per cent and in percentage points; a gain is paired by seed.
+Accuracies are in percent, gains in percentage points; gains are paired by seed.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ from dist_tl.report.results import (
 BETTER, WORSE = "▲", "▼"
 MARKS_EXPLAINED = (
     f"{BETTER} above and {WORSE} below the baseline: the 95 % interval of the paired gain excludes "
-    "zero. Intervals are Student t over seeds and not corrected for the number of arms."
+    "zero. Intervals are Student t over seeds, not corrected for the number of arms."
 )
 
 
 def ordered(results: ComparisonResults) -> list[ArmSummary]:
-    """The arms inside the setting in the order of the job, then the reference arms."""
+    """Returns the arms in the order of the job, reference arms last."""
     return sorted(results.summaries, key=lambda summary: summary.reference)
 
 
 def table_rows(results: ComparisonResults) -> list[tuple[str, ...]]:
-    """The results table as text: the header, one row an arm, reference arms last and named so.
+    """Returns the results table as text: the header, then one row per arm, reference arms last.
 
-    A note column is there only where an arm has a note.
+    The note column is present only if an arm has a note.
     """
     arms = ordered(results)
     header = ("arm", "accuracy %", f"gain over {results.baseline}", "seconds", "samples", "note")
@@ -50,13 +50,13 @@ def _row(summary: ArmSummary, baseline: str) -> tuple[str, ...]:
 
 
 def with_half_width(share: Interval, sign: str = "") -> str:
-    """A share in per cent, e.g. "91.2 ± 1.3"; without "±" where one seed gives no interval."""
+    """Formats a fraction in percent, e.g. "91.2 ± 1.3"; without "±" for a single seed."""
     mean = points(share.mean, sign)
     return mean if share.half_width is None else f"{mean} ± {points(share.half_width)}"
 
 
 def gain_text(gain: Interval | None) -> str:
-    """A gain in points with its sign, and a mark where its interval excludes zero."""
+    """Formats a gain in percentage points, with a mark if its interval excludes zero."""
     if gain is None:
         return "-"
     mark = (BETTER if gain.mean > 0 else WORSE) if gain.excludes_zero else ""
@@ -64,33 +64,33 @@ def gain_text(gain: Interval | None) -> str:
 
 
 def points(share: float, sign: str = "") -> str:
-    """`share` times 100 with one decimal; never "-0.0"."""
+    """Formats `share` times 100 with one decimal; never "-0.0"."""
     value = round(100 * share, 1)
     return f"{value or 0.0:{sign if value else ''}.1f}"
 
 
 def verdict(results: AnyResults) -> str:
-    """The outcome in one sentence."""
+    """Returns the outcome of a run in one sentence."""
     return results.verdict if isinstance(results, StudyResults) else _winner(results)
 
 
 def _winner(results: ComparisonResults) -> str:
-    """Which arm beat the baseline and by how much, or that none did.
+    """Returns which arm beat the baseline and by how much, or that none did.
 
-    Reference arms never win: they use what the setting forbids.
+    Reference arms never win: they use data that the setting does not allow.
     """
     base = next((s for s in results.summaries if s.arm == results.baseline), None)
     if base is None:
         return f"No verdict: the baseline {results.baseline} was not scored."
-    compared = [(s.arm, s.gain) for s in results.summaries if s.gain and not s.reference]
+    candidates = [(s.arm, s.gain) for s in results.summaries if s.gain and not s.reference]
     base_score = f"{points(base.accuracy.mean)} %"
-    if not compared:
+    if not candidates:
         return f"Nothing to compare: only the baseline {base.arm} was run ({base_score})."
-    top, top_gain = max(compared, key=lambda pair: pair[1].mean)
-    clear = [(arm, gain) for arm, gain in compared if gain.excludes_zero and gain.mean > 0]
-    if not clear:
-        return _no_winner(f"{base.arm} ({base_score})", top, top_gain, len(compared))
-    arm, gain = max(clear, key=lambda pair: pair[1].mean)
+    top, top_gain = max(candidates, key=lambda pair: pair[1].mean)
+    winners = [(arm, gain) for arm, gain in candidates if gain.excludes_zero and gain.mean > 0]
+    if not winners:
+        return _no_winner(f"{base.arm} ({base_score})", top, top_gain, len(candidates))
+    arm, gain = max(winners, key=lambda pair: pair[1].mean)
     sentence = (
         f"{arm} won: {points(base.accuracy.mean + gain.mean)} % against {base_score} for "
         f"{base.arm}, a gain of {points(gain.mean)} points {_bounds(gain)}"
@@ -106,17 +106,17 @@ def _winner(results: ComparisonResults) -> str:
 def _no_winner(base: str, top: str, gain: Interval, count: int) -> str:
     best = "the only one" if count == 1 else f"the best of {count}"
     if points(gain.mean) == points(0.0):
-        return f"No route beat {base}: {best}, {top}, came out even {_bounds(gain)}."
+        return f"No arm beat {base}: {best}, {top}, was equal {_bounds(gain)}."
     size = f"{points(abs(gain.mean))} points {'above' if gain.mean > 0 else 'below'}"
     if gain.mean < 0:
-        return f"No route beat {base}: {best}, {top}, was {size} {_bounds(gain)}."
+        return f"No arm beat {base}: {best}, {top}, was {size} {_bounds(gain)}."
     if gain.half_width is None:
         return (
-            f"No route can be said to beat {base} from one seed: {best}, {top}, was {size}, "
-            "which may be chance."
+            f"One seed cannot show that an arm beats {base}: {best}, {top}, was {size}, which may "
+            "be chance."
         )
     return (
-        f"No route beat {base} beyond noise: {best}, {top}, was {size}, and its interval includes "
+        f"No arm beat {base} beyond noise: {best}, {top}, was {size}, and its interval includes "
         f"zero {_bounds(gain)}."
     )
 
@@ -129,7 +129,7 @@ def _bounds(gain: Interval) -> str:
 
 
 def tables(results: AnyResults) -> list[Table]:
-    """What the terminal shows, whatever the kind of the run."""
+    """Returns the tables that the terminal shows."""
     if isinstance(results, StudyResults):
         return list(results.tables)
     header, *rows = table_rows(results)
@@ -138,7 +138,7 @@ def tables(results: AnyResults) -> list[Table]:
 
 
 def markdown_tables(results: AnyResults) -> str:
-    """All tables in GitHub's Markdown, ending in a newline."""
+    """Returns all tables as GitHub Markdown, ending in a newline."""
     parts = [_study_markdown(table) for table in results.tables]
     if isinstance(results, ComparisonResults):
         parts.insert(0, markdown_table(results))
@@ -152,7 +152,7 @@ def _study_markdown(table: Table) -> str:
 
 
 def markdown_table(results: ComparisonResults) -> str:
-    """The results table in GitHub's Markdown, ending in a newline."""
+    """Returns the results table as GitHub Markdown, ending in a newline."""
     header, *rows = table_rows(results)
     rule = ["---", *["---:"] * 4, *["---"] * (len(header) - 5)]
     return "".join(_markdown_line(cells) for cells in (header, rule, *rows))

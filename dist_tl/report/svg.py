@@ -1,8 +1,8 @@
-"""Matplotlib figures as SVG that lives inside a page: themed, of unique ids, of steady bytes.
+"""Matplotlib figures as inline SVG: themed, with unique ids, deterministic output.
 
-Figures are drawn in stand-in colours, which become the page's CSS variables, so that one drawing
-serves light and dark. Text stays text. Every plot is drawn twice, for a wide and for a narrow
-window, because letters scaled with the picture would be unreadable on a phone.
+Figures are drawn in placeholder colours that are replaced by CSS variables of the HTML page, so one
+drawing works in the light and the dark theme. Text stays text. Every plot is drawn for a wide and
+for a narrow window, because text scaled with the image would be unreadable on a phone.
 """
 
 import io
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 WIDE, NARROW = 1000, 350
 POINTS_PER_INCH = 72  # one SVG unit is one point, so sizes below are CSS pixels at scale 1
 
-# Stand-ins: colours that no plot uses for themselves.
+# Placeholder colours that no plot uses otherwise.
 INK, MUTED, LINE, PAPER = "#0a0001", "#0a0002", "#0a0003", "#0a0004"
 ARM, REFERENCE, ON_BAR = "#0a0005", "#0a0006", "#0a0007"
 GENERATE, TRAIN, TRIAL, OTHER = "#0a0008", "#0a0009", "#0a000a", "#0a000b"
@@ -61,7 +61,7 @@ _STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure and the hover texts of its parts, by the gid of the artist."""
+    """A figure and the hover texts of its artists, by gid."""
 
     figure: Figure
     titles: Mapping[str, str] = field(default_factory=dict)
@@ -69,35 +69,35 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot as two pieces of markup; the page's style shows the one that fits."""
+    """SVG markup of one plot for wide and narrow windows; the style sheet selects one."""
 
     wide: Markup
     narrow: Markup
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty transparent figure of that many CSS pixels, owned by nobody but the caller."""
+    """Returns an empty transparent figure, sized in CSS pixels and not registered with pyplot."""
     size = (width / POINTS_PER_INCH, height / POINTS_PER_INCH)
     return Figure(figsize=size, dpi=POINTS_PER_INCH, facecolor="none", layout="constrained")
 
 
 def responsive(draw: Callable[[int], Drawing], *, name: str, label: str) -> Plot:
-    """Draw for both widths.
+    """Draws a plot for both widths.
 
     Args:
-        draw: makes the figure for a width in CSS pixels.
-        name: unique on the page; every id in the SVG starts with it.
-        label: what the plot shows, for people who do not see it.
+        draw: returns the figure for a width in CSS pixels.
+        name: unique name of the plot; prefix of all ids in its SVG.
+        label: accessible description of the plot.
     """
-    with _our_style():
+    with _report_style():
         wide = _markup(draw(WIDE), f"{name}-w", label)
         narrow = _markup(draw(NARROW), f"{name}-n", label)
     return Plot(wide=wide, narrow=narrow)
 
 
 @contextmanager
-def _our_style() -> Iterator[None]:
-    # The reset keeps a reader's own matplotlibrc out of the page.
+def _report_style() -> Iterator[None]:
+    # The reset keeps settings of the user's matplotlibrc out of the report.
     with style.context(_STYLE, after_reset=True):
         yield
 
@@ -108,25 +108,25 @@ def _markup(drawing: Drawing, prefix: str, label: str) -> Markup:
     root = ElementTree.fromstring(buffer.getvalue())
     _strip(root)
     for element in root.iter():
-        _localise(element, prefix)
+        _make_local(element, prefix)
     _add_titles(root, prefix, drawing.titles)
     root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": label}
     text = ElementTree.tostring(root, encoding="unicode")
-    for stand_in, variable in _VARIABLES.items():
-        text = text.replace(stand_in, variable)
+    for placeholder, variable in _VARIABLES.items():
+        text = text.replace(placeholder, variable)
     return Markup(text)
 
 
 def _strip(root: ElementTree.Element) -> None:
-    """Drop what only a stand-alone file needs; its style sheet would leak into the page."""
+    """Removes metadata and the style sheet, which would apply to the whole page."""
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag.rpartition("}")[2] in {"metadata", "style"}:
                 parent.remove(child)
 
 
-def _localise(element: ElementTree.Element, prefix: str) -> None:
-    """HTML knows the SVG elements by their bare names; ids must be unique on the whole page."""
+def _make_local(element: ElementTree.Element, prefix: str) -> None:
+    """Strips XML namespaces, as HTML requires, and makes ids unique on the page."""
     element.tag = element.tag.rpartition("}")[2]
     attributes = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
     for name, value in attributes.items():

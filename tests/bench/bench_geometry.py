@@ -1,7 +1,7 @@
 """Greedy simplex growth: incremental heights against a determinant per candidate.
 
-Run by `launch/bench geometry`. The peer forms the Cayley-Menger determinant of every candidate
-simplex at every step, as the definition reads; it is timed on a few candidates and scaled up.
+Run by `launch/bench geometry`. The baseline computes the Cayley-Menger determinant of every
+candidate simplex at every step; it is timed on a few candidates and extrapolated.
 """
 
 import time
@@ -13,7 +13,7 @@ from dist_tl.methods.geometry.item_labels import Anchors, LabelConfig, label_ite
 from dist_tl.methods.geometry.simplex import cayley_menger_log_content
 
 N, D, M = 1000, 256, 24
-PEER_CANDIDATES = 20  # of N, at every step
+PEER_CANDIDATES = 20  # of N candidates, per step
 
 
 def points(count, width=D, seed=0):
@@ -28,7 +28,7 @@ def seconds(work):
 
 
 def determinants(p, chosen):
-    """One determinant for each of a few candidates at every step, scaled to all of them."""
+    """Returns seconds of one determinant per candidate, extrapolated from PEER_CANDIDATES."""
     total = 0.0
     for step in range(1, len(chosen)):
         vertices = p[chosen[:step]]
@@ -45,13 +45,13 @@ def determinants(p, chosen):
 def main():
     torch.set_num_threads(1)
     p = points(N)
-    choose_anchors([AnchorChunk(p, 0)], M)  # warm
+    choose_anchors([AnchorChunk(p, 0)], M)  # warm-up
     ours = min(seconds(lambda: choose_anchors([AnchorChunk(p, 0)], M)) for _ in range(5))
     theirs = determinants(p, choose_anchors([AnchorChunk(p, 0)], M))
     print(f"choose {M} of {N} points of {D} numbers, one thread")
     print(f"incremental heights          {ours:8.4f} s")
     print(
-        f"a determinant per candidate  {theirs:8.4f} s (from {PEER_CANDIDATES} candidates a step)"
+        f"a determinant per candidate  {theirs:8.4f} s (from {PEER_CANDIDATES} candidates per step)"
     )
     print(f"ratio {theirs / ours:.0f}x")
     anchors, config = Anchors.of(points(14, 64, seed=1)), LabelConfig()
@@ -61,12 +61,12 @@ def main():
         times = -(-count // len(chunk))
         took = seconds(lambda c=chunk, t=times: [label_items(c, anchors, config) for _ in range(t)])
         print(
-            f"  n = {count:9,}  {took:8.3f} s  {1e6 * took / (times * len(chunk)):.2f} us an item"
+            f"  n = {count:9,}  {took:8.3f} s  {1e6 * took / (times * len(chunk)):.2f} us per item"
         )
     for m in (1, 3, 6, 12):
         chunk = points(8192, 64, seed=2)
         took = seconds(lambda c=chunk, m=m: label_items(c, anchors, LabelConfig(m=m)))
-        print(f"  m = {m:2d}  {1e6 * took / len(chunk):.2f} us an item")
+        print(f"  m = {m:2d}  {1e6 * took / len(chunk):.2f} us per item")
 
 
 if __name__ == "__main__":

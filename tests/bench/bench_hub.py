@@ -1,8 +1,8 @@
 """Routed inference against running all experts: k of m, at several batch sizes, in one process.
 
-Run by `launch/bench hub`. The experts are five small residual networks on 32x32 colour images with
-routes spread evenly; all of them together is what an ensemble costs. The aim for every batch size
-and k: time <= (k / m) * 1.25 * (time of all) + (time of the router).
+Run by `launch/bench hub`. The experts are five small residual networks on 32x32 colour images, with
+balanced routing; running all of them is the cost of an ensemble. The target for every batch size
+and k: time <= (k / m) * 1.25 * (time of all experts) + (time of the router).
 """
 
 import time
@@ -29,7 +29,7 @@ def network(classes, seed, width):
 
 
 def spread(router, images):
-    """Give the router a head whose choices are spread over the experts."""
+    """Sets the head of the router so that its choices are balanced over the experts."""
     rng = torch.Generator().manual_seed(5)
     with torch.no_grad():
         router.head.weight.normal_(generator=rng)
@@ -41,7 +41,7 @@ def spread(router, images):
 
 @torch.no_grad()
 def seconds(models, images):
-    """Of one pass of each model: the fastest of several rounds, taken in turns."""
+    """Returns seconds of one forward pass of each model: the minimum over interleaved rounds."""
     best = [float("inf")] * len(models)
     repeats = max(1, 128 // len(images))
     for _ in range(ROUNDS):
@@ -68,27 +68,29 @@ def main():
         return torch.stack([expert(batch) for expert in experts.values()]).mean(dim=0)
 
     costs = [multiply_adds(expert, SHAPE) for expert in experts.values()]
-    alone = multiply_adds(router, SHAPE)
-    print(f"{M} experts of {costs[0] / 1e6:.1f} million multiply-adds, router {alone / 1e6:.1f}")
+    router_cost = multiply_adds(router, SHAPE)
+    print(
+        f"{M} experts of {costs[0] / 1e6:.1f} million multiply-adds, router {router_cost / 1e6:.1f}"
+    )
     for k in hubs:
-        counted = routed_multiply_adds(alone, costs, [k / M] * M, CLASSES)
+        counted = routed_multiply_adds(router_cost, costs, [k / M] * M, CLASSES)
         share = counted / sum(costs)
         print(f"  k = {k}: {counted / 1e6:.1f} million multiply-adds, {share:.2f} of all")
-    print("milliseconds a batch; in brackets the time over its aim, which should be below 1")
+    print("milliseconds per batch; in brackets the ratio to the target, which should be below 1")
     print(
         "batch" + "all".rjust(9) + "router".rjust(9) + "".join(f"k = {k}".rjust(18) for k in hubs)
     )
     worst = 0.0
     for size in BATCHES:
         batch = images[:size]
-        every, route, *routed = seconds([all_experts, router, *hubs.values()], batch)
+        all_s, router_s, *routed = seconds([all_experts, router, *hubs.values()], batch)
         cells = []
         for k, took in zip(hubs, routed, strict=True):
-            ratio = took / (k / M * 1.25 * every + route)
+            ratio = took / (k / M * 1.25 * all_s + router_s)
             worst = max(worst, ratio)
             cells.append(f"{1e3 * took:.2f} ({ratio:.2f})".rjust(18))
-        print(f"{size:5d}{1e3 * every:9.2f}{1e3 * route:9.2f}" + "".join(cells))
-    print(f"worst ratio to the aim {worst:.2f}")
+        print(f"{size:5d}{1e3 * all_s:9.2f}{1e3 * router_s:9.2f}" + "".join(cells))
+    print(f"worst ratio to the target {worst:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Layer search against scikit-learn: all single layers and the greedy search, over many episodes.
 
-The peer does what a user would: one LogisticRegression for each episode and layer. Both use one
-thread and the same features. Run by `launch/bench layer_search`.
+The baseline fits one LogisticRegression per episode and layer. Both use one thread and the same
+features. Run by `launch/bench layer_search`.
 """
 
 import time
@@ -21,14 +21,16 @@ from dist_tl.models.networks import build_network
 from dist_tl.models.resnet import ResNetConfig
 
 EPISODES, SHOTS = 600, 5
-PEER_EPISODES = 30  # of the same ones; its time is scaled up
+PEER_EPISODES = 30  # the first of the same episodes; the time is extrapolated
 CONFIG = EpisodesConfig(shots=(SHOTS,), count=EPISODES)
 
 
 @torch.no_grad()
 def features():
-    """Five layers of a network with initial weights: cost and order of accuracies are like a
-    trained one's."""
+    """Returns five layers of an untrained network, and labels.
+
+    Cost and ranking of the layers are similar to those of a trained network.
+    """
     data = load_images(DigitsConfig())
     network = build_network(
         ResNetConfig(width=16, blocks=(1, 1, 1, 1), pool=1),
@@ -41,7 +43,7 @@ def features():
 
 
 def ours(phis, labels):
-    """Seconds, and the accuracy of every layer."""
+    """Returns seconds for all episodes, and the accuracy of every layer per episode."""
     search, table = SearchConfig(permutations=0), []
     began = time.perf_counter()
     for index in range(EPISODES):
@@ -57,7 +59,7 @@ def ours(phis, labels):
 
 
 def peer(phis, labels):
-    """Seconds for all episodes, and the accuracy of every layer on those that were run."""
+    """Returns extrapolated seconds for all episodes, and accuracies of the measured ones."""
     columns, table = [phi.numpy() for phi in phis], []
     began = time.perf_counter()
     for index in range(PEER_EPISODES):
@@ -81,7 +83,9 @@ def main():
     print(f"{EPISODES} episodes of 5 classes, {SHOTS} labels each, {layers} layers, one thread")
     print(f"ours, all single layers and greedy   {our_seconds:8.2f} s")
     print(f"LogisticRegression, single layers    {peer_seconds:8.2f} s (from {PEER_EPISODES})")
-    print(f"ratio {peer_seconds / our_seconds:.1f}x; mean accuracy {gap:+.2f} points to the peer's")
+    print(
+        f"ratio {peer_seconds / our_seconds:.1f}x; mean accuracy {gap:+.2f} points to the baseline"
+    )
 
 
 if __name__ == "__main__":

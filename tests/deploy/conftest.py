@@ -1,4 +1,4 @@
-"""Jobs and options that the tests of deployment share."""
+"""Jobs and options shared by the tests of deployment."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ PRESETS = Path(__file__).parents[2] / "launch" / "presets"
 @pytest.fixture
 def job_of():
     def read(preset, *overrides):
-        stored = (f"run=s3://bucket/runs/{preset}", "store=direct")
-        return read_job(PRESETS / f"{preset}.yaml", (*stored, *overrides))
+        store = (f"run=s3://bucket/runs/{preset}", "store=direct")
+        return read_job(PRESETS / f"{preset}.yaml", (*store, *overrides))
 
     return read
 

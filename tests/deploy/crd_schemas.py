@@ -1,6 +1,6 @@
-"""Strict JSON schemas: KubeRay's from its CRDs, Kubernetes' own from kubernetes-validate.
+"""Strict JSON schemas of KubeRay (from its CRDs) and Kubernetes (from kubernetes-validate).
 
-The CRDs are no part of the checkout; they are looked for in DIST_TL_CRDS, else beside it.
+The CRDs are not part of the checkout: DIST_TL_CRDS names their folder, by default ../shared/crds.
 """
 
 import functools
@@ -16,14 +16,14 @@ CRDS = Path(os.environ.get("DIST_TL_CRDS", CHECKOUT.parent / "shared" / "crds"))
 KINDS = {"RayJob": "ray.io_rayjobs.yaml", "RayCluster": "ray.io_rayclusters.yaml"}
 CORE_VERSION = "1.31"
 INT_OR_STRING = {"anyOf": [{"type": "integer"}, {"type": "string"}]}
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the CRDs are long
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the CRDs are large
 NESTED = ("items", "additionalProperties", "anyOf", "oneOf", "allOf", "not")
-# Kinds of other operators, whose CRDs are not at hand: only read, not checked.
+# Kinds of other operators without a schema here: parsed, not validated.
 UNCHECKED = {"PodMonitor", "Kustomization"}
 
 
 def strict(schema):
-    """`schema` without room for fields that it does not list."""
+    """Returns `schema` with additional properties forbidden."""
     if isinstance(schema, list):
         return [strict(inner) for inner in schema]
     if not isinstance(schema, dict):
@@ -31,23 +31,23 @@ def strict(schema):
     if schema.get("x-kubernetes-int-or-string"):
         pattern = {"pattern": schema["pattern"]} if "pattern" in schema else {}
         return {**INT_OR_STRING, **pattern}
-    made = {}
+    result = {}
     for key, value in schema.items():
         if key in ("properties", "patternProperties"):
-            made[key] = {name: strict(inner) for name, inner in value.items()}
+            result[key] = {name: strict(inner) for name, inner in value.items()}
         elif not key.startswith("x-kubernetes-") and key not in ("default", "description"):
-            made[key] = strict(value) if key in NESTED else value
-    keeps_others = schema.get("x-kubernetes-preserve-unknown-fields")
-    if "properties" in made and "additionalProperties" not in made and not keeps_others:
-        made["additionalProperties"] = False
-    if made.pop("nullable", False) and "type" in made:
-        made["type"] = [made["type"], "null"]
-    return made
+            result[key] = strict(value) if key in NESTED else value
+    keeps_unknown = schema.get("x-kubernetes-preserve-unknown-fields")
+    if "properties" in result and "additionalProperties" not in result and not keeps_unknown:
+        result["additionalProperties"] = False
+    if result.pop("nullable", False) and "type" in result:
+        result["type"] = [result["type"], "null"]
+    return result
 
 
 @functools.cache
 def validator(kind):
-    """The strict validator of a KubeRay kind; skips where the CRDs are not at hand."""
+    """Returns the strict validator of a KubeRay kind; skips the test if the CRDs are missing."""
     path = CRDS / KINDS[kind]
     if not path.exists():
         pytest.skip(f"no KubeRay CRDs at {CRDS}; set DIST_TL_CRDS to a folder with {path.name}")
@@ -59,21 +59,21 @@ def validator(kind):
 
 
 def problems(manifest):
-    """What the schema of the manifest's kind says against it, one line each."""
+    """Returns the schema violations of a manifest, one line each."""
     kind = manifest["kind"]
     if kind in UNCHECKED:
         return []
     if kind in KINDS:
-        found = [
+        errors = [
             f"{'.'.join(map(str, error.absolute_path))}: {error.message[:200]}"
             for error in validator(kind).iter_errors(manifest)
         ]
-        return found + [line for pod in pods_of(manifest) for line in core_problems(pod)]
+        return errors + [line for pod in pods_of(manifest) for line in core_problems(pod)]
     return core_problems(manifest)
 
 
 def core_problems(manifest):
-    """What Kubernetes' own schemas say."""
+    """Returns the violations of the Kubernetes schemas."""
     core = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
     try:
         core.validate(manifest, CORE_VERSION, strict=True)
@@ -83,20 +83,20 @@ def core_problems(manifest):
 
 
 def templates_of(manifest):
-    """Pod templates of a RayJob or RayCluster, by their place."""
+    """Returns the pod templates of a RayJob or RayCluster by component."""
     spec = manifest["spec"]
-    found = {}
+    templates = {}
     if manifest["kind"] == "RayJob":
         if "submitterPodTemplate" in spec:
-            found["submitter"] = spec["submitterPodTemplate"]
+            templates["submitter"] = spec["submitterPodTemplate"]
         spec = spec["rayClusterSpec"]
-    found["head"] = spec["headGroupSpec"]["template"]
-    found |= {group["groupName"]: group["template"] for group in spec["workerGroupSpecs"]}
-    return found
+    templates["head"] = spec["headGroupSpec"]["template"]
+    templates |= {group["groupName"]: group["template"] for group in spec["workerGroupSpecs"]}
+    return templates
 
 
 def pods_of(manifest):
-    """The templates as Pods, so that Kubernetes' own schemas can judge them."""
+    """Yields the templates as Pods, so that the Kubernetes schemas can validate them."""
     for name, template in templates_of(manifest).items():
         metadata = {"name": name, **template.get("metadata", {})}
         yield {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}

@@ -1,4 +1,4 @@
-"""How many pods of which size a job gets."""
+"""Number and size of the pods of a job."""
 
 from types import SimpleNamespace
 
@@ -12,14 +12,14 @@ def by_name(groups):
     return {group.name: group for group in groups}
 
 
-def test_trainers_are_fixed_and_generators_vary(job_of, options):
+def test_trainers_are_fixed_and_generators_autoscale(job_of, options):
     job = job_of("digits", "trainers.workers=4", "session.num_cpus=8", "generators.max=6")
     groups = by_name(worker_groups(job, options()))
     assert (groups["trainers"].min_pods, groups["trainers"].max_pods) == (4, 4)
     assert (groups["generators"].min_pods, groups["generators"].max_pods) == (1, 6)
 
 
-def test_a_trial_finds_room_beside_the_trainers(job_of, options):
+def test_trainer_pods_have_room_for_a_trial(job_of, options):
     [trainers, _] = worker_groups(
         job_of("digits", "trials.cpus=2", "session.num_cpus=8"), options()
     )
@@ -28,22 +28,24 @@ def test_a_trial_finds_room_beside_the_trainers(job_of, options):
 
 def test_workers_may_share_a_pod(job_of, options):
     job = job_of("digits", "trainers.workers=4", "trainers.gpus=0.5", "session.num_cpus=8")
-    inputs = options(trainers={"workers_per_pod": 4}, generators={"workers_per_pod": 2})
-    groups = by_name(worker_groups(job, inputs))
+    settings = options(trainers={"workers_per_pod": 4}, generators={"workers_per_pod": 2})
+    groups = by_name(worker_groups(job, settings))
     assert (groups["trainers"].min_pods, groups["trainers"].gpus) == (1, 2)
     assert (groups["generators"].max_pods, groups["generators"].cpus) == (1, 2)
 
 
-def test_no_generator_is_kept_where_none_is_wanted(job_of, options):
+def test_generators_scale_to_zero_with_min_zero(job_of, options):
     [_, generators] = worker_groups(job_of("digits", "generators.min=0"), options())
     assert (generators.min_pods, generators.max_pods) == (0, 2)
 
 
-@pytest.mark.parametrize(("cpus", "pods", "each"), [(1, 1, 1), (2, 1, 2), (8, 2, 4), (9, 3, 3)])
-def test_jobs_of_tasks_get_the_cpus_of_their_session(job_of, options, cpus, pods, each):
+@pytest.mark.parametrize(
+    ("cpus", "pods", "cpus_per_pod"), [(1, 1, 1), (2, 1, 2), (8, 2, 4), (9, 3, 3)]
+)
+def test_jobs_of_tasks_are_sized_by_their_session(job_of, options, cpus, pods, cpus_per_pod):
     job = job_of("layer_search", f"session.num_cpus={cpus}")
     [group] = worker_groups(job, options())
-    assert (group.name, group.min_pods, group.cpus) == ("trainers", pods, each)
+    assert (group.name, group.min_pods, group.cpus) == ("trainers", pods, cpus_per_pod)
     assert group.min_pods * group.cpus >= cpus
 
 
@@ -53,12 +55,12 @@ def test_a_task_with_many_cpus_fits_one_pod(job_of, options):
     assert (group.min_pods, group.cpus, group.gpus) == (2, 6, 1)
 
 
-@pytest.mark.parametrize(("cpus", "pods", "each"), [(4, 1, 4), (9, 3, 3)])
-def test_a_predict_job_gets_one_group_of_experts(predict_job, options, cpus, pods, each):
+@pytest.mark.parametrize(("cpus", "pods", "cpus_per_pod"), [(4, 1, 4), (9, 3, 3)])
+def test_a_predict_job_gets_one_group_of_experts(predict_job, options, cpus, pods, cpus_per_pod):
     job = predict_job(f"session.num_cpus={cpus}", "experts.max=7", "experts.gpus=0.5")
     [experts] = worker_groups(job, options())
     assert (experts.name, experts.min_pods, experts.max_pods) == ("experts", pods, pods)
-    assert (experts.cpus, experts.gpus) == (each, -(-each // 2))
+    assert (experts.cpus, experts.gpus) == (cpus_per_pod, -(-cpus_per_pod // 2))
 
 
 def test_a_router_with_many_cpus_fits_one_pod(predict_job, options):
@@ -67,11 +69,11 @@ def test_a_router_with_many_cpus_fits_one_pod(predict_job, options):
     assert (experts.min_pods, experts.cpus) == (2, 6)
 
 
-def test_a_hub_job_trains_and_has_no_pool_of_experts(job_of, options):
+def test_a_hub_job_has_trainers_and_no_experts(job_of, options):
     groups = worker_groups(job_of("hub"), options())
     assert [group.name for group in groups] == ["trainers"]
 
 
-def test_a_job_of_neither_kind_is_refused(options):
+def test_a_job_without_workers_is_rejected(options):
     with pytest.raises(ConfigError, match="trainers, trials or experts"):
         worker_groups(SimpleNamespace(), options())

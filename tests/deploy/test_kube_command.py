@@ -1,11 +1,11 @@
-"""The command's verbs on Kubernetes, as somebody types them: real client, real S3, no cluster."""
+"""`dist-tl` commands on Kubernetes: real client, real S3, fake API server."""
 
 import json
 from pathlib import Path
 
 import pytest
 import yaml
-from stand_in_api import StandInApi, until
+from fake_kube_api import FakeKubeApi, until
 
 pytest.importorskip("kubernetes", reason="pip install 'dist_tl[kube]'")
 
@@ -22,7 +22,7 @@ FAILED = "Job entrypoint command failed with exit code 3, last available logs:\n
 
 @pytest.fixture
 def api(monkeypatch, tmp_path):
-    server = StandInApi()
+    server = FakeKubeApi()
     for name in ("dist-tl-head", "dist-tl-worker", "dist-tl-submitter"):
         server.put("serviceaccounts", name)
     monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path / "config")))
@@ -52,7 +52,7 @@ def options(tmp_path):
 
 @pytest.fixture
 def command(command):
-    """As everywhere, with what goes to standard error in one line."""
+    """The command fixture, with standard error joined into one line."""
 
     def run(*words):
         code, out, err = command(*words)
@@ -63,16 +63,16 @@ def command(command):
 
 @pytest.fixture
 def submit(command, options):
-    def hand_in(run, *words):
-        where = (f"run={run}", "store=direct", "generators.min=1", "generators.max=2")
+    def submit_digits(run, *words):
+        overrides = (f"run={run}", "store=direct", "generators.min=1", "generators.max=2")
         job = PRESETS / "digits.yaml"
-        return command("submit", job, "--kube", "--options", options, *words, *where)
+        return command("submit", job, "--kube", "--options", options, *words, *overrides)
 
-    return hand_in
+    return submit_digits
 
 
 def begin(run):
-    """What a job leaves in its store as soon as it runs."""
+    """Writes what a job stores as soon as it runs."""
     ObjectStore(run).write_json(layout.JOB, {"job": {"kind": "transfer", "generators": {}}})
 
 
@@ -81,7 +81,7 @@ def bounds(group):
 
 
 def generators_of(api, name, later=False):
-    """Of the cluster there is, or of the next that the operator makes for the job."""
+    """Returns the generator group of the current cluster, or with `later` of the next one."""
     spec = api.get("rayclusters", f"{name}-abcde")["spec"]
     if later:
         spec = api.get("rayjobs", name)["spec"]["rayClusterSpec"]
@@ -89,12 +89,12 @@ def generators_of(api, name, later=False):
     return next(group for group in groups if group["groupName"] == "generators")
 
 
-def test_a_job_is_handed_in_scaled_watched_stopped_and_goes_on(api, bucket, command, submit):
+def test_a_job_is_submitted_scaled_monitored_and_stopped(api, bucket, command, submit):
     run = f"{bucket}/birds"
     api.deletion_s = 0.05
     code, out, err = submit(run, "--detach")
     assert (code, out) == (0, "")
-    assert "RayJob birds was handed in to namespace science" in err
+    assert "submitted RayJob birds to namespace science" in err
     api.start_cluster("birds")
     api.set_status("birds", "Running", "RUNNING")
     begin(run)
@@ -105,11 +105,11 @@ def test_a_job_is_handed_in_scaled_watched_stopped_and_goes_on(api, bucket, comm
     assert bounds(generators_of(api, "birds")) == (1, 1)
     code, _, err = command("scale", run, "generators=3..5")
     assert code == 0, err
-    assert bounds(generators_of(api, "birds")) == (2, 3), "pods of two workers each"
+    assert bounds(generators_of(api, "birds")) == (2, 3), "two workers per pod"
     assert bounds(generators_of(api, "birds", later=True)) == (2, 3)
 
     api.add_pod("birds", "trainers")
-    api.add_pod("birds", "submitter").say("step 1", "step 2")
+    api.add_pod("birds", "submitter").write("step 1", "step 2")
     code, out, _ = command("status", run)
     assert code == 0
     assert "generators scaled to 3..5" in out
@@ -125,11 +125,11 @@ def test_a_job_is_handed_in_scaled_watched_stopped_and_goes_on(api, bucket, comm
     assert code == 0, err
     assert api.names("rayjobs") == []
     code, out, _ = command("status", run)
-    assert code == 0, "what the store says stands, whatever the cluster has forgotten"
-    assert "expected a RayJob" in out
+    assert code == 0, "the status comes from the store"
+    assert "no RayJob of run" in out
     code, _, err = command("scale", run, "generators=7")
     assert code == cli.BAD_INPUT
-    assert "kept for later starts of the run; that of the pods did not change" in err
+    assert "stored for later attempts of the run, but the pods were not scaled" in err
     assert command("scale", run, "generators=3..5")[0] == cli.BAD_INPUT
     code, out, _ = submit(run, "--dry-run")
     [ray_job] = [m for m in yaml.safe_load_all(out) if m["kind"] == "RayJob"]
@@ -137,16 +137,16 @@ def test_a_job_is_handed_in_scaled_watched_stopped_and_goes_on(api, bucket, comm
     assert [bounds(g) for g in groups if g["groupName"] == "generators"] == [(2, 3)]
 
 
-def test_without_detach_it_is_followed_to_its_exit_code(api, bucket, submit):
-    def play(name):
+def test_without_detach_submit_follows_and_returns_the_exit_code(api, bucket, submit):
+    def run_job(name):
         api.start_cluster(name)
         log = api.add_pod(name, "submitter")
-        log.say("one", "two")
+        log.write("one", "two")
         log.close()
         api.get("pods", f"{name}-submitter")["status"]["phase"] = "Failed"
         api.set_status(name, "Failed", "FAILED", message=FAILED)
 
-    api.on_ray_job = play
+    api.on_ray_job = run_job
     code, out, err = submit(f"{bucket}/fish")
     assert code == cli.FAILED
     assert out.split("\n")[:2] == ["one", "two"]
@@ -155,15 +155,15 @@ def test_without_detach_it_is_followed_to_its_exit_code(api, bucket, submit):
     assert (kept["name"], kept["namespace"], kept["generators_per_pod"]) == ("fish", "science", 2)
 
 
-def test_what_the_cluster_refuses_leaves_no_word_in_the_run(api, bucket, submit):
+def test_a_rejected_submission_is_not_recorded_in_the_run(api, bucket, submit):
     api.forbidden.add(("create", "rayjobs"))
     code, _, err = submit(f"{bucket}/mice")
     assert code == cli.BAD_INPUT
-    assert "right to create rayjobs" in err
+    assert "no permission to create rayjobs" in err
     assert ObjectStore(f"{bucket}/mice").read_or_none(layout.SUBMISSION) is None
 
 
-def test_ctrl_c_leaves_the_job_running_and_says_so(api, bucket, submit, monkeypatch):
+def test_ctrl_c_leaves_the_job_running(api, bucket, submit, monkeypatch):
     def interrupt(*_, **__):
         until(lambda: api.names("rayjobs"))
         raise KeyboardInterrupt
@@ -171,18 +171,16 @@ def test_ctrl_c_leaves_the_job_running_and_says_so(api, bucket, submit, monkeypa
     monkeypatch.setattr(kube_module.Kube, "follow", interrupt)
     code, _, err = submit(f"{bucket}/newts")
     assert code == cli.INTERRUPTED
-    assert "the job goes on; see it with" in err
+    assert "the job keeps running; follow it with" in err
     assert "stopped" not in err
     assert api.names("rayjobs") == ["newts"]
 
 
-def test_a_head_that_is_lost_comes_back_as_large_as_it_was_scaled(
-    api, bucket, command, submit, monkeypatch
-):
+def test_the_scale_is_kept_when_a_lost_head_is_replaced(api, bucket, command, submit, monkeypatch):
     run = f"{bucket}/owls"
     api.deletion_s = 0.05
 
-    def play(name):
+    def run_job(name):
         api.start_cluster(name)
         if name == "owls":
             begin(run)
@@ -191,13 +189,13 @@ def test_a_head_that_is_lost_comes_back_as_large_as_it_was_scaled(
         else:
             api.set_status(name, "Complete", "SUCCEEDED")
 
-    api.on_ray_job = play
+    api.on_ray_job = run_job
     code, _, err = submit(run)
     assert code == 0, err
     assert bounds(generators_of(api, "owls--2")) == (2, 2)
 
 
-def test_a_store_out_of_reach_from_here_keeps_no_job_from_starting(
+def test_a_job_starts_although_its_store_is_unreachable_from_here(
     api, command, submit, monkeypatch, options
 ):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -205,11 +203,11 @@ def test_a_store_out_of_reach_from_here_keeps_no_job_from_starting(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
     for name in ("dist-tl-head", "dist-tl-worker", "dist-tl-submitter"):
         api.objects["serviceaccounts", "zoo", name] = api.get("serviceaccounts", name)
-    options.write_text(f"namespace: zoo\n{options.read_text()}")  # not that of the context
+    options.write_text(f"namespace: zoo\n{options.read_text()}")  # differs from that of the context
     run = "s3://inside/eels"
     code, _, err = submit(run, "--detach")
     assert code == 0
-    assert "out of reach from here" in err
+    assert "unreachable from this machine" in err
     assert "add --kube --namespace zoo" in err
     code, _, err = command("status", run, "--kube")
     assert code == cli.BAD_INPUT

@@ -1,6 +1,6 @@
-"""What is in k8s/: the examples are what `submit` would render, and the schemas accept all of it.
+"""The files in k8s/: the examples equal what `submit` renders, and the schemas accept everything.
 
-DIST_TL_WRITE_K8S=1 writes k8s/base/rayjob.yaml and raycluster.yaml anew.
+DIST_TL_WRITE_K8S=1 rewrites k8s/base/rayjob.yaml and raycluster.yaml.
 """
 
 import json
@@ -21,7 +21,7 @@ from dist_tl.deploy.rules import check
 from dist_tl.jobs.job_file import read_job
 
 K8S = Path(__file__).parents[2] / "k8s"
-PLACES = ("base", "overlays/dev", "overlays/gpu")
+FOLDERS = ("base", "overlays/dev", "overlays/gpu")
 HEADER = "# Written by tests/deploy/test_kustomize.py from dist_tl/deploy; do not edit.\n"
 METRICS = (
     "dist_tl_shards_committed_total",
@@ -35,14 +35,14 @@ METRICS = (
 )
 
 
-@pytest.fixture(scope="module", params=PLACES)
+@pytest.fixture(scope="module", params=FOLDERS)
 def built(request):
     if shutil.which("kubectl") is None:
-        pytest.skip("kubectl is not on PATH; it builds the kustomizations")
+        pytest.skip("needs kubectl on PATH to build the kustomizations")
     command = ["kubectl", "kustomize", str(K8S / request.param)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert not done.stderr, "kustomize warns of what it will drop"
+    assert not done.stderr, "kustomize printed a warning"
     return request.param, list(yaml.safe_load_all(done.stdout))
 
 
@@ -62,11 +62,11 @@ def examples():
 
 
 @pytest.mark.parametrize("name", ["rayjob", "raycluster"])
-def test_the_examples_are_what_a_job_renders_to(name):
-    path, wanted = K8S / "base" / f"{name}.yaml", examples()[name]
+def test_the_examples_are_up_to_date(name):
+    path, expected = K8S / "base" / f"{name}.yaml", examples()[name]
     if os.environ.get("DIST_TL_WRITE_K8S"):
-        path.write_text(HEADER + yaml.safe_dump_all(wanted, sort_keys=False, width=100))
-    assert list(yaml.safe_load_all(path.read_text())) == wanted, "DIST_TL_WRITE_K8S=1 rewrites it"
+        path.write_text(HEADER + yaml.safe_dump_all(expected, sort_keys=False, width=100))
+    assert list(yaml.safe_load_all(path.read_text())) == expected, "DIST_TL_WRITE_K8S=1 rewrites it"
 
 
 def test_the_schemas_accept_every_kustomization(built):
@@ -80,14 +80,14 @@ def test_kuberay_accepts_every_kustomization(built):
     check([m for m in manifests if m["kind"] in ("RayJob", "RayCluster", "ConfigMap", "Secret")])
 
 
-def test_nothing_starts_until_it_is_asked_to(built):
+def test_the_examples_are_suspended(built):
     _, manifests = built
     assert all(m["spec"]["suspend"] for m in ray_kinds(manifests))
     assert len(ray_kinds(manifests)) == 2
 
 
-def test_examples_hold_a_job_that_their_groups_fit(built, tmp_path):
-    place, manifests = built
+def test_the_groups_of_the_examples_fit_their_job(built, tmp_path):
+    folder, manifests = built
     [config] = of_kind(manifests, "ConfigMap")
     path = tmp_path / JOB_KEY
     path.write_text(config["data"][JOB_KEY])
@@ -100,14 +100,14 @@ def test_examples_hold_a_job_that_their_groups_fit(built, tmp_path):
         }
         assert groups["trainers"]["minReplicas"] >= job.trainers.workers
         assert groups["generators"]["maxReplicas"] == job.generators.max
-        for role, inputs in (("trainers", job.trainers), ("generators", job.generators)):
+        for role, resources in (("trainers", job.trainers), ("generators", job.generators)):
             [container] = groups[role]["template"]["spec"]["containers"]
-            has = container["resources"]["limits"]
-            assert float(has["cpu"]) >= inputs.cpus, place
-            assert float(has.get("nvidia.com/gpu", 0)) >= inputs.gpus, place
+            limits = container["resources"]["limits"]
+            assert float(limits["cpu"]) >= resources.cpus, folder
+            assert float(limits.get("nvidia.com/gpu", 0)) >= resources.gpus, folder
 
 
-def test_names_that_pods_refer_to_exist(built):
+def test_accounts_and_config_maps_of_pods_exist(built):
     _, manifests = built
     accounts = {m["metadata"]["name"] for m in of_kind(manifests, "ServiceAccount")}
     configs = {m["metadata"]["name"] for m in of_kind(manifests, "ConfigMap")}
@@ -119,10 +119,10 @@ def test_names_that_pods_refer_to_exist(built):
             assert used <= configs
 
 
-def test_a_namespace_comes_with_an_overlay_only(built):
-    place, manifests = built
+def test_only_overlays_set_a_namespace(built):
+    folder, manifests = built
     namespaces = {m["metadata"].get("namespace") for m in manifests if m["kind"] != "Namespace"}
-    assert namespaces == ({None} if place == "base" else {"dist-tl"})
+    assert namespaces == ({None} if folder == "base" else {"dist-tl"})
     for namespace in of_kind(manifests, "Namespace"):
         assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
 
@@ -152,7 +152,7 @@ def test_every_pod_meets_the_restricted_standard(built):
             assert container["securityContext"]["readOnlyRootFilesystem"]
 
 
-def test_rights_are_few(built):
+def test_roles_grant_no_wildcards_and_no_secrets(built):
     _, manifests = built
     for role in of_kind(manifests, "Role"):
         for rule in role["rules"]:
@@ -161,7 +161,7 @@ def test_rights_are_few(built):
     assert not of_kind(manifests, "ClusterRole")
 
 
-def test_no_file_holds_a_secret():
+def test_no_file_contains_a_secret():
     literal = re.compile(
         r"(?i)(AKIA[0-9A-Z]{16}|-----BEGIN|(secret_access_key|password)\s*[:=]\s*[^\s$<{\"']{8,})"
     )
@@ -171,20 +171,20 @@ def test_no_file_holds_a_secret():
             assert "kind: Secret" not in path.read_text()
 
 
-def test_example_options_can_be_read_and_used(job_of):
+def test_the_example_options_are_valid(job_of):
     options = read_options(K8S / "options.yaml")
     for manifest in render(job_of("digits"), options):
         assert problems(manifest) == []
 
 
-def test_one_version_of_ray_everywhere():
+def test_all_files_name_the_same_ray_version():
     text = "\n".join(path.read_text() for path in K8S.rglob("*") if path.is_file())
     named = re.findall(r"(?i)ray_?version\W{1,4}(\d+\.\d+\.\d+)", text)
     assert named
     assert set(named) == {version("ray")}
 
 
-def test_the_image_runs_without_root_and_without_a_compiler():
+def test_the_image_runs_as_non_root_without_a_compiler():
     _, build, final = re.split(r"(?m)^FROM ", (K8S / "Dockerfile").read_text())
     assert "build-essential" in build
     assert "build-essential" not in final

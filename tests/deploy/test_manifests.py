@@ -1,4 +1,4 @@
-"""What a job becomes on Kubernetes, held against KubeRay's and Kubernetes' own schemas."""
+"""Manifests rendered from jobs, checked with the schemas of KubeRay and Kubernetes."""
 
 import copy
 import json
@@ -48,21 +48,21 @@ def groups(manifests):
 
 
 def containers(manifests):
-    for place, template in templates_of(ray_job(manifests)).items():
+    for component, template in templates_of(ray_job(manifests)).items():
         for container in template["spec"]["containers"]:
-            yield place, container
+            yield component, container
 
 
 @pytest.mark.parametrize("changes", [{}, EVERYTHING], ids=["defaults", "everything"])
 @pytest.mark.parametrize("preset", ["digits", "hub", "layer_search"])
-def test_the_schemas_have_nothing_to_say(rendered, preset, changes):
+def test_manifests_satisfy_the_schemas(rendered, preset, changes):
     gpus = ("generators.gpus=0.5", "trainers.gpus=1") if preset == "digits" else ()
     for manifest in rendered(preset, *gpus, **changes):
         assert problems(manifest) == []
 
 
 @pytest.mark.parametrize("preset", JOBS)
-def test_the_job_in_the_config_map_is_the_job(tmp_path, job_of, options, preset):
+def test_the_config_map_contains_the_same_job(tmp_path, job_of, options, preset):
     job = job_of(preset)
     [config_map, *_] = render(job, options())
     path = tmp_path / "job.yaml"
@@ -70,7 +70,7 @@ def test_the_job_in_the_config_map_is_the_job(tmp_path, job_of, options, preset)
     assert read_job(path) == job
 
 
-def test_a_predict_job_has_experts_and_no_budget_of_trainers(predict_job, options):
+def test_a_predict_job_has_experts_and_no_budget_for_trainers(predict_job, options):
     manifests = render(predict_job(), options())
     assert [problems(manifest) for manifest in manifests] == [[]] * len(manifests)
     assert list(groups(manifests)) == ["experts"]
@@ -78,23 +78,23 @@ def test_a_predict_job_has_experts_and_no_budget_of_trainers(predict_job, option
     assert [m["metadata"]["name"] for m in budgets] == ["answers-head"]
 
 
-def test_places_for_single_experts_are_refused(predict_job, options):
-    """A pod of the group offers its role and nothing else: an expert would wait for ever."""
+def test_resources_of_single_experts_are_rejected(predict_job, options):
+    """Pods provide only their role as a Ray resource: such an expert would stay pending."""
     job = predict_job("experts.resources={big: {v100: 1}}")
     with pytest.raises(ConfigError, match=r"experts.resources: expected none.*got big"):
         render(job, options())
 
 
-def test_rendering_is_pure(job_of, options):
-    job, inputs = job_of("digits"), options()
-    first, again = render(job, inputs), render(job, inputs)
+def test_rendering_is_deterministic_and_shares_nothing(job_of, options):
+    job, settings = job_of("digits"), options()
+    first, again = render(job, settings), render(job, settings)
     assert json.dumps(first) == json.dumps(again)
-    changed = copy.deepcopy(again)
+    expected = copy.deepcopy(again)
     first[1]["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"].clear()
-    assert render(job, inputs) == changed
+    assert render(job, settings) == expected
 
 
-def test_the_head_runs_the_job_and_no_actor(rendered):
+def test_the_head_runs_the_driver_and_no_actors(rendered):
     manifests = rendered()
     job = ray_job(manifests)
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]
@@ -105,7 +105,7 @@ def test_the_head_runs_the_job_and_no_actor(rendered):
     assert mounted["job"]["mountPath"] in ENTRYPOINT
 
 
-def test_the_autoscaler_of_ray_reads_the_groups_as_meant(rendered):
+def test_rays_autoscaler_parses_the_groups(rendered):
     from ray.autoscaler._private.kuberay import autoscaling_config
 
     manifests = rendered("digits", "generators.gpus=1", "generators.max=6")
@@ -121,21 +121,21 @@ def test_the_autoscaler_of_ray_reads_the_groups_as_meant(rendered):
     assert head["resources"]["CPU"] == 0
 
 
-def test_a_shell_gives_ray_the_resource_as_json(rendered):
+def test_the_resource_survives_the_shell_as_json(rendered):
     import subprocess
 
     for name, group in groups(rendered()).items():
         command = f"printf %s --resources={group['rayStartParams']['resources']}"
-        said = subprocess.run(["/bin/bash", "-c", command], capture_output=True, text=True)
-        assert json.loads(said.stdout.removeprefix("--resources=")) == {name: ROLE_AMOUNT}
+        done = subprocess.run(["/bin/bash", "-c", command], capture_output=True, text=True)
+        assert json.loads(done.stdout.removeprefix("--resources=")) == {name: ROLE_AMOUNT}
 
 
 def test_requests_equal_limits_everywhere(rendered):
-    for place, container in containers(rendered("digits", "trainers.gpus=1")):
+    for component, container in containers(rendered("digits", "trainers.gpus=1")):
         resources = container["resources"]
-        assert resources["requests"] == resources["limits"], place
+        assert resources["requests"] == resources["limits"], component
         assert {"cpu", "memory", "ephemeral-storage"} <= set(resources["limits"])
-        assert ("nvidia.com/gpu" in resources["limits"]) == (place == "trainers")
+        assert ("nvidia.com/gpu" in resources["limits"]) == (component == "trainers")
 
 
 def test_every_pod_meets_the_restricted_standard(rendered):
@@ -156,12 +156,12 @@ def test_every_pod_meets_the_restricted_standard(rendered):
         assert {m["mountPath"] for m in container["volumeMounts"]} >= {"/tmp", "/home/dist_tl"}
 
 
-def test_only_the_head_may_speak_to_the_api_server(rendered):
-    for place, template in templates_of(ray_job(rendered())).items():
-        assert template["spec"].get("automountServiceAccountToken", True) == (place == "head")
+def test_only_the_head_has_a_token_for_the_api_server(rendered):
+    for component, template in templates_of(ray_job(rendered())).items():
+        assert template["spec"].get("automountServiceAccountToken", True) == (component == "head")
 
 
-def test_lost_pods_are_noticed_and_threads_do_not_multiply(rendered):
+def test_keepalive_and_thread_settings_reach_every_container(rendered):
     for _, container in containers(rendered()):
         env = {v["name"]: v["value"] for v in container["env"]}
         assert env["RAY_grpc_client_keepalive_time_ms"] == "10000"
@@ -169,15 +169,15 @@ def test_lost_pods_are_noticed_and_threads_do_not_multiply(rendered):
         assert env["OMP_NUM_THREADS"] == "1"
 
 
-def test_secrets_are_named_and_never_said(rendered):
-    for place, container in containers(rendered(credentials="my-keys")):
-        wanted = [] if place == "submitter" else [{"secretRef": {"name": "my-keys"}}]
-        assert container.get("envFrom", []) == wanted
+def test_secrets_are_only_referenced_by_name(rendered):
+    for component, container in containers(rendered(credentials="my-keys")):
+        expected = [] if component == "submitter" else [{"secretRef": {"name": "my-keys"}}]
+        assert container.get("envFrom", []) == expected
     for _, container in containers(rendered(credentials=None)):
         assert "envFrom" not in container
 
 
-def test_generators_drain_and_accept_spot_nodes(rendered):
+def test_generators_drain_and_tolerate_spot_nodes(rendered):
     pod = groups(rendered(**EVERYTHING))["generators"]["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] == 600
     assert pod["priorityClassName"] == "low"
@@ -187,38 +187,38 @@ def test_generators_drain_and_accept_spot_nodes(rendered):
     assert "--deadline-remaining-seconds 580" in command
 
 
-def test_workers_know_where_to_look_for_the_end_of_their_pod(rendered):
-    for place, container in containers(rendered()):
+def test_workers_know_the_path_of_the_draining_file(rendered):
+    for component, container in containers(rendered()):
         env = {v["name"]: v["value"] for v in container["env"]}
-        told = env.get("DIST_TL_DRAINING") == "/tmp/dist_tl-draining"
-        assert told == (place not in ("head", "submitter")), place
+        has_path = env.get("DIST_TL_DRAINING") == "/tmp/dist_tl-draining"
+        assert has_path == (component not in ("head", "submitter")), component
 
 
-def test_one_version_of_ray_and_a_token(rendered):
+def test_ray_version_and_token_authentication(rendered):
     cluster = ray_job(rendered())["spec"]["rayClusterSpec"]
     assert cluster["rayVersion"] == version("ray")
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["autoscalerOptions"]["version"] == "v2"
 
 
-def test_head_and_trainers_survive_the_upgrade_of_nodes(rendered):
+def test_budgets_protect_head_and_trainers_from_node_drains(rendered):
     manifests = rendered("digits", "trainers.workers=4", "session.num_cpus=8")
     budgets = {m["metadata"]["name"]: m["spec"] for m in manifests[2:]}
     assert budgets["digits-head"]["minAvailable"] == 1
     assert budgets["digits-trainers"]["minAvailable"] == 4
     template = groups(manifests)["trainers"]["template"]
-    wanted = budgets["digits-trainers"]["selector"]["matchLabels"]
-    assert wanted.items() <= template["metadata"]["labels"].items()
+    expected = budgets["digits-trainers"]["selector"]["matchLabels"]
+    assert expected.items() <= template["metadata"]["labels"].items()
 
 
-def test_more_labels_never_replace_ours(rendered):
-    for place, template in templates_of(ray_job(rendered(**EVERYTHING))).items():
+def test_extra_labels_never_replace_ours(rendered):
+    for component, template in templates_of(ray_job(rendered(**EVERYTHING))).items():
         labels = template["metadata"]["labels"]
         assert labels["app.kubernetes.io/name"] == "dist-tl"
-        assert ("azure.workload.identity/use" in labels) == (place != "submitter")
+        assert ("azure.workload.identity/use" in labels) == (component != "submitter")
 
 
-def test_a_queue_admits_the_job(rendered):
+def test_a_queue_adds_the_label_of_kueue(rendered):
     metadata = ray_job(rendered(queue="gpus"))["metadata"]
     assert metadata["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
     assert "kueue.x-k8s.io/queue-name" not in ray_job(rendered())["metadata"]["labels"]
@@ -234,27 +234,27 @@ def test_a_queue_admits_the_job(rendered):
         (f"s3://b/{'x' * MAX_LABEL}", "x" * MAX_LABEL),
     ],
 )
-def test_a_run_is_named_after_its_last_part(job_of, run, label):
+def test_a_run_is_named_after_its_last_path_component(job_of, run, label):
     assert run_label(job_of("digits", f"run={run}")) == label
 
 
 @pytest.mark.parametrize("run", ["s3://b/___", f"s3://b/{'x' * (MAX_LABEL + 1)}"])
-def test_a_run_that_cannot_name_a_job_is_refused(job_of, run):
+def test_a_run_without_a_valid_name_is_rejected(job_of, run):
     with pytest.raises(ConfigError, match=r"^run: "):
         run_label(job_of("digits", f"run={run}"))
 
 
-def test_attempts_have_names_of_their_own(rendered):
+def test_every_attempt_has_its_own_name(rendered):
     names = [ray_job(rendered(attempt=n))["metadata"]["name"] for n in (1, 2, 3)]
     assert names == ["digits", "digits--2", "digits--3"]
-    every = [ray_job(rendered(attempt=n))["metadata"]["labels"] for n in (1, 3)]
-    assert {labels["app.kubernetes.io/part-of"] for labels in every} == {"digits"}
+    all_labels = [ray_job(rendered(attempt=n))["metadata"]["labels"] for n in (1, 3)]
+    assert {labels["app.kubernetes.io/part-of"] for labels in all_labels} == {"digits"}
     with pytest.raises(ConfigError, match="attempt"):
         rendered(attempt=0)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (("run=runs/here", "store=embedded"), "^store: .*store: embedded"),
         (("run=runs/here",), "^store: "),
@@ -263,6 +263,6 @@ def test_attempts_have_names_of_their_own(rendered):
         (("session.object_store_mb=4000",), "shm_gb"),
     ],
 )
-def test_a_job_that_cannot_work_over_pods_says_why(rendered, overrides, told):
-    with pytest.raises(ConfigError, match=told):
+def test_a_job_that_cannot_run_on_pods_is_rejected_with_the_reason(rendered, overrides, message):
+    with pytest.raises(ConfigError, match=message):
         rendered("digits", *overrides)

@@ -1,4 +1,4 @@
-"""What options may say."""
+"""Cluster options: defaults, validation, error messages."""
 
 from importlib.metadata import version
 
@@ -14,14 +14,14 @@ def options_file(tmp_path, text):
     return path
 
 
-def test_little_has_to_be_said(tmp_path):
+def test_only_the_image_is_required(tmp_path):
     options = read_options(options_file(tmp_path, "image: registry.example/dist-tl:1\n"))
     assert options.ray_version == version("ray")
     assert options.generators.grace_s > options.trainers.grace_s
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("image: x\nimages: y", "did you mean 'image'"),
         ("namespace: a", "image: this key is required"),
@@ -36,22 +36,22 @@ def test_little_has_to_be_said(tmp_path):
         ("image: x\nrun_as_user: 0", "run_as_user"),
     ],
 )
-def test_options_that_cannot_work_say_why(tmp_path, text, told):
-    with pytest.raises(ConfigError, match=told):
+def test_invalid_options_are_rejected_with_the_reason(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
         read_options(options_file(tmp_path, text))
 
 
-def test_the_path_of_a_token_is_no_secret():
+def test_the_path_of_a_token_is_not_a_secret():
     env = {"AWS_WEB_IDENTITY_TOKEN_FILE": "/var/run/token", "AWS_REGION": "eu-west-1"}
     assert KubeOptions(image="x", env=env).env == env
 
 
-def test_spot_nodes_are_accepted_only_where_asked():
-    assert GroupOptions().accepted() == ()
-    keys = {t.key for t in GroupOptions(spot=True).accepted()}
+def test_spot_nodes_are_tolerated_only_on_request():
+    assert GroupOptions().all_tolerations() == ()
+    keys = {t.key for t in GroupOptions(spot=True).all_tolerations()}
     assert "cloud.google.com/gke-spot" in keys
 
 
-def test_a_missing_file_is_named():
+def test_a_missing_file_is_reported():
     with pytest.raises(ConfigError, match="cannot read the options file"):
         read_options("nowhere.yaml")

@@ -1,4 +1,4 @@
-"""Faults planted into good manifests are found, by our rules or by the schemas."""
+"""Faults injected into valid manifests are detected, by our rules or by the schemas."""
 
 import pytest
 from crd_schemas import problems
@@ -8,12 +8,12 @@ from dist_tl.errors import ConfigError
 
 
 def changed(manifests, path, value):
-    """The RayJob with one field set; numbers in the path are places in lists."""
-    *way, last = path.split(".")
-    place = manifests[1]
-    for part in way:
-        place = place[int(part)] if part.isdecimal() else place[part]
-    place[int(last) if last.isdecimal() else last] = value
+    """Sets one field of the RayJob; numbers in the path are list indices."""
+    *parents, last = path.split(".")
+    target = manifests[1]
+    for part in parents:
+        target = target[int(part)] if part.isdecimal() else target[part]
+    target[int(last) if last.isdecimal() else last] = value
     return manifests
 
 
@@ -25,7 +25,7 @@ TRAINER = f"{CLUSTER}.workerGroupSpecs.0.template.spec"
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "told"),
+    ("path", "value", "message"),
     [
         ("metadata.name", "x" * 48, "RayJob.metadata.name: expected at most 47"),
         ("metadata.name", "7up", "DNS-1035"),
@@ -39,7 +39,7 @@ TRAINER = f"{CLUSTER}.workerGroupSpecs.0.template.spec"
         (f"{GROUP}.minReplicas", 5, r"workerGroupSpecs\[1\].minReplicas: expected 0 to maxRep"),
         (f"{GROUP}.minReplicas", -1, "minReplicas"),
         (f"{GROUP}.replicas", 9, "replicas"),
-        (f"{GROUP}.groupName", "trainers", "every name once"),
+        (f"{GROUP}.groupName", "trainers", "expected unique group names"),
         (f"{GROUP}.groupName", "x" * 64, "groupName"),
         (f"{GROUP}.groupName", "Big_Ones", "groupName"),
         (f"{GROUP}.resources", {"CPU": "1"}, "rayStartParams"),
@@ -56,15 +56,15 @@ TRAINER = f"{CLUSTER}.workerGroupSpecs.0.template.spec"
         ),
     ],
 )
-def test_what_kuberay_would_refuse_is_named(rendered, path, value, told):
+def test_manifests_that_kuberay_would_reject_are_detected(rendered, path, value, message):
     manifests = rendered()
     check(manifests)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         check(changed(manifests, path, value))
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "told"),
+    ("path", "value", "message"),
     [
         ("spec.entryPoint", "x", "entryPoint"),
         (f"{CLUSTER}.rayversion", "x", "rayversion"),
@@ -78,26 +78,26 @@ def test_what_kuberay_would_refuse_is_named(rendered, path, value, told):
         (f"{CLUSTER}.headGroupSpec.template.spec.containers.0.ports", [{"name": "a"}], "contain"),
     ],
 )
-def test_misspelt_fields_and_wrong_types_are_found_by_the_schemas(rendered, path, value, told):
+def test_the_schemas_detect_misspelt_fields_and_wrong_types(rendered, path, value, message):
     manifests = rendered()
     found = problems(changed(manifests, path, value)[1])
-    assert any(told in line for line in found), found
+    assert any(message in line for line in found), found
 
 
-def test_a_literal_secret_is_refused(rendered):
+def test_a_literal_secret_is_rejected(rendered):
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s3"}}
     with pytest.raises(ConfigError, match="no secret"):
         check([*rendered(), secret])
 
 
-def test_a_job_that_fits_no_config_map_is_refused(rendered):
+def test_a_job_too_large_for_a_config_map_is_rejected(rendered):
     manifests = rendered()
     manifests[0]["data"]["job.yaml"] = "x" * 2**20
     with pytest.raises(ConfigError, match="less than 1048576 bytes"):
         check(manifests)
 
 
-def test_an_image_with_another_ray_is_accepted_where_it_is_named(rendered):
+def test_another_ray_version_is_accepted_if_given(rendered):
     check(rendered(ray_version="2.61.0"), ray_version="2.61.0")
     with pytest.raises(ConfigError, match="rayVersion"):
         check(rendered(ray_version="2.61.0"))

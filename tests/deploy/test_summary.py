@@ -1,4 +1,4 @@
-"""The rows that `dist-tl plan --kube` shows say what the manifests ask."""
+"""The rows of `dist-tl plan --kube` agree with the manifests."""
 
 from crd_schemas import templates_of
 
@@ -6,12 +6,12 @@ from dist_tl.deploy.manifests import render
 from dist_tl.deploy.summary import kube_rows
 
 
-def test_rows_say_what_the_manifests_ask(job_of, options):
+def test_rows_agree_with_the_manifests(job_of, options):
     job = job_of("digits", "generators.gpus=1", "generators.max=6")
-    inputs = options(generators={"spot": True, "memory_gb": 3}, head={"cpus": 1.5})
-    rows = {row.group: row for row in kube_rows(job, inputs)}
+    settings = options(generators={"spot": True, "memory_gb": 3}, head={"cpus": 1.5})
+    rows = {row.group: row for row in kube_rows(job, settings)}
     assert list(rows) == ["head", "trainers", "generators"]
-    manifest = next(m for m in render(job, inputs) if m["kind"] == "RayJob")
+    manifest = next(m for m in render(job, settings) if m["kind"] == "RayJob")
     specs = manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     for group in specs:
         row = rows[group["groupName"]]
@@ -27,5 +27,5 @@ def test_rows_say_what_the_manifests_ask(job_of, options):
     assert [row.spot for row in rows.values()] == [False, False, True]
 
 
-def test_a_predict_job_is_a_head_and_experts(predict_job, options):
+def test_a_predict_job_has_a_head_and_experts(predict_job, options):
     assert [row.group for row in kube_rows(predict_job(), options())] == ["head", "experts"]

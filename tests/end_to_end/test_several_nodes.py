@@ -153,7 +153,7 @@ def test_bad_ways_of_handing_in_are_named_errors(cluster, job):
     assert "session.roles: the nodes of this cluster have roles" in refused.stderr
     refused = cluster.command("status", cluster.run)
     assert refused.returncode == 2
-    assert "holds no run" in refused.stderr
+    assert "contains no run" in refused.stderr
 
 
 def test_scaled_and_with_nodes_killed_the_job_ends_with_the_very_numbers(cluster, job):
@@ -172,7 +172,7 @@ def test_scaled_and_with_nodes_killed_the_job_ends_with_the_very_numbers(cluster
     assert handed_in.returncode == 0, handed_in.stderr
     again = cluster.command("submit", str(job), "--address", nodes.address, f"run={run}")
     assert again.returncode == 2, again.stdout[-3000:]
-    assert "still runs" in again.stderr
+    assert "is still running" in again.stderr
 
     wait_until(lambda: losses(run, TRUNK), "the trunk did not begin")
     assert nodes.actors("GeneratorActor") == ["generators-a"]

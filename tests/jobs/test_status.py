@@ -1,4 +1,4 @@
-"""How far a run is, read from its store alone."""
+"""Status of a run, read from its store only."""
 
 import time
 
@@ -50,14 +50,14 @@ def stages(store):
     return {row.stage: (row.state, row.progress) for row in run_status(store).stages}
 
 
-def test_a_place_without_a_run_is_a_named_error(tmp_path):
-    with pytest.raises(ConfigError, match=r"holds no run \(no job.json\)"):
+def test_a_folder_without_a_run_raises_config_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"contains no run \(no job.json\)"):
         run_status(ObjectStore(tmp_path / "nowhere"))
 
 
-def test_a_run_that_has_just_begun(store):
-    found = run_status(store)
-    assert (found.kind, found.state, found.attempts, found.stages) == (
+def test_a_run_that_has_just_started(store):
+    status = run_status(store)
+    assert (status.kind, status.state, status.attempts, status.stages) == (
         "transfer",
         "unfinished",
         0,
@@ -65,7 +65,7 @@ def test_a_run_that_has_just_begun(store):
     )
 
 
-def test_stages_say_how_far_they_are(store):
+def test_status_reports_the_progress_of_each_stage(store):
     shards(store, 3)
     store.write(layout.metrics_key("begun"), b"")
     store.write(
@@ -86,34 +86,34 @@ def test_stages_say_how_far_they_are(store):
     assert run_status(store).state == "done"
 
 
-def test_a_source_job_is_done_with_its_phase(store):
+def test_a_source_job_is_done_once_its_phase_is(store):
     store.write_json(layout.JOB, {"job": {"kind": "source"}})
     assert run_status(store).state == "unfinished"
     store.write(layout.result_key("source"), b"{}")
     assert run_status(store).state == "done"
 
 
-def test_only_runs_with_generators_are_scaled(store):
+def test_only_runs_with_generators_can_be_scaled(store):
     with pytest.raises(ConfigError, match="is of kind transfer and has no generators to scale"):
         check_has_generators(store)
     store.write_json(layout.JOB, {"job": {"kind": "transfer", "generators": {}}})
     check_has_generators(store)
 
 
-def test_starts_and_sizes_are_told(store):
+def test_status_reports_attempts_and_scale(store):
     begin_attempt(store)
     begin_attempt(store)
     write_scale(store, Scale(generators=Bounds(min=1, max=4)))
-    found = run_status(store)
-    assert found.attempts == 2
-    assert found.last_host
-    assert time.time() - found.last_started < 60
-    assert found.generators == Bounds(min=1, max=4)
+    status = run_status(store)
+    assert status.attempts == 2
+    assert status.last_host
+    assert time.time() - status.last_started < 60
+    assert status.generators == Bounds(min=1, max=4)
 
 
-def test_where_a_run_was_handed_in_is_kept_without_secrets(store):
+def test_the_submission_is_stored_without_secrets(store):
     assert read_submission(store) is None
-    submission = Submission(where="ray", name="run--1", address="http://127.0.0.1:8265")
+    submission = Submission(backend="ray", name="run--1", address="http://127.0.0.1:8265")
     write_submission(store, submission)
     assert read_submission(store) == submission
     assert b"token" not in store.read(layout.SUBMISSION)
@@ -125,5 +125,5 @@ def test_where_a_run_was_handed_in_is_kept_without_secrets(store):
 @pytest.mark.parametrize(
     ("seconds", "text"), [(3, "3 seconds"), (200, "3 minutes"), (9500, "3 hours"), (1e6, "12 days")]
 )
-def test_ages_are_said_as_people_say_them(seconds, text):
+def test_age_uses_the_largest_fitting_unit(seconds, text):
     assert age(time.time() - seconds) == f"{text} ago"

@@ -1,4 +1,4 @@
-"""A made-up run that the report's tests look at."""
+"""Synthetic results, metrics and images for the tests of reports."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from dist_tl.report.results import (
 )
 
 START = 1_700_000_000.0
-JITTER = (0.0, 0.012, -0.007, 0.004, -0.011)  # what the arms of one seed share, and a bit more
+JITTER = (0.0, 0.012, -0.007, 0.004, -0.011)  # seed effects shared by all arms
 ARMS = {"scratch": 0.86, "pp": 0.865, "p_ssl": 0.91, "distillation": 0.80, "finetune": 0.95}
 
 
@@ -55,7 +55,7 @@ def _stages(arms, seeds):
 
 @pytest.fixture
 def make_results():
-    """RunResults from a mapping of arm to accuracy; `finetune` is a reference."""
+    """Returns ComparisonResults for a mapping of arm to accuracy; `finetune` is a reference."""
 
     def make(arms=ARMS, *, seeds=5, **changes):
         scores = [
@@ -89,7 +89,7 @@ def make_results():
 
 @pytest.fixture
 def metrics():
-    """Loss rows of two arms with three seeds each."""
+    """Metric rows of two arms with three seeds each."""
     return {
         f"{arm}-seed{seed}": [
             {"step": step, "loss": 2.0 / (1 + step / 50) + 0.01 * seed, "time": START + step}
@@ -102,7 +102,7 @@ def metrics():
 
 @pytest.fixture
 def gallery():
-    """Six grey pseudo images with three source classes beside four coloured target images."""
+    """Six grey pseudo-samples of three source classes and four colour target samples."""
     rng = np.random.default_rng(0)
     return Gallery(
         pseudo_images=rng.integers(0, 256, (6, 8, 8, 1), dtype=np.uint8),

@@ -1,4 +1,4 @@
-"""The page opens offline, says everything it was given, and is the same every time."""
+"""The HTML report is self-contained, complete and deterministic."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ from dist_tl.report.summary import table_rows, verdict
 
 
 class Page(HTMLParser):
-    """All tags with their attributes, and all text outside of style sheets."""
+    """Parsed HTML: tags with attributes, and the text outside style sheets."""
 
     def __init__(self, text):
         super().__init__()
@@ -40,7 +40,7 @@ def full(make_results, metrics, gallery):
     return build_page(make_results(), metrics=metrics, gallery=gallery)
 
 
-def test_nothing_on_the_page_is_fetched_from_anywhere(full):
+def test_the_report_loads_no_external_resources(full):
     page = Page(full)
     links = [value for name in ("src", "href", "xlink:href", "data") for value in page.values(name)]
     assert links
@@ -51,11 +51,11 @@ def test_nothing_on_the_page_is_fetched_from_anywhere(full):
     assert not re.search(r"https?://", full)
 
 
-def test_the_browser_is_told_to_fetch_nothing(full):
+def test_the_content_security_policy_forbids_loading(full):
     assert "default-src 'none'" in Page(full).values("content", "meta")[-2]
 
 
-def test_sections_come_in_the_order_of_interest(full):
+def test_sections_are_in_the_documented_order(full):
     headings = [
         "Results",
         "Findings",
@@ -70,7 +70,7 @@ def test_sections_come_in_the_order_of_interest(full):
     assert re.findall(r"<h2[^>]*>([^<]*)</h2>", full) == headings
 
 
-def test_the_page_shows_the_verdict_the_table_and_the_findings(full, make_results):
+def test_the_report_shows_verdict_table_and_findings(full, make_results):
     results, text = make_results(), Page(full).text
     assert " ".join(verdict(results).split()) in text
     for row in table_rows(results):
@@ -80,22 +80,22 @@ def test_the_page_shows_the_verdict_the_table_and_the_findings(full, make_result
     assert "torch 2.13.0" in text
 
 
-def test_references_stand_below_the_others_under_their_own_heading(full):
-    heading = full.index("outside the setting: they use")
+def test_references_have_a_section_of_their_own_below_the_arms(full):
+    heading = full.index("References: they use data")
     assert full.index(">distillation</th>") < heading < full.index(">finetune (reference)</th>")
 
 
-def test_figures_of_shards_are_summed_over_the_generating_stages(full):
+def test_shard_figures_are_summed_over_generating_stages(full):
     text = Page(full).text
     assert "Shards 100" in text
     assert "Stored 75.0 MiB" in text
-    assert "Pseudo samples 51,200" in text
-    assert "Samples a second 100.4" in text  # 51,200 in the 510 s from first start to last end
+    assert "Pseudo-samples 51,200" in text
+    assert "Samples per second 100.4" in text  # 51,200 in 510 s from first start to last end
     assert "Starved 12.5 s" in text
     assert "Overlap 42.5 s" in text
 
 
-def test_every_id_is_unique_and_every_reference_finds_one(full):
+def test_ids_are_unique_and_references_resolve(full):
     page = Page(full)
     ids = page.values("id")
     assert len(ids) == len(set(ids))
@@ -104,7 +104,7 @@ def test_every_id_is_unique_and_every_reference_finds_one(full):
     assert named <= set(ids)
 
 
-def test_people_who_do_not_see_the_pictures_are_told_what_they_show(full):
+def test_images_and_plots_have_alternative_texts(full):
     page = Page(full)
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert images[0]["alt"] == "pseudo sample for zero 70 %, one 30 %"
@@ -113,7 +113,7 @@ def test_people_who_do_not_see_the_pictures_are_told_what_they_show(full):
     assert all(a.get("scope") for tag, a in page.tags if tag == "th")
 
 
-def test_every_stage_has_a_bar_that_names_it_in_both_widths(make_results, metrics):
+def test_every_stage_has_a_bar_with_its_name_in_both_widths(make_results, metrics):
     results = make_results({f"arm{i}": 0.8 for i in range(7)} | {"scratch": 0.8})
     page = build_page(results, metrics=metrics, gallery=None)
     assert len(results.stages) == 80
@@ -121,11 +121,11 @@ def test_every_stage_has_a_bar_that_names_it_in_both_widths(make_results, metric
         assert len(re.findall(rf"<title>\d+\. {stage.name}: ", page)) == 2
 
 
-def test_the_same_results_make_the_same_bytes(full, make_results, metrics, gallery):
+def test_the_output_is_deterministic(full, make_results, metrics, gallery):
     assert build_page(make_results(), metrics=metrics, gallery=gallery) == full
 
 
-def test_no_name_becomes_markup(make_results, gallery):
+def test_names_are_escaped(make_results, gallery):
     odd = "<img src=x onerror=alert(1)> & $a_b$"
     results = make_results(
         {"scratch": 0.8, odd: 0.9},
@@ -145,17 +145,17 @@ def test_no_name_becomes_markup(make_results, gallery):
 def test_one_seed_shows_no_interval(make_results):
     page = build_page(make_results(seeds=1), metrics={}, gallery=None)
     assert "±" not in page
-    assert "One seed, so no intervals" in page
-    assert "from one seed" in page
+    assert "One seed, no intervals" in page
+    assert "One seed cannot show that an arm beats" in page
 
 
-def test_what_a_run_does_not_have_has_no_section(make_results):
+def test_empty_sections_are_omitted(make_results):
     bare = make_results(
         scores=(), summaries=(), stages=(), quality=None, overlap={}, findings=(), versions={}
     )
     page = build_page(bare, metrics={}, gallery=None)
     assert re.findall(r"<h2[^>]*>([^<]*)</h2>", page) == ["Findings", "Run"]
-    assert "The run noted none." in page
+    assert "No findings." in page
 
 
 def test_one_stage_and_one_row_of_metrics_are_enough(make_results):
@@ -166,7 +166,7 @@ def test_one_stage_and_one_row_of_metrics_are_enough(make_results):
     assert "1. only: 0.0 s to 0.0 s (0.0 s)" in page
 
 
-def test_the_page_is_made_without_pyplot():
+def test_the_report_does_not_import_pyplot():
     code = "import sys, dist_tl.report.page; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -180,11 +180,11 @@ def test_busy_seconds_count_overlapping_spans_once():
     ("size", "text"),
     [(0, "0 bytes"), (1023, "1,023 bytes"), (1536, "1.5 KiB"), (1 << 30, "1.0 GiB")],
 )
-def test_sizes_read_in_powers_of_1024(size, text):
+def test_byte_text_uses_powers_of_1024(size, text):
     assert byte_text(size) == text
 
 
-def test_top_classes_keep_the_first_even_when_all_are_tiny():
+def test_top_classes_always_include_the_first():
     flat = np.full(1000, 0.001, np.float32)
     names = [f"class {k}" for k in range(1000)]
     assert [share.name for share in top_classes(flat, names)] == ["class 0"]
@@ -192,7 +192,7 @@ def test_top_classes_keep_the_first_even_when_all_are_tiny():
     assert [share.name for share in shares] == ["class 1", "class 3", "class 0"]
 
 
-def test_a_large_gallery_shows_its_first_images(gallery):
+def test_a_large_gallery_shows_only_the_first_images(gallery):
     many = Gallery(
         **{
             **vars(gallery),
@@ -215,6 +215,6 @@ def test_a_large_gallery_shows_its_first_images(gallery):
         ("captions", ("one",), r"\(6,\)"),
     ],
 )
-def test_a_gallery_whose_parts_do_not_fit_is_refused(gallery, field, value, message):
+def test_an_inconsistent_gallery_is_rejected(gallery, field, value, message):
     with pytest.raises(ValueError, match=f"{field}.*{message}"):
         Gallery(**{**vars(gallery), field: value})

@@ -1,4 +1,4 @@
-"""What the plots are made from: lanes that do not overlap, curves grouped by arm, own ids."""
+"""Plots: lanes that do not overlap, curves grouped by arm, unique ids."""
 
 import math
 
@@ -18,14 +18,14 @@ spans = st.lists(
 
 
 @given(spans)
-def test_spans_of_one_lane_never_overlap_and_no_lane_is_wasted(spans):
+def test_spans_of_one_lane_never_overlap_and_lanes_are_minimal(spans):
     lanes = pack_lanes(spans)
     for i, (start, end) in enumerate(spans):
         for j in range(i):
             apart = end <= spans[j][0] or spans[j][1] <= start
             assert apart or lanes[i] != lanes[j]
-    most_at_once = max((sum(a <= t < b for a, b in spans) for t in range(60)), default=0)
-    assert max(lanes, default=-1) + 1 == most_at_once
+    max_concurrent = max((sum(a <= t < b for a, b in spans) for t in range(60)), default=0)
+    assert max(lanes, default=-1) + 1 == max_concurrent
 
 
 def test_a_span_may_start_where_another_ends():
@@ -43,7 +43,7 @@ def test_stages_that_differ_only_in_their_seed_share_a_panel():
     }
 
 
-def test_rows_without_a_finite_loss_draw_nothing():
+def test_rows_without_a_finite_loss_are_omitted():
     rows = [
         {"step": 3, "loss": 0.5},
         {"step": 1, "loss": math.nan},
@@ -54,7 +54,7 @@ def test_rows_without_a_finite_loss_draw_nothing():
     assert group_curves({"pp-seed0": rows, "empty": [], "setup": rows[1:2]}) == {"pp": [{3: 0.5}]}
 
 
-def test_the_mean_curve_covers_the_steps_that_all_seeds_have():
+def test_the_mean_curve_covers_the_steps_that_all_seeds_share():
     assert mean_curve([{1: 1.0, 2: 2.0, 3: 9.0}, {1: 3.0, 2: 4.0}]) == {1: 2.0, 2: 3.0}
 
 
@@ -69,7 +69,7 @@ def test_a_shortened_name_keeps_both_ends_and_its_length(length):
 
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])
-def test_a_bar_bears_the_name_the_number_or_nothing_as_it_has_room(width):
+def test_a_bar_shows_name_number_or_nothing_depending_on_its_length(width):
     stages = [
         StageRecord(name="long enough", kind="train", started=0, ended=1000),
         StageRecord(name="a name too long for its bar", kind="train", started=1000, ended=1150),
@@ -79,7 +79,7 @@ def test_a_bar_bears_the_name_the_number_or_nothing_as_it_has_room(width):
     assert [text.get_text() for text in axes.texts] == ["long enough", "2"]
 
 
-def test_ids_of_two_plots_on_one_page_never_meet():
+def test_ids_of_two_plots_on_one_page_never_clash():
     def draw(width):
         figure = new_figure(width, 100)
         figure.add_subplot().plot([0, 1], [0, 1])
@@ -93,7 +93,7 @@ def test_ids_of_two_plots_on_one_page_never_meet():
         assert all(one.startswith(f"{prefix}-w-") for one in ids)
 
 
-def test_an_unknown_kind_of_stage_gets_a_lane_of_its_own():
+def test_an_unknown_kind_of_stage_gets_its_own_lane():
     stages = [
         StageRecord(name="a", kind="train", started=0, ended=10),
         StageRecord(name="b", kind="export", started=5, ended=10),
@@ -108,11 +108,11 @@ def draw_text(width):
     return Drawing(figure)
 
 
-def test_a_name_with_dollars_is_no_formula():
+def test_dollar_signs_are_not_parsed_as_math():
     assert ">cost $a_b$ up<" in responsive(draw_text, name="text", label="a name").wide
 
 
-def test_neither_the_reader_s_settings_nor_ours_reach_the_other():
+def test_matplotlib_settings_of_user_and_report_are_independent():
     plain = responsive(draw_text, name="text", label="a name")
     with matplotlib.rc_context({"svg.hashsalt": "mine", "font.size": 33, "font.style": "italic"}):
         before = dict(matplotlib.rcParams)

@@ -1,4 +1,4 @@
-"""The page of a study: everything it is given is on it, and nothing is loaded from anywhere."""
+"""The HTML report of a study is complete, self-contained and deterministic."""
 
 import pytest
 
@@ -63,7 +63,7 @@ def study(**changes):
     return StudyResults(**values)
 
 
-def test_everything_is_on_the_page_escaped_and_the_same_bytes_each_time():
+def test_the_report_is_complete_escaped_and_deterministic():
     page = build_study_page(study())
     for text in ("Numbers", "A note.", "Curves", "theory", "Map", "across", "D = 5", "Timeline"):
         assert text in page
@@ -75,9 +75,9 @@ def test_everything_is_on_the_page_escaped_and_the_same_bytes_each_time():
         assert outside not in page
 
 
-def test_a_study_without_figures_is_a_page_too():
+def test_a_study_without_figures_has_a_report():
     bare = study(tables=(), charts=(), heat_maps=(), stages=(), facts=(), findings=())
-    assert "The run noted none." in build_study_page(bare)
+    assert "No findings." in build_study_page(bare)
 
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])
@@ -98,7 +98,7 @@ def test_plots_fit_their_width(width):
     draw_heat_map(study().heat_maps[0], width=width).figure.canvas.draw()
 
 
-def test_a_map_of_equal_cells_and_of_shares_can_be_drawn():
+def test_a_heat_map_of_equal_cells_can_be_drawn():
     flat = (
         study()
         .heat_maps[0]
@@ -107,11 +107,11 @@ def test_a_map_of_equal_cells_and_of_shares_can_be_drawn():
     draw_heat_map(flat, width=WIDE).figure.canvas.draw()
 
 
-def test_results_come_back_from_their_file_as_what_they_are():
+def test_results_survive_serialisation():
     assert read_results(study().model_dump_json()) == study()
 
 
-def test_terminal_and_markdown_show_the_tables():
+def test_terminal_and_markdown_show_the_same_tables():
     assert tables(study()) == list(study().tables)
     assert verdict(study()) == "Nothing & more."
     assert "| b | 2 |" in markdown_tables(study())

@@ -1,4 +1,4 @@
-"""Intervals against closed forms of Student's t, and arms paired by their seeds."""
+"""Intervals agree with closed forms of Student's t; arms are paired by seed."""
 
 import math
 
@@ -44,7 +44,7 @@ def test_five_values_agree_with_the_printed_table():
     assert interval(values, confidence=0.9).half_width == pytest.approx(2.132 * error, abs=5e-4)
 
 
-def test_the_interval_holds_the_truth_in_95_of_100_samples():
+def test_the_interval_covers_the_true_mean_in_95_percent_of_samples():
     draws = np.random.default_rng(0).normal(3.0, 2.0, size=(2000, 4))
     found = [interval(list(row)) for row in draws]
     hits = sum(abs(one.mean - 3.0) <= one.half_width for one in found)
@@ -56,7 +56,7 @@ def test_one_seed_has_a_mean_and_no_interval():
     assert not interval([0.7]).excludes_zero
 
 
-def test_no_value_is_refused():
+def test_an_empty_list_is_rejected():
     with pytest.raises(ValueError, match="at least one"):
         interval([])
 
@@ -65,11 +65,11 @@ def test_no_value_is_refused():
     ("mean", "half_width", "excluded"),
     [(0.2, 0.1, True), (-0.2, 0.1, True), (0.1, 0.1, False), (-0.05, 0.1, False), (0, 0, False)],
 )
-def test_an_interval_excludes_zero_only_strictly(mean, half_width, excluded):
+def test_an_interval_that_touches_zero_does_not_exclude_it(mean, half_width, excluded):
     assert Interval(mean=mean, half_width=half_width, count=3).excludes_zero is excluded
 
 
-def test_what_seeds_share_cancels_in_the_paired_gain():
+def test_seed_effects_cancel_in_the_paired_gain():
     base = {0: 0.5, 1: 0.7, 2: 0.9}
     better = {seed: accuracy + 0.05 for seed, accuracy in base.items()}
     _, summary = summarise(scores_of("scratch", base) + scores_of("pp", better), baseline="scratch")
@@ -86,18 +86,18 @@ def test_gains_pair_seeds_by_number_and_not_by_position():
 
 
 @pytest.mark.parametrize("seeds", [{0: 0.5}, {0: 0.5, 1: 0.5, 2: 0.5}, {0: 0.5, 7: 0.5}])
-def test_an_arm_with_other_seeds_than_the_baseline_is_refused(seeds):
+def test_an_arm_with_other_seeds_than_the_baseline_is_rejected(seeds):
     scores = scores_of("scratch", {0: 0.5, 1: 0.6}) + scores_of("pp", seeds)
     with pytest.raises(ValueError, match="pp has seeds"):
         summarise(scores, baseline="scratch")
 
 
-def test_a_baseline_without_scores_is_refused():
+def test_a_baseline_without_scores_is_rejected():
     with pytest.raises(ValueError, match="baseline 'scratch'"):
         summarise(scores_of("pp", {0: 0.5}), baseline="scratch")
 
 
-def test_summaries_keep_the_order_of_the_scores_and_mean_the_costs():
+def test_summaries_keep_the_order_of_the_scores_and_average_the_costs():
     scores = scores_of("pp", {0: 0.6}, seconds=1.0) + scores_of("scratch", {0: 0.5})
     scores += scores_of("scratch", {1: 0.5}, seconds=30.0, samples=300)
     scores += scores_of("pp", {1: 0.6}, seconds=2.0)
@@ -111,6 +111,6 @@ def test_summaries_keep_the_order_of_the_scores_and_mean_the_costs():
     assert scratch.gain is None
 
 
-def test_an_accuracy_outside_zero_to_one_is_refused():
+def test_an_accuracy_outside_zero_to_one_is_rejected():
     with pytest.raises(ValidationError):
         scores_of("pp", {0: 1.2})

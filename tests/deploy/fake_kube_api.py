@@ -1,7 +1,7 @@
-"""A Kubernetes API server's manners over HTTP, for the kinds that submitting a job touches.
+"""Fake Kubernetes API server over HTTP, for the kinds that submitting a job uses.
 
-Objects are checked by the strict schemas where those are at hand. A test plays the operator: it
-sets statuses, makes pods and says what they log. Not covered: TLS, watches, field management.
+Objects are validated with the strict schemas if these are available. The test acts as the operator:
+it sets statuses, creates pods and writes their logs. Not covered: TLS, watches, field management.
 """
 
 import copy
@@ -24,20 +24,20 @@ VERBS = {"POST": "create", "PATCH": "patch", "DELETE": "delete"}
 SCHEMAS = importlib.util.find_spec("kubernetes_validate") is not None
 
 
-class Refusal(Exception):
+class ApiError(Exception):
     def __init__(self, status, reason, message):
         super().__init__(message)
         self.status, self.reason, self.message = status, reason, message
 
 
 class Log:
-    """What a pod says; its readers wait for more until it is closed."""
+    """Log of a pod; readers block for more lines until it is closed."""
 
     def __init__(self):
         self.lines, self.is_closed, self.changed = [], False, threading.Condition()
         self.breaks_at, self.opened = None, 0
 
-    def say(self, *lines):
+    def write(self, *lines):
         with self.changed:
             self.lines.extend(lines)
             self.changed.notify_all()
@@ -48,13 +48,13 @@ class Log:
             self.changed.notify_all()
 
     def stamped(self, at):
-        # As Go writes them: zeros at the end of the fraction are left out.
+        # In Go's format: trailing zeros of the fraction are omitted.
         stamp = (datetime(2026, 1, 1) + timedelta(seconds=at / 20)).isoformat().rstrip("0")
         return f"{stamp.rstrip(':.')}Z {self.lines[at]}\n".encode()
 
 
-class StandInApi:
-    """One API server on loopback."""
+class FakeKubeApi:
+    """API server on loopback."""
 
     def __init__(self):
         self.objects, self.logs, self.requests = {}, {}, []
@@ -88,7 +88,7 @@ class StandInApi:
         path.write_text(yaml.safe_dump(config))
         return path
 
-    # What the operator and the kubelet would do.
+    # The part of the operator and the kubelet.
 
     def put(self, plural, name, **fields):
         metadata = {"name": name, "namespace": NAMESPACE, **fields.pop("metadata", {})}
@@ -106,7 +106,7 @@ class StandInApi:
             status |= {"jobDeploymentStatus": state, "jobStatus": job_status, **more}
 
     def start_cluster(self, name):
-        """The RayCluster of a RayJob, as the operator makes it."""
+        """Creates the RayCluster of a RayJob, as the operator does."""
         job = self.get("rayjobs", name)
         owner = {"kind": "RayJob", "name": name, "uid": job["metadata"]["uid"]}
         spec = copy.deepcopy(job["spec"]["rayClusterSpec"])
@@ -128,30 +128,30 @@ class StandInApi:
         self.logs[name] = Log()
         return self.logs[name]
 
-    # What it answers.
+    # Requests.
 
-    def answer(self, verb, plural, namespace, name, query, body, accept):
+    def respond(self, verb, plural, namespace, name, query, body, accept):
         with self.lock:
             if (verb, plural) in self.forbidden:
-                raise Refusal(
+                raise ApiError(
                     403, "Forbidden", f'{plural} is forbidden: User "me" cannot {verb} {plural}'
                 )
             is_dry = query.get("dryRun") == "All"
             if not is_dry and (verb, plural) in self.failures:
-                raise Refusal(self.failures.pop((verb, plural)), "Broken", "etcd is not well")
+                raise ApiError(self.failures.pop((verb, plural)), "Broken", "etcd is not well")
             if verb == "list":
                 return self._listed(plural, namespace, query.get("labelSelector", ""))
             if verb == "create":
                 return self._create(plural, namespace, body, is_dry)
             found = self.objects.get((plural, namespace, name))
             if found is None:
-                raise Refusal(404, "NotFound", f'{plural} "{name}" not found')
+                raise ApiError(404, "NotFound", f'{plural} "{name}" not found')
             if verb == "delete":
                 self._delete(plural, found)
             elif verb == "patch":
                 found = self._patch(plural, found, body)
             if plural == "secrets" and "PartialObjectMetadata" not in accept:
-                raise Refusal(500, "Leak", "the values of a secret were asked for")
+                raise ApiError(500, "Leak", "the values of a secret were requested")
             if "PartialObjectMetadata" in accept:
                 return {"kind": "PartialObjectMetadata", "metadata": found["metadata"]}
             return copy.deepcopy(found)
@@ -169,19 +169,19 @@ class StandInApi:
     def _create(self, plural, namespace, body, is_dry):
         metadata = body["metadata"]
         if metadata.get("namespace", namespace) != namespace:
-            raise Refusal(400, "BadRequest", "the namespace of the object is not that of the URL")
+            raise ApiError(400, "BadRequest", "the namespace of the object is not that of the URL")
         if found := _problems(body):
-            raise Refusal(422, "Invalid", "; ".join(found))
+            raise ApiError(422, "Invalid", "; ".join(found))
         if (plural, namespace, metadata["name"]) in self.objects:
-            raise Refusal(409, "AlreadyExists", f'{plural} "{metadata["name"]}" already exists')
+            raise ApiError(409, "AlreadyExists", f'{plural} "{metadata["name"]}" already exists')
         made = {**body, "metadata": {**metadata, "namespace": namespace, "uid": "dry"}}
         if is_dry:
             return made
         made = self._store(plural, made)
         if plural == "rayjobs":
-            play = threading.Timer(0.01, self.on_ray_job, (metadata["name"],))
-            play.daemon = True
-            play.start()
+            timer = threading.Timer(0.01, self.on_ray_job, (metadata["name"],))
+            timer.daemon = True
+            timer.start()
         return copy.deepcopy(made)
 
     def _store(self, plural, body):
@@ -202,7 +202,7 @@ class StandInApi:
         collect.start()
 
     def _collect(self, plural, found):
-        """What an object owns goes with it."""
+        """Deletes an object and everything it owns."""
         with self.lock:
             uid = found["metadata"]["uid"]
             for (kind, _, _), other in list(self.objects.items()):
@@ -222,10 +222,10 @@ class StandInApi:
             for part in path:
                 place = place[int(part) if isinstance(place, list) else part]
             if step["op"] == "test" and place.get(last) != step["value"]:
-                raise Refusal(422, "Invalid", f"test failed at {step['path']}")
+                raise ApiError(422, "Invalid", f"test failed at {step['path']}")
             place[last] = step["value"]
         if found_problems := _problems(changed):
-            raise Refusal(422, "Invalid", "; ".join(found_problems))
+            raise ApiError(422, "Invalid", "; ".join(found_problems))
         metadata = found["metadata"]
         self.objects[plural, metadata["namespace"], metadata["name"]] = changed
         return changed
@@ -235,11 +235,11 @@ def _problems(manifest):
     kind = manifest.get("kind")
     if kind is None or not SCHEMAS or (kind in KINDS and not (CRDS / KINDS[kind]).exists()):
         return []
-    return _judged(json.dumps(manifest))
+    return _cached_problems(json.dumps(manifest))
 
 
 @functools.cache
-def _judged(text):
+def _cached_problems(text):
     return problems(json.loads(text))
 
 
@@ -256,24 +256,24 @@ def _handler(api):
             api.requests.append((self.command, url.path, query))
             try:
                 if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                    raise Refusal(401, "Unauthorized", "Unauthorized")
+                    raise ApiError(401, "Unauthorized", "Unauthorized")
                 self._route(url.path.strip("/").split("/"), query, body)
-            except Refusal as refusal:
+            except ApiError as error:
                 status = {
                     "kind": "Status",
                     "status": "Failure",
-                    "code": refusal.status,
-                    "reason": refusal.reason,
-                    "message": refusal.message,
+                    "code": error.status,
+                    "reason": error.reason,
+                    "message": error.message,
                 }
-                self._send(refusal.status, status)
+                self._send(error.status, status)
 
         do_GET = do_POST = do_PATCH = do_DELETE = handle_any
 
         def _route(self, parts, query, body):
             if parts == ["apis", "ray.io", "v1"]:
                 if not api.has_operator:
-                    raise Refusal(404, "NotFound", "404 page not found")
+                    raise ApiError(404, "NotFound", "404 page not found")
                 kinds = [
                     {
                         "name": name,
@@ -292,9 +292,9 @@ def _handler(api):
             verb = VERBS.get(self.command) or ("get" if name else "list")
             kind = self.headers.get("Content-Type", "")
             if verb == "patch" and kind != "application/json-patch+json":
-                raise Refusal(415, "UnsupportedMediaType", f"expected a JSON patch, got {kind}")
+                raise ApiError(415, "UnsupportedMediaType", f"expected a JSON patch, got {kind}")
             accept = self.headers.get("Accept", "")
-            found = api.answer(verb, plural, namespace, name, query, body, accept)
+            found = api.respond(verb, plural, namespace, name, query, body, accept)
             return self._send(201 if verb == "create" else 200, found)
 
         def _send(self, status, body):
@@ -307,12 +307,12 @@ def _handler(api):
 
         def _send_log(self, namespace, pod, query):
             if ("get", "pods/log") in api.forbidden:
-                raise Refusal(403, "Forbidden", 'User "me" cannot get pods/log')
+                raise ApiError(403, "Forbidden", 'User "me" cannot get pods/log')
             found = api.objects.get(("pods", namespace, pod))
             if found is None:
-                raise Refusal(404, "NotFound", f'pods "{pod}" not found')
+                raise ApiError(404, "NotFound", f'pods "{pod}" not found')
             if found["status"]["phase"] == "Pending":
-                raise Refusal(400, "BadRequest", "container is waiting to start")
+                raise ApiError(400, "BadRequest", "container is waiting to start")
             log = api.logs[pod]
             log.opened += 1
             self.send_response(200)
@@ -352,9 +352,9 @@ def _handler(api):
     return Handler
 
 
-def until(claim, seconds=5.0):
-    """Wait until a claim holds."""
+def until(condition, seconds=5.0):
+    """Waits until a condition holds."""
     end = time.monotonic() + seconds
-    while not claim():
-        assert time.monotonic() < end, "it never came"
+    while not condition():
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.005)
