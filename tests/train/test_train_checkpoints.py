@@ -207,7 +207,7 @@ def test_a_damaged_file_is_refused_by_name(store, engine, other, suffix, damage)
     if damage != "missing":
         store.write(key, bytes(data) if damage == "altered" else bytes(data[:-1]))
     before = weights_of(other)
-    with pytest.raises(CheckpointError, match=rf"{key} is .*delete .*step-00000002 to go on"):
+    with pytest.raises(CheckpointError, match=rf"{key} is .*delete .*step-00000002 to resume"):
         checkpoints_in(store).restore(other)
     assert weights_of(other) == before
     store.delete_all(layout.checkpoint_prefix(STAGE, 2))  # the remedy that the message names
@@ -243,7 +243,7 @@ def test_a_checkpoint_of_another_specification_is_refused_with_both_fingerprints
 def test_a_checkpoint_of_another_network_is_refused(store, engine):
     save_steps(engine, checkpoints_in(store), 1)
     wider = new_engine(width=8)
-    with pytest.raises(CheckpointMismatchError, match="other slices"):
+    with pytest.raises(CheckpointMismatchError, match="sharded differently"):
         checkpoints_in(store).restore(wider)
     wider.close()
 

@@ -184,7 +184,7 @@ def test_a_hub_learns_in_half_precision_with_accumulated_micro_batches(ranks, hu
 
 
 def test_a_hub_is_trained_by_the_objective_of_its_kind_and_no_other_model_is(hub_stage):
-    with pytest.raises(ValueError, match="objective hub goes with a model of kind hub"):
+    with pytest.raises(ValueError, match="objective hub requires a model of kind hub"):
         hub_stage(new_hub(k=1), objective=SupervisedSpec())
-    with pytest.raises(ValueError, match="objective hub goes with a model of kind hub"):
+    with pytest.raises(ValueError, match="objective hub requires a model of kind hub"):
         hub_stage(NewExpert(expert=source("plain"), num_classes=CLASSES))

@@ -134,7 +134,7 @@ def test_weights_of_another_module_are_refused(change):
     else:
         weights["three.bias"] = torch.zeros(3)
     name = "two.bias" if change == "missing" else "three.bias"
-    with pytest.raises(ValueError, match=f"{name} is on one side only"):
+    with pytest.raises(ValueError, match=f"only one side has {name}"):
         load_weights(module, weights)
 
 
