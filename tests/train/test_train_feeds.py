@@ -326,7 +326,8 @@ def test_unlabelled_rows_may_lie_on_another_number_of_lanes(shards):
 
 
 def test_lanes_that_micro_batches_cannot_share_are_refused():
-    with pytest.raises(ConfigError, match=r"4 lanes per worker .* 3 micro-batches; .* workers \* 3"):
+    message = r"4 lanes per worker .* 3 micro-batches; .* workers \* 3"
+    with pytest.raises(ConfigError, match=message):
         next(feed_of(memory_rows(), accumulation=3).read_from(0))
 
 
