@@ -73,12 +73,12 @@ def scripted_ray(monkeypatch):
 
 def test_an_unavailable_actor_stays_pending_and_a_dead_one_is_reported():
     pending_actors = PendingActors()
-    back, dead, full = (
+    unavailable, dead, full = (
         Actor(opens=(UNAVAILABLE, None)),
         Actor(opens=(DEAD,)),
         Actor(opens=(OUT_OF_MEMORY,)),
     )
-    for key, actor in (("back", back), ("dead", dead), ("full", full)):
+    for key, actor in (("unavailable", unavailable), ("dead", dead), ("full", full)):
         pending_actors.add(key, actor)
     assert pending_actors.poll() == [("dead", dead, DEAD), ("full", full, OUT_OF_MEMORY)]
     assert pending_actors.poll() == [("unavailable", unavailable, None)]
