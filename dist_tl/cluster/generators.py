@@ -19,7 +19,7 @@ import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from dist_tl.cluster.config import GeneratorsConfig
+from dist_tl.cluster.config import Bounds, GeneratorsConfig
 from dist_tl.cluster.metrics import GeneratorMetrics, RestartMetrics
 from dist_tl.cluster.pending import PendingActors
 from dist_tl.cluster.roles import actor_options, start_actor
@@ -133,7 +133,7 @@ class GeneratorPool:
         self._roles = roles
         self._config, self._store_url, self._positions = config, store_url, positions
         self._store = ObjectStore(store_url)
-        self._bounds = (config.min, config.max)
+        self._bounds: Bounds = config
         self._override_read_at = float("-inf")
         self._metrics = GeneratorMetrics(store_url)
         self._is_throttled = True
@@ -142,9 +142,8 @@ class GeneratorPool:
         self._failed_starts, self._start_after = 0, 0.0
         self._losses: Counter[tuple[str, int]] = Counter()  # lost workers by stage and shard
         self._restarts = RestartMetrics(store_url, "generators")
-        self._idle: list[
-            tuple[ActorHandle, float]
-        ] = []  # with the monotonic time since when; latest last
+        # With the monotonic time since which a worker is idle; the latest is last.
+        self._idle: list[tuple[ActorHandle, float]] = []
         self._running: dict[ray.ObjectRef, tuple[ActorHandle, StageProgress, int]] = {}
         self._failure: Exception | None = None
         self._stopped = threading.Event()
@@ -186,7 +185,7 @@ class GeneratorPool:
 
     def scale(self, low: int, high: int) -> None:
         """Changes the bounds of the running pool."""
-        self._bounds = (low, high)
+        self._bounds = Bounds(min=low, max=high)
 
     def release(self) -> None:
         """Stops throttling: generates the remaining shards without waiting for readers."""
@@ -246,7 +245,7 @@ class GeneratorPool:
             logger.warning("the pool keeps its bounds: %s", error)
             return
         if scale is not None:
-            self._bounds = (scale.generators.min, scale.generators.max)
+            self._bounds = scale.generators
 
     def _report_metrics(self, positions: dict[str, int]) -> None:
         self._metrics.workers(self.num_workers)
@@ -268,7 +267,7 @@ class GeneratorPool:
                 ray.kill(replies[ref][0])
 
     def _resize(self, positions: dict[str, int]) -> None:
-        low, high = self._bounds
+        low, high = self._bounds.min, self._bounds.max
         wanted = 0
         if any(not stage.done for stage in self._stages):
             wanted = min(high, max(1, high if self._backlog_is_low(positions) else low))
