@@ -232,8 +232,8 @@ def test_the_module_is_the_command():
         (("submit", "{job}", "--kube", "--options", "nowhere.yaml"), "nowhere.yaml"),
         (("submit", "{job}", "--address", "127.0.0.1:8265"), "expected the URL of Ray's dashboard"),
         (("submit", "{job}", "--address", "http://me:word@a:1"), "a URL without a login"),
-        (("submit", "{job}", "--address", "http://127.0.0.1:99999"), "is no URL"),
-        (("submit", "{job}", "--address", "http://[::1"), "is no URL"),
+        (("submit", "{job}", "--address", "http://127.0.0.1:99999"), "is not a URL"),
+        (("submit", "{job}", "--address", "http://[::1"), "is not a URL"),
         (("submit", "{job}", "--address", "http://a:1", "run=runs/x"), "must reach the run"),
         (
             ("submit", "{job}", "--address", "http://a:1", "run=s3://k:" + 20 * "s" + "@b/r"),

@@ -1,7 +1,7 @@
-"""Anchors chosen among points that lie on many nodes: one reduction a step.
+"""Chooses anchors among points that are distributed over actors: one reduction per step.
 
-Each actor keeps its chunk's heights and factor rows; a step sends one proposal from each, and one
-point back. A lost actor means starting again, with the same outcome: nothing is drawn.
+Each actor keeps the heights and factor rows of its chunk. In a step every actor sends one proposal
+and receives one point. The choice is deterministic, so a job that lost an actor can start again.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,18 +11,19 @@ from safetensors.torch import load as load_tensors
 
 from dist_tl.cluster.config import TrialsConfig
 from dist_tl.cluster.outcomes import collect
+from dist_tl.cluster.roles import start_actor
 from dist_tl.methods.geometry.anchors import AnchorChunk, Proposal, drive_choice
 from dist_tl.storage.objects import ObjectStore
 
 
 class _Chunk:
-    """One chunk of stored features in a process of its own."""
+    """Actor of one chunk of stored features."""
 
     def __init__(self, store_url: str, key: str, first: int) -> None:
         points_ND = load_tensors(ObjectStore(store_url).read(key))["features"]
         self._chunk = AnchorChunk(points_ND, first)
 
-    def answer(self, name: str, *arguments: object) -> object:
+    def call(self, name: str, *arguments: object) -> object:
         return self._chunk.answer(name, *arguments)
 
 
@@ -35,21 +36,25 @@ def choose_anchors_on_ray(
     *,
     on_step: Callable[[int], None] = lambda step: None,
 ) -> list[Proposal]:
-    """m anchors among the features stored under `keys`, in order of choice.
+    """Returns m anchors among the features stored under `keys`, in order of choice.
 
     Args:
-        firsts: the global index of each chunk's first point.
+        firsts: global index of the first point of each chunk.
+        on_step: called with the number of anchors chosen so far.
 
     Raises:
-        ConfigError: fewer points than m, or m above their affine rank.
+        ConfigError: m exceeds the number of points or their affine rank.
         WorkerError: an actor was lost.
     """
-    remote = ray.remote(_Chunk).options(num_cpus=config.cpus / max(1, len(keys)))
-    actors = [remote.remote(store_url, key, first) for key, first in zip(keys, firsts, strict=True)]
+    options = {"num_cpus": config.cpus / max(1, len(keys))}
+    actors = [
+        start_actor(_Chunk, options, store_url, key, first)
+        for key, first in zip(keys, firsts, strict=True)
+    ]
 
     def everywhere(name: str, *arguments: object) -> list:
-        inputs = [actor.answer.remote(name, *arguments) for actor in actors]
-        return collect(inputs, "a chunk of the pool")
+        refs = [actor.call.remote(name, *arguments) for actor in actors]
+        return collect(refs, "a chunk of the pool")
 
     try:
         return drive_choice(everywhere, m, on_step=on_step)

@@ -1,7 +1,7 @@
-"""How large the parts of a cluster are, and what its tasks are asked: read without ray."""
+"""Sizes of the parts of a cluster, and the inputs of its tasks. Does not import ray."""
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -11,112 +11,121 @@ Inputs = TypeVar("Inputs", bound=StrictModel)
 
 
 class SessionConfig(StrictModel):
-    """The private Ray cluster; ignored where RAY_ADDRESS names another."""
+    """The private Ray cluster. Sizes are ignored if RAY_ADDRESS names another cluster."""
 
     num_cpus: int = Field(
-        default=8, ge=1, description="Logical CPUs: what actors share by their `cpus`, not cores."
+        default=8, ge=1, description="Logical CPUs, which actors reserve by `cpus`; not cores."
     )
     roles: bool = Field(
         default=False,
-        description="Place actors only on nodes that offer the Ray resource of their role: "
+        description="Schedule actors only on nodes that offer the Ray resource of their role: "
         "generators, trainers or experts.",
     )
-    object_store_mb: int = Field(default=200, ge=80, description="Shared memory for Ray's objects.")
+    object_store_mb: int = Field(
+        default=200, ge=80, description="Size of Ray's object store in MB."
+    )
 
 
-class GeneratorsConfig(StrictModel):
-    """The pool of generator workers, sized independently of the trainers."""
+class Bounds(StrictModel):
+    """Minimum and maximum number of workers of a pool."""
 
-    min: int = Field(default=1, ge=0, description="Workers kept while there is work.")
-    max: int = Field(default=2, ge=1, description="Workers at most, while readers wait for shards.")
-    cpus: float = Field(default=1.0, gt=0, description="CPUs that Ray reserves for each worker.")
-    gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each worker.")
-    threads: int = Field(
-        default=1, ge=1, description="Torch threads a worker; part of what fixes pixels."
-    )
-    window: int = Field(
-        default=64, ge=1, description="Shards made ahead of the slowest reader at most."
-    )
-    low_backlog: int = Field(
-        default=4, ge=0, description="Committed, unread shards below which to grow."
-    )
-    max_restarts: int = Field(
-        default=3,
-        ge=0,
-        description="Workers lost over one shard, or on their way up, before the job fails.",
-    )
+    min: int = Field(ge=0)
+    max: int = Field(ge=0)
 
     @model_validator(mode="after")
-    def _bounds_are_ordered(self) -> "GeneratorsConfig":
+    def _check_order(self) -> Self:
         if self.min > self.max:
             raise ValueError(f"expected min <= max, got {self.min} > {self.max}")
         return self
 
 
-class TrainersConfig(StrictModel):
-    """The sharded trainers' worker group."""
+class GeneratorsConfig(Bounds):
+    """The pool of generator workers, sized independently of the trainers."""
 
-    workers: int = Field(
-        default=2, ge=1, description="Data-parallel workers; lanes must be divisible."
+    min: int = Field(default=1, ge=0, description="Minimum number of workers during generation.")
+    max: int = Field(
+        default=2,
+        ge=1,
+        description="Maximum number of workers, used while readers wait for shards.",
     )
     cpus: float = Field(default=1.0, gt=0, description="CPUs that Ray reserves for each worker.")
     gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each worker.")
-    threads: int = Field(default=1, ge=1, description="Torch threads a worker.")
+    threads: int = Field(
+        default=1, ge=1, description="Torch threads per worker; their number affects the pixels."
+    )
+    window: int = Field(
+        default=64, ge=1, description="Maximum number of shards ahead of the slowest reader."
+    )
+    low_backlog: int = Field(
+        default=4, ge=0, description="The pool grows below this number of committed, unread shards."
+    )
+    max_restarts: int = Field(
+        default=3,
+        ge=0,
+        description="Maximum number of workers lost on one shard, or in a row during start-up.",
+    )
+
+
+class TrainersConfig(StrictModel):
+    """The worker group of the trainers."""
+
+    workers: int = Field(
+        default=2, ge=1, description="Data-parallel workers; must divide the number of lanes."
+    )
+    cpus: float = Field(default=1.0, gt=0, description="CPUs that Ray reserves for each worker.")
+    gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each worker.")
+    threads: int = Field(default=1, ge=1, description="Torch threads per worker.")
     max_failures: int = Field(
-        default=3, ge=0, description="Restarts of the group before the job fails."
+        default=3, ge=0, description="Maximum number of restarts of the group."
     )
 
 
-class ExpertsConfig(StrictModel):
-    """The expert pool: replicas of every expert, and the routers that ask them."""
+class ExpertsConfig(Bounds):
+    """The expert pool: replicas of every expert, and routers that call them."""
 
-    min: int = Field(
-        default=1, ge=1, description="Replicas of an expert, however few samples it gets."
+    min: int = Field(default=1, ge=1, description="Minimum number of replicas of each expert.")
+    max: int = Field(
+        default=1, ge=1, description="Number of replicas of the expert with the highest load."
     )
-    max: int = Field(default=1, ge=1, description="Replicas of the expert that gets most samples.")
-    routers: int = Field(default=1, ge=1, description="Shards that are answered at a time.")
+    routers: int = Field(
+        default=1, ge=1, description="Number of routers; each predicts one shard at a time."
+    )
     cpus: float = Field(default=1.0, gt=0, description="CPUs that Ray reserves for each replica.")
     gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each replica.")
     router_cpus: float = Field(
         default=1.0, gt=0, description="CPUs that Ray reserves for each router."
     )
-    threads: int = Field(default=1, ge=1, description="Torch threads of each.")
+    threads: int = Field(default=1, ge=1, description="Torch threads per actor.")
     batch_size: int = Field(
-        default=256, ge=1, description="Samples that an expert is sent at a time."
+        default=256, ge=1, description="Maximum number of samples per request to an expert."
     )
     max_restarts: int = Field(
-        default=3, ge=0, description="Restarts of an actor before it is lost."
+        default=3, ge=0, description="Maximum number of restarts of an actor."
     )
     timeout_s: float = Field(
         default=120.0,
         gt=0,
-        description="How long an expert may take to come up, and for a shard, before it is lost.",
+        description="Timeout in seconds for the start of an expert, and for its part of a shard.",
     )
     resources: dict[str, dict[str, float]] = Field(
         default_factory=dict,
-        description="Expert -> further Ray resources of its replicas, to choose their nodes.",
+        description="Expert name -> additional Ray resources of its replicas, to select nodes.",
     )
-
-    @model_validator(mode="after")
-    def _bounds_are_ordered(self) -> "ExpertsConfig":
-        if self.min > self.max:
-            raise ValueError(f"expected min <= max, got {self.min} > {self.max}")
-        return self
 
 
 class TrialsConfig(StrictModel):
-    """How trials share the cluster."""
+    """Resources of trials and tasks."""
 
     cpus: float = Field(default=1.0, gt=0, description="CPUs that Ray reserves for each trial.")
     gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each trial.")
     max_retries: int = Field(
-        default=3, ge=0, description="Fresh starts of a trial whose worker died."
+        default=3, ge=0, description="Maximum number of retries of a trial whose worker died."
     )
 
 
 @dataclass(frozen=True)
 class Task(Generic[Inputs]):
-    """One piece of work; its name is that of a stage of the run."""
+    """One task; its name is a stage name of the run."""
 
     name: str
     inputs: Inputs

@@ -1,9 +1,8 @@
-"""The expert pool: routers and experts as Ray actors, which answer a data set shard by shard.
+"""The expert pool: routers and experts as Ray actors, which predict a data set shard by shard.
 
-A router reads a shard, sends each expert the samples that chose it and nothing else, puts the
-answers in their places and commits the predictions as a shard. Experts have replicas, and get more
-of them the more samples come. Whatever dies is restarted, and its batch run again; what was
-committed is never made twice.
+A router reads a shard, sends each expert only the samples routed to it, combines the logits and
+commits the predictions as a shard. The number of an expert's replicas follows its load. A lost
+actor is restarted and its batch repeated; committed shards are never predicted again.
 """
 
 import logging
@@ -21,9 +20,9 @@ from dist_tl.cluster.config import ExpertsConfig
 from dist_tl.cluster.inputs import RowsInput, StageInput
 from dist_tl.cluster.outcomes import collect
 from dist_tl.cluster.pending import PendingActors
-from dist_tl.cluster.roles import actor_options
+from dist_tl.cluster.roles import actor_options, start_actor
 from dist_tl.cluster.router_pool import RouterPool
-from dist_tl.cluster.routers import AnswerSettings, RouterActor, ShardAnswer
+from dist_tl.cluster.routers import RequestSettings, RouterActor, ShardResult
 from dist_tl.errors import WorkerError, WorkerLostError
 from dist_tl.models.networks import Network
 from dist_tl.shards.manifest import committed_indices
@@ -33,33 +32,33 @@ from dist_tl.train.hub_model import load_expert
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.2
-ROUTER = -1  # who is absent: an expert, by its index, or all routers
-LOAD_MEMORY = 0.7  # share of the past in the moving average of an expert's load
+ROUTER = -1  # stands for all routers among the indices of unavailable experts
+LOAD_MEMORY = 0.7  # decay of the moving average of an expert's load
 
 
 class ExpertActor:
     """One expert on one device."""
 
-    def __init__(self, store_url: str, place: str, name: str, threads: int) -> None:
+    def __init__(self, store_url: str, location: str, name: str, threads: int) -> None:
         torch.set_num_threads(threads)
         torch.backends.cudnn.deterministic = True
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._source = (ObjectStore(store_url), place, name)
+        self._source = (ObjectStore(store_url), location, name)
         self._expert: Network | None = None
 
     def open(self) -> None:
-        """Load the expert.
+        """Loads the expert, unless it is loaded.
 
         Raises:
-            ConfigError: its files are missing or damaged.
+            ConfigError: files are missing or damaged.
         """
         self._expert = self._expert or load_expert(*self._source).to(self._device)
 
     @torch.no_grad()
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (S, C), float32 on the CPU, of images (S, C, H, W) in [-1, 1]."""
-        self.open()  # after a restart nobody else has
-        assert self._expert is not None, "loaded just now"
+        """Returns logits (S, C), float32 on the CPU, of images (S, C, H, W) in [-1, 1]."""
+        self.open()  # Ray does not call it after a restart
+        assert self._expert is not None, "open loads it"
         return self._expert(images.to(self._device)).float().cpu()
 
 
@@ -68,10 +67,10 @@ class Replicas:
     """The actors of one expert.
 
     Attributes:
-        limit: actors at most; less than was asked for where the cluster could not start them.
-        load: moving average of its share of all (sample, expert) pairs.
-        pairs: samples it was sent in all.
-        most: actors at most at one time.
+        limit: maximum number of actors; lowered if the cluster cannot start more.
+        load: moving average of the expert's share of all (sample, expert) pairs.
+        pairs: total number of samples sent to the expert.
+        most: highest number of actors so far.
     """
 
     name: str
@@ -83,40 +82,40 @@ class Replicas:
 
 
 class ExpertPool:
-    """Use as a context manager; :meth:`answer` returns when every shard is committed.
+    """Context manager of the actors; :meth:`answer` predicts and commits a data set.
 
     Args:
-        place: where the stored hub is: a key of the run, or a URL.
-        experts: their names, in the order of the hub.
-        degrade: leave an expert out that stays away, instead of giving up.
+        location: location of the stored hub: a key of the run, or a URL.
+        experts: names of the experts, in the order of the hub.
+        degrade: predict without unavailable experts, instead of raising.
         roles: whether the cluster's nodes have roles.
-        attempt: the start of the run; nothing is committed after a later one. 0 does not look.
+        attempt: number of the attempt; a superseded attempt commits nothing. 0 disables the check.
 
     Attributes:
-        replicas: by expert.
-        arrivals: replicas that are not up yet, by expert.
-        lost: experts that are left out.
+        replicas: replicas of each expert.
+        pending: replicas that are not ready yet, by index of the expert.
+        lost: indices of experts that are left out.
     """
 
     def __init__(
         self,
         config: ExpertsConfig,
         store: ObjectStore,
-        place: str,
+        location: str,
         experts: Sequence[str],
         *,
         degrade: bool,
         roles: bool = False,
         attempt: int = 0,
     ) -> None:
-        self._config, self._store, self._place = config, store, place
+        self._config, self._store, self._location = config, store, location
         self._degrade, self._roles, self._attempt = degrade, roles, attempt
         self.replicas = [Replicas(name, config.max) for name in experts]
         self.lost: frozenset[int] = frozenset()
         self.pending: PendingActors[int] = PendingActors()
-        self._losses: Counter[int] = Counter()  # of routers, by shard
+        self._router_losses: Counter[int] = Counter()  # by shard
         self._running: dict[ray.ObjectRef, tuple[ActorHandle, int]] = {}
-        # Replicas that get no more orders, each with the orders that still know of it.
+        # Replicas that get no new requests, each with the running shards that may still use it.
         self._retired: list[tuple[ActorHandle, set[ray.ObjectRef]]] = []
 
     def __enter__(self) -> "ExpertPool":
@@ -129,7 +128,7 @@ class ExpertPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:  # the session ends the actors with everything else
+        if kind is not None:  # the session stops all actors
             return
         experts = [actor for replicas in self.replicas for actor in replicas.actors]
         routers = [*self._routers.actors, *(router for router, _ in self._running.values())]
@@ -145,15 +144,15 @@ class ExpertPool:
         on_poll: Callable[[], None] = lambda: None,
         on_done: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Answer every shard that has no predictions yet; as many at a time as there are routers.
+        """Predicts every shard without committed predictions, one per router at a time.
 
         Args:
-            plan: of the predictions.
-            on_done: told shards committed, and shards in all.
+            plan: shard plan of the predictions.
+            on_done: called with the number of committed shards and of all shards.
 
         Raises:
-            WorkerError: an expert stayed away and none may be left out, or too few are left.
-            DistTLError: the named error that an actor met.
+            WorkerError: an expert is unavailable and may not be left out, or too few are left.
+            DistTLError: the named error that an actor raised.
         """
         committed = committed_indices(self._store, plan.stage)
         todo = [i for i in range(plan.num_shards) if i not in committed]
@@ -165,100 +164,107 @@ class ExpertPool:
                 self.wait_until_up(on_poll)  # every router was lost
             while todo and self._routers.idle:
                 router, index = self._routers.idle.pop(), todo.pop(0)
-                self._running[self._order(router, source, plan, index)] = (router, index)
+                self._running[self._submit(router, source, plan, index)] = (router, index)
             ready, _ = ray.wait(list(self._running), timeout=POLL_S)
             on_poll()
-            for ticket in ready:
-                router, index = self._running.pop(ticket)
-                if self._is_answered(ticket, router, index):
+            for ref in ready:
+                router, index = self._running.pop(ref)
+                if self._complete(ref, router, index):
                     done += 1
                     on_done(done, plan.num_shards)
                 else:
                     insort(todo, index)
-            self._lose(self._welcome())
+            self._exclude(self._admit_ready())
             if ready:
-                self._follow_load()
-                self._end_retired()
+                self._rebalance()
+                self._kill_retired()
 
     def wait_until_up(self, on_poll: Callable[[], None] = lambda: None) -> None:
-        """Until a router and a replica of every expert are up; `answer` begins so.
+        """Waits for one router and one replica of every expert; `answer` calls this first.
 
-        Whoever is absent is given up once nobody has come up for `timeout_s`.
+        The timeout `timeout_s` restarts whenever an actor becomes ready.
 
         Raises:
-            WorkerError: one of them did not come up, unless it is an expert that may be left out.
+            WorkerError: an actor did not start, unless it is an expert that may be left out.
         """
         reasons: dict[int, str] = {}
-        before, since = self._absent(), time.monotonic()
-        while absent := self._absent() - reasons.keys():
+        before, since = self._unavailable(), time.monotonic()
+        while unavailable := self._unavailable() - reasons.keys():
             on_poll()
             time.sleep(POLL_S)
-            reasons |= self._welcome()
-            if absent != before:
-                before, since = absent, time.monotonic()
+            reasons |= self._admit_ready()
+            if unavailable != before:
+                before, since = unavailable, time.monotonic()
             if time.monotonic() - since > self._config.timeout_s:
-                waited = f"not up after {self._config.timeout_s:g} s; has the cluster room for it?"
-                reasons |= dict.fromkeys(absent - reasons.keys(), waited)
-        self._lose(reasons)
+                reason = (
+                    f"not ready after {self._config.timeout_s:g} s; does the cluster have enough "
+                    "free resources?"
+                )
+                reasons |= dict.fromkeys(unavailable - reasons.keys(), reason)
+        self._exclude(reasons)
 
-    def _order(
+    def _submit(
         self, router: ActorHandle, source: StageInput | RowsInput, plan: ShardPlan, index: int
     ) -> ray.ObjectRef:
-        settings = AnswerSettings(
+        settings = RequestSettings(
             batch_size=self._config.batch_size,
             timeout_s=self._config.timeout_s,
             degrade=self._degrade,
             missing=self.lost,
         )
         experts = [list(replicas.actors) for replicas in self.replicas]
-        return router.answer.remote(source, plan, index, experts, settings)
+        return router.predict.remote(source, plan, index, experts, settings)
 
-    def _is_answered(self, ticket: ray.ObjectRef, router: ActorHandle, index: int) -> bool:
-        """Take what a router found; False where it was lost, and the shard is to be asked again."""
+    def _complete(self, ref: ray.ObjectRef, router: ActorHandle, index: int) -> bool:
+        """Collects the result of a shard; returns False if the router was lost: try again."""
         try:
-            found = collect(ticket, f"the router of shard {index}")
+            result = collect(ref, f"the router of shard {index}")
         except WorkerLostError as error:
-            self._losses[index] += 1
-            if self._losses[index] > self._config.max_restarts:
+            self._router_losses[index] += 1
+            if self._router_losses[index] > self._config.max_restarts:
                 raise
             logger.warning("%s", error)
-            self._routers.lose(router)
+            self._routers.replace(router)
             return False
         self._routers.idle.append(router)
-        self._take(found)
+        self._record(result)
         return True
 
-    def _take(self, found: ShardAnswer) -> None:
-        self._lose(found.lost)
-        total = sum(found.pairs)
-        for replicas, pairs in zip(self.replicas, found.pairs, strict=True):
+    def _record(self, result: ShardResult) -> None:
+        self._exclude(result.lost)
+        total = sum(result.pairs)
+        for replicas, pairs in zip(self.replicas, result.pairs, strict=True):
             replicas.pairs += pairs
             if total:
                 share = pairs / total
                 replicas.load = LOAD_MEMORY * replicas.load + (1 - LOAD_MEMORY) * share
 
-    def _lose(self, reasons: dict[int, str]) -> None:
-        """Leave experts out from now on, if that is allowed.
+    def _exclude(self, reasons: dict[int, str]) -> None:
+        """Leaves experts out from now on.
 
         Raises:
-            WorkerError: it is not, or all routers are among them.
+            WorkerError: experts may not be left out, or no router is available.
         """
         if ROUTER in reasons:
             raise WorkerError(f"no router: {reasons[ROUTER]}; start the same job again")
         self.lost |= reasons.keys()
         if reasons and not self._degrade:
-            told = "; ".join(f"{self.replicas[i].name} stayed away ({reasons[i]})" for i in reasons)
+            experts = "; ".join(
+                f"{self.replicas[i].name} is unavailable ({reason})"
+                for i, reason in reasons.items()
+            )
             raise WorkerError(
-                f"expert {told}; start the same job again to go on from the shards that are "
-                "committed, or with degrade: true to leave it out"
+                f"expert {experts}; start the same job again to resume from the committed shards, "
+                "or with degrade: true to leave it out"
             )
 
-    def _absent(self) -> frozenset[int]:
-        found = {i for i, replicas in enumerate(self.replicas) if not replicas.actors} - self.lost
-        return frozenset(found if self._routers.idle or self._running else {ROUTER, *found})
+    def _unavailable(self) -> frozenset[int]:
+        experts = {i for i, replicas in enumerate(self.replicas) if not replicas.actors} - self.lost
+        has_router = self._routers.idle or self._running
+        return frozenset(experts if has_router else {ROUTER, *experts})
 
-    def _welcome(self) -> dict[int, str]:
-        """Who is up gets work; of those that nobody is left to stand in for, why they are not."""
+    def _admit_ready(self) -> dict[int, str]:
+        """Admits ready actors; returns experts without any actor left, with the reason."""
         reasons = {}
         for index, actor, error in self.pending.poll():
             replicas = self.replicas[index]
@@ -266,18 +272,18 @@ class ExpertPool:
                 replicas.actors.append(actor)
                 replicas.most = max(replicas.most, len(replicas.actors))
                 continue
-            logger.warning("a replica of %s did not come up: %s", replicas.name, error)
+            logger.warning("a replica of %s did not start: %s", replicas.name, error)
             left = len(replicas.actors) + self.pending.count(index)
-            replicas.limit = max(1, left)  # more of them would fare no better
+            replicas.limit = max(1, left)  # another replica would fail as well
             if not left:
                 reasons[index] = str(error).strip().splitlines()[-1]
-        no_router = self._routers.poll()
-        if no_router is not None and ROUTER in self._absent():
-            reasons[ROUTER] = no_router
+        router_error = self._routers.poll()
+        if router_error is not None and ROUTER in self._unavailable():
+            reasons[ROUTER] = router_error
         return reasons
 
-    def _follow_load(self) -> None:
-        """The busiest expert has `max` replicas, the others in proportion."""
+    def _rebalance(self) -> None:
+        """Gives the busiest expert `max` replicas, the others a proportional number."""
         busiest = max(replicas.load for replicas in self.replicas)
         for index, replicas in enumerate(self.replicas):
             if index in self.lost or busiest == 0:
@@ -285,12 +291,12 @@ class ExpertPool:
             wanted = max(self._config.min, round(self._config.max * replicas.load / busiest))
             self._resize(index, min(replicas.limit, wanted))
 
-    def _end_retired(self) -> None:
-        """End replicas that no router may still ask."""
+    def _kill_retired(self) -> None:
+        """Kills retired replicas that no running shard uses."""
         kept = []
-        for actor, orders in self._retired:
-            if orders & self._running.keys():
-                kept.append((actor, orders))
+        for actor, shards in self._retired:
+            if shards & self._running.keys():
+                kept.append((actor, shards))
             else:
                 ray.kill(actor)
         self._retired = kept
@@ -302,7 +308,7 @@ class ExpertPool:
         while (
             self.pending.count(index) and len(replicas.actors) + self.pending.count(index) > wanted
         ):
-            self.pending.drop(index)
+            self.pending.cancel_latest(index)
         while len(replicas.actors) > wanted:
             self._retired.append((replicas.actors.pop(), set(self._running)))
 
@@ -315,17 +321,20 @@ class ExpertPool:
             gpus=config.gpus,
             resources=config.resources.get(name),
         )
-        actor = ray.remote(ExpertActor).options(
-            **options,
-            scheduling_strategy="SPREAD",
-            max_restarts=config.max_restarts,
-            max_task_retries=config.max_restarts,
+        options |= {
+            "scheduling_strategy": "SPREAD",
+            "max_restarts": config.max_restarts,
+            "max_task_retries": config.max_restarts,
+        }
+        return start_actor(
+            ExpertActor, options, self._store.url, self._location, name, config.threads
         )
-        return actor.remote(self._store.url, self._place, name, config.threads)
 
     def _new_router(self) -> ActorHandle:
         config = self._config
         options = actor_options("experts", enabled=self._roles, cpus=config.router_cpus, gpus=0.0)
-        # A lost one is replaced by the pool, with its shard.
-        actor = ray.remote(RouterActor).options(**options, max_restarts=0, max_task_retries=0)
-        return actor.remote(self._store.url, self._place, config.threads, self._attempt)
+        # The pool replaces a lost router and repeats its shard.
+        options |= {"max_restarts": 0, "max_task_retries": 0}
+        return start_actor(
+            RouterActor, options, self._store.url, self._location, config.threads, self._attempt
+        )

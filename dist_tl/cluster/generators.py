@@ -1,8 +1,8 @@
-"""The generator pool: Ray actors that turn shard orders into committed shards.
+"""The generator pool: Ray actors that generate and commit shards of pseudo samples.
 
-The pool keeps every actor busy, never runs further ahead of the slowest reader than its window,
-and grows and shrinks between its bounds on backlog. Trainers never notice: what a shard holds
-follows from its order alone.
+The pool keeps every actor busy, stays within a window ahead of the slowest reader, and scales
+between its bounds on the backlog. The content of a shard depends only on its order, so scaling
+does not affect the trainers.
 """
 
 import logging
@@ -19,10 +19,10 @@ import torch
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from dist_tl.cluster.config import GeneratorsConfig
+from dist_tl.cluster.config import Bounds, GeneratorsConfig
 from dist_tl.cluster.metrics import GeneratorMetrics, RestartMetrics
 from dist_tl.cluster.pending import PendingActors
-from dist_tl.cluster.roles import actor_options
+from dist_tl.cluster.roles import actor_options, start_actor
 from dist_tl.cluster.scaling import read_scale
 from dist_tl.errors import ConfigError, DistTLError, StorageError, WorkerError
 from dist_tl.shards.drawing import (
@@ -38,15 +38,15 @@ from dist_tl.storage.objects import ObjectStore
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.1
-ASK_EVERY_S = 2.0
-DRAINING = "DIST_TL_DRAINING"  # names a file that exists once the worker's pod is to end
-NEW, AGAIN = "new", "again"  # workers on their way; those that were lost sight of
+OVERRIDE_POLL_S = 2.0
+DRAINING = "DIST_TL_DRAINING"  # environment variable: a file that exists while the pod drains
+NEW, PROBED = "new", "probed"  # kinds of pending workers: started, or checked for a response
 MAX_PAUSE_S = 60.0
-IDLE_S = 10.0  # starting a worker anew costs about as long
+IDLE_S = 10.0  # about the time to start a worker
 
 
 class GeneratorActor:
-    """One generator on one device. A retry is harmless: it makes the same bytes."""
+    """One generator on one device. Generation is deterministic, so retries are safe."""
 
     def __init__(self, store_url: str, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -55,16 +55,16 @@ class GeneratorActor:
         self._spec: GenerateSpec | None = None
 
     def open(self) -> None:
-        """Answer: what it works with is loaded with the first shard, and may change with each."""
+        """Does nothing: the generator is loaded with the first shard of each stage."""
 
-    def is_leaving(self) -> bool:
-        """Whether this node is being drained: the pod's preStop hook leaves a file behind."""
-        sign = os.environ.get(DRAINING)
-        return bool(sign) and os.path.exists(sign)
+    def is_draining(self) -> bool:
+        """Whether this node is draining: the pod's preStop hook creates a file."""
+        marker = os.environ.get(DRAINING)
+        return bool(marker) and os.path.exists(marker)
 
     def fulfil(self, spec: GenerateSpec, index: int) -> ShardEntry | None:
-        """Make and commit one shard of a stage; None, the order handed back, where it leaves."""
-        if self.is_leaving():
+        """Generates and commits one shard; returns None without a shard if the node is draining."""
+        if self.is_draining():
             return None
         if self._spec is None or self._spec.generator != spec.generator:
             self._generator = open_generator(self._store, spec.generator)
@@ -78,12 +78,12 @@ class GeneratorActor:
 
 @dataclass
 class StageProgress:
-    """How far one stage of pseudo samples is. Times are Unix seconds.
+    """Progress of one generate stage. Times are Unix seconds.
 
     Attributes:
-        todo: shards that nobody has been asked for yet, in order.
-        first_missing: the lowest shard that did not exist when the stage was added.
-        window: shards made ahead of the slowest reader at most.
+        todo: shards that are not assigned to a worker yet, in order.
+        first_missing: the lowest shard that was not committed when the stage was added.
+        window: maximum number of shards ahead of the slowest reader.
     """
 
     spec: GenerateSpec
@@ -105,7 +105,7 @@ class StageProgress:
         return self.committed == self.num_shards
 
     def count(self, entry: ShardEntry) -> None:
-        """Take a committed shard into the figures."""
+        """Adds a committed shard to the counters."""
         at = entry.committed_at
         self.committed += 1
         self.bytes += entry.bytes
@@ -115,10 +115,10 @@ class StageProgress:
 
 
 class GeneratorPool:
-    """Use as a context manager; stages that are added are made in the background, in order.
+    """Context manager of the workers; generates added stages in the background, in order.
 
     Args:
-        positions: the lowest shard that each stage's readers still need, by stage name.
+        positions: returns the lowest shard that each stage's readers still need, by stage name.
         roles: whether the cluster's nodes have roles.
     """
 
@@ -133,41 +133,42 @@ class GeneratorPool:
         self._roles = roles
         self._config, self._store_url, self._positions = config, store_url, positions
         self._store = ObjectStore(store_url)
-        self._bounds = (config.min, config.max)
-        self._asked_at = float("-inf")
+        self._bounds: Bounds = config
+        self._override_read_at = float("-inf")
         self._metrics = GeneratorMetrics(store_url)
-        self._is_held_back = True
+        self._is_throttled = True
         self._stages: list[StageProgress] = []
-        self._arrivals: PendingActors[str] = PendingActors()
-        self._lost_on_the_way, self._start_after = 0, 0.0
-        self._losses: Counter[tuple[str, int]] = Counter()  # of workers, by stage and shard
+        self._pending: PendingActors[str] = PendingActors()
+        self._failed_starts, self._start_after = 0, 0.0
+        self._losses: Counter[tuple[str, int]] = Counter()  # lost workers by stage and shard
         self._restarts = RestartMetrics(store_url, "generators")
-        self._idle: list[tuple[ActorHandle, float]] = []  # and since when; the latest is last
+        # With the monotonic time since which a worker is idle; the latest is last.
+        self._idle: list[tuple[ActorHandle, float]] = []
         self._running: dict[ray.ObjectRef, tuple[ActorHandle, StageProgress, int]] = {}
         self._failure: Exception | None = None
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._serve, daemon=True, name="generator pool")
+        self._thread = threading.Thread(target=self._run, daemon=True, name="generator pool")
 
     def __enter__(self) -> "GeneratorPool":
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Joined in any case: a thread that calls Ray while the driver leaves it crashes both.
+        # Always join: a thread that calls Ray during ray.shutdown crashes the driver.
         self._stopped.set()
         self._thread.join(timeout=10)
-        if kind is not None:  # the session ends the workers with everything else
+        if kind is not None:  # the session stops all actors
             return
-        at_work = [actor for actor, *_ in [*self._idle, *self._running.values()]]
-        for actor in [*self._arrivals.actors, *at_work]:
+        workers = [actor for actor, *_ in [*self._idle, *self._running.values()]]
+        for actor in [*self._pending.actors, *workers]:
             ray.kill(actor)
 
     def add(self, spec: GenerateSpec, *, batch_size: int) -> StageProgress:
-        """Queue a stage whose manifest is stored; shards that exist already are not made again.
+        """Queues a stage with a stored manifest; committed shards are not generated again.
 
         Args:
-            batch_size: the largest global batch that readers take; a window smaller than what one
-                such batch touches would have readers and generators wait for each other.
+            batch_size: the largest global batch of the readers. The window is at least twice the
+                reach of a batch, or readers and generators could deadlock.
         """
         plan = spec.plan()
         committed = committed_indices(self._store, spec.name)
@@ -183,123 +184,127 @@ class GeneratorPool:
         return progress
 
     def scale(self, low: int, high: int) -> None:
-        """Change the bounds of the pool while it works."""
-        self._bounds = (low, high)
+        """Changes the bounds of the running pool."""
+        self._bounds = Bounds(min=low, max=high)
 
     def release(self) -> None:
-        """Make all that is left without regard to readers: none of them is still at work."""
-        self._is_held_back = False
+        """Stops throttling: generates the remaining shards without waiting for readers."""
+        self._is_throttled = False
 
     @property
     def num_workers(self) -> int:
-        """Workers alive now, or about to be."""
-        return len(self._arrivals) + len(self._idle) + len(self._running)
+        """Number of running and pending workers."""
+        return len(self._pending) + len(self._idle) + len(self._running)
 
     def wait(self, seconds: float) -> None:
-        """Pause, less if the pool stops meanwhile."""
+        """Waits, at most until the pool stops."""
         self._stopped.wait(seconds)
 
     def check(self) -> None:
-        """Raise what ended the pool, if anything did.
+        """Raises the error that stopped the pool, if any.
 
         Raises:
-            DistTLError: the named error that a worker met.
+            DistTLError: the named error that a worker raised.
             WorkerError: a worker died more often than it may be restarted.
         """
         if self._failure is None:
             return
-        # Ray's wrapper of a worker's error only looks like the error itself.
+        # Ray wraps a worker's error in a class that only imitates it.
         cause = getattr(self._failure, "cause", None) or self._failure
         if isinstance(cause, DistTLError):
             raise cause
         raise WorkerError(
             f"a generator worker was lost for good: {self._failure}; start the same job again to "
-            "go on from the shards that are committed"
+            "resume from the committed shards"
         )
 
-    def _serve(self) -> None:
+    def _run(self) -> None:
         try:
             while not self._stopped.is_set():
-                self._obey()
+                self._apply_override()
                 positions = self._positions()
-                self._tell(positions)
-                self._welcome()
+                self._report_metrics(positions)
+                self._admit_ready()
                 self._resize(positions)
-                self._issue(positions)
+                self._assign(positions)
                 self._collect()
         except Exception as error:
             self._failure = error
 
-    def _obey(self) -> None:
-        """Take over the bounds that were asked for from outside, once in a while."""
+    def _apply_override(self) -> None:
+        """Applies the scaling override of the run's store, every few seconds."""
         now = time.monotonic()
-        if now - self._asked_at < ASK_EVERY_S:
+        if now - self._override_read_at < OVERRIDE_POLL_S:
             return
-        self._asked_at = now
+        self._override_read_at = now
         if self._roles:
-            self._let_go()
+            self._kill_draining()
         try:
             scale = read_scale(self._store)
         except (StorageError, ConfigError) as error:
-            logger.warning("the pool keeps its size: %s", error)  # what was said last still holds
+            logger.warning("the pool keeps its bounds: %s", error)
             return
         if scale is not None:
-            self._bounds = (scale.generators.min, scale.generators.max)
+            self._bounds = scale.generators
 
-    def _tell(self, positions: dict[str, int]) -> None:
+    def _report_metrics(self, positions: dict[str, int]) -> None:
         self._metrics.workers(self.num_workers)
         for stage in self._stages:
             behind = stage.committed - positions.get(stage.spec.name, 0)
             self._metrics.backlog(stage.spec.name, max(0, behind))
 
-    def _let_go(self) -> None:
-        """End idle workers whose nodes are about to go."""
-        replies = {actor.is_leaving.remote(): (actor, since) for actor, since in self._idle}
+    def _kill_draining(self) -> None:
+        """Kills idle workers on nodes that are draining."""
+        replies: dict[ray.ObjectRef, tuple[ActorHandle, float]] = {
+            actor.is_draining.remote(): (actor, since) for actor, since in self._idle
+        }
         ready: list[ray.ObjectRef] = []
         if replies:
             ready, _ = ray.wait(list(replies), num_returns=len(replies), timeout=1)
-        for ticket in ready:
-            if _is_leaving(ticket):
-                self._idle.remove(replies[ticket])
-                ray.kill(replies[ticket][0])
+        for ref in ready:
+            if _is_draining(ref):
+                self._idle.remove(replies[ref])
+                ray.kill(replies[ref][0])
 
     def _resize(self, positions: dict[str, int]) -> None:
-        low, high = self._bounds
+        low, high = self._bounds.min, self._bounds.max
         wanted = 0
         if any(not stage.done for stage in self._stages):
             wanted = min(high, max(1, high if self._backlog_is_low(positions) else low))
         while self.num_workers < wanted and time.monotonic() >= self._start_after:
-            self._arrivals.add(NEW, self._new_worker())
-        while self.num_workers > wanted and self._arrivals.count(NEW):
-            self._arrivals.drop(NEW)
-        # Shrinking waits for idle workers, so no order is ever taken away from one.
-        while self._idle and self._is_too_many(wanted, high):
+            self._pending.add(NEW, self._new_worker())
+        while self.num_workers > wanted and self._pending.count(NEW):
+            self._pending.cancel_latest(NEW)
+        # Only idle workers are killed, so no shard is interrupted.
+        while self._idle and self._has_excess(wanted, high):
             ray.kill(self._idle.pop(0)[0])
 
-    def _welcome(self) -> None:
-        """Workers that have found their place may be asked for shards."""
-        lost = None
-        for key, actor, error in self._arrivals.poll():
+    def _admit_ready(self) -> None:
+        """Adds ready workers to the idle ones."""
+        failure = None
+        for key, actor, error in self._pending.poll():
             if error is None:
                 self._idle.append((actor, time.monotonic()))
-                self._lost_on_the_way = 0 if key == NEW else self._lost_on_the_way
+                self._failed_starts = 0 if key == NEW else self._failed_starts
             elif key == NEW:
-                lost = error
-        if lost is not None:
-            self._hold_back(lost)
+                failure = error
+        if failure is not None:
+            self._back_off(failure)
 
-    def _hold_back(self, error: RayError) -> None:
-        """A new worker died before it was of use: wait longer each time before the next."""
-        self._lost_on_the_way += 1
-        if self._lost_on_the_way > self._config.max_restarts and not self.num_workers:
+    def _back_off(self, error: RayError) -> None:
+        """Delays the next worker after one died during start-up; each time longer."""
+        self._failed_starts += 1
+        if self._failed_starts > self._config.max_restarts and not self.num_workers:
             raise error
-        pause_s = min(MAX_PAUSE_S, 2.0 ** min(self._lost_on_the_way, 6))
+        pause_s = min(MAX_PAUSE_S, 2.0 ** min(self._failed_starts, 6))
         self._start_after = time.monotonic() + pause_s
         self._restarts.count()
         logger.warning("a new generator worker died; the next in %g s: %s", pause_s, error)
 
-    def _lose(self, actor: ActorHandle, stage: StageProgress, index: int, error: RayError) -> None:
-        """Give a worker up that does not answer; its shard goes to another."""
+    def _handle_loss(
+        self, actor: ActorHandle, stage: StageProgress, index: int, error: RayError
+    ) -> None:
+        """Kills a worker that does not respond, and puts its shard back into `todo`."""
         ray.kill(actor)
         insort(stage.todo, index)
         self._losses[stage.spec.name, index] += 1
@@ -307,11 +312,11 @@ class GeneratorPool:
             raise error
         self._restarts.count()
         logger.warning("shard %d of %s lost its worker: %s", index, stage.spec.name, error)
-        # Others may have gone with the same node: none is asked for a shard before it answers.
+        # Idle workers may be lost with the same node: none gets a shard before it responds again.
         while self._idle:
-            self._arrivals.add(AGAIN, self._idle.pop()[0])
+            self._pending.add(PROBED, self._idle.pop()[0])
 
-    def _is_too_many(self, wanted: int, high: int) -> bool:
+    def _has_excess(self, wanted: int, high: int) -> bool:
         if wanted == 0 or self.num_workers > high:
             return True
         idle_since = self._idle[0][1]
@@ -329,34 +334,30 @@ class GeneratorPool:
         options = actor_options(
             "generators", enabled=self._roles, cpus=config.cpus, gpus=config.gpus
         )
-        actor = ray.remote(GeneratorActor).options(
-            **options,
-            # The pool replaces a lost worker itself: Ray's own retries are used up while it still
-            # believes in a node that is gone.
-            max_restarts=0,
-            max_task_retries=0,
-        )
-        return actor.remote(self._store_url, self._config.threads)
+        # The pool replaces lost workers: Ray would spend its retries on a node that is gone before
+        # it notices the loss.
+        options |= {"max_restarts": 0, "max_task_retries": 0}
+        return start_actor(GeneratorActor, options, self._store_url, config.threads)
 
-    def _issue(self, positions: dict[str, int]) -> None:
-        while self._idle and (found := self._next_order(positions)) is not None:
-            stage, index = found
+    def _assign(self, positions: dict[str, int]) -> None:
+        while self._idle and (next_shard := self._next_shard(positions)) is not None:
+            stage, index = next_shard
             stage.first_order_at = stage.first_order_at or time.time()
             actor, _ = self._idle.pop()
             self._running[actor.fulfil.remote(stage.spec, index)] = (actor, stage, index)
 
-    def _next_order(self, positions: dict[str, int]) -> tuple[StageProgress, int] | None:
+    def _next_shard(self, positions: dict[str, int]) -> tuple[StageProgress, int] | None:
         for stage in self._stages:
             if stage.todo and stage.todo[0] < self._horizon(stage, positions):
                 return stage, stage.todo.pop(0)
         return None
 
     def _horizon(self, stage: StageProgress, positions: dict[str, int]) -> int:
-        """The shard at which the stage has to wait for its readers."""
-        if not self._is_held_back:
+        """Returns the first shard that has to wait for the readers."""
+        if not self._is_throttled:
             return stage.num_shards
-        # A reader that was restarted says where it is after its first batch, and may need a shard
-        # for that which does not exist yet.
+        # A restarted reader reports its position only after its first batch, which may need a shard
+        # that does not exist yet.
         return positions.get(stage.spec.name, stage.first_missing) + stage.window
 
     def _collect(self) -> None:
@@ -364,14 +365,14 @@ class GeneratorPool:
             time.sleep(POLL_S)
             return
         finished, _ = ray.wait(list(self._running), timeout=POLL_S)
-        for ticket in finished:
-            actor, stage, index = self._running.pop(ticket)
+        for ref in finished:
+            actor, stage, index = self._running.pop(ref)
             try:
-                entry = ray.get(ticket)
+                entry = ray.get(ref)
             except RayTaskError:
                 raise
-            except RayError as error:  # the worker, not the work
-                self._lose(actor, stage, index, error)
+            except RayError as error:  # the worker was lost
+                self._handle_loss(actor, stage, index, error)
                 continue
             if entry is None:
                 insort(stage.todo, index)
@@ -382,8 +383,8 @@ class GeneratorPool:
             self._metrics.committed(stage.spec.name, entry.samples)
 
 
-def _is_leaving(ticket: ray.ObjectRef) -> bool:
+def _is_draining(ref: ray.ObjectRef) -> bool:
     try:
-        return ray.get(ticket)
+        return ray.get(ref)
     except RayError:
         return True

@@ -1,34 +1,33 @@
-"""Where the samples come from that a hub is to answer: a stage of shards, or rows of a data set."""
+"""Inputs of a hub's predictions: the shards of a stage, or rows of a data set."""
 
 from functools import lru_cache
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
 from dist_tl.config import StrictModel
-from dist_tl.datasets.images import to_float
 from dist_tl.errors import ConfigError
 from dist_tl.shards.manifest import StageManifest, read_entry, read_manifest
 from dist_tl.shards.order import ShardPlan
 from dist_tl.shards.reader import decode_shard, fetch_tar
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.train.feeds import to_tensor
 from dist_tl.train.rows import RowsSpec, load_rows
 
 
 class StageInput(StrictModel):
-    """The shards of a stage of some run; only one shard a router is in memory at a time."""
+    """The shards of a stage of any run. Each router holds one shard in memory at a time."""
 
     kind: Literal["stage"] = "stage"
-    run: str = Field(min_length=1, description="Folder or URL of the run that has the stage.")
-    stage: str = Field(min_length=1, description="Its name below stages/.")
+    run: str = Field(min_length=1, description="Folder or URL of the run.")
+    stage: str = Field(min_length=1, description="Name of the stage, below stages/.")
 
 
 class RowsInput(StrictModel):
-    """Rows of a data set that fits into memory."""
+    """Rows of a data set that fits in memory."""
 
     kind: Literal["rows"] = "rows"
     rows: RowsSpec
@@ -39,11 +38,11 @@ AnyInput = Annotated[StageInput | RowsInput, Field(discriminator="kind")]
 
 
 class Samples(NamedTuple):
-    """One shard's worth.
+    """The samples of one shard.
 
     Attributes:
         images: float32 (N, C, H, W) in [-1, 1].
-        labels: int64 (N,), or None where there are none.
+        labels: int64 (N,), or None if absent.
     """
 
     images: Tensor
@@ -51,7 +50,7 @@ class Samples(NamedTuple):
 
 
 def input_manifest(source: StageInput) -> StageManifest:
-    """What all shards of the stage have in common.
+    """Reads the manifest of the stage.
 
     Raises:
         ConfigError: there is no such stage.
@@ -66,10 +65,10 @@ def input_manifest(source: StageInput) -> StageManifest:
 
 
 def input_plan(source: StageInput | RowsInput) -> ShardPlan:
-    """How the samples are divided.
+    """Returns the shard plan of the input.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there is no such stage.
     """
     if isinstance(source, StageInput):
         return input_manifest(source).plan
@@ -86,18 +85,18 @@ def input_plan(source: StageInput | RowsInput) -> ShardPlan:
 
 
 def input_shape(source: StageInput | RowsInput) -> tuple[int, int, int]:
-    """(C, H, W) of the images."""
+    """Returns the shape (C, H, W) of the images."""
     if isinstance(source, StageInput):
         return input_manifest(source).image_shape
     return load_rows(source.rows).image_shape
 
 
 def read_samples(source: StageInput | RowsInput, index: int) -> Samples:
-    """Shard `index` of the input.
+    """Reads shard `index` of the input.
 
     Raises:
-        ConfigError: it is not committed.
-        ShardError: it is lost or damaged.
+        ConfigError: the shard is not committed.
+        ShardError: the shard is missing or damaged.
     """
     plan = _plan(source.model_dump_json())
     if isinstance(source, RowsInput):
@@ -109,16 +108,12 @@ def read_samples(source: StageInput | RowsInput, index: int) -> Samples:
     entry = read_entry(store, source.stage, index)
     if entry is None:
         raise ConfigError(
-            f"shard {index} of stage {source.stage!r} in {source.run} is not committed; let the "
-            "run that makes it end first"
+            f"shard {index} of stage {source.stage!r} in {source.run} is not committed; wait "
+            "until the run that generates it has finished"
         )
     data = fetch_tar(store, source.stage, entry)
     shard = decode_shard(data, stage=source.stage, index=index, numbers=plan.order(index).numbers)
-    if shard.images.dtype == np.float32:
-        images = torch.from_numpy(shard.images.transpose(0, 3, 1, 2).copy())
-    else:
-        images = to_float(shard.images)
-    return Samples(images, shard.labels)
+    return Samples(to_tensor(shard.images), shard.labels)
 
 
 @lru_cache(maxsize=4)

@@ -1,25 +1,26 @@
-"""The meeting point of driver, trainers and generators: a small Ray actor that holds no maths.
+"""The mailbox between driver, trainers and generators: a small Ray actor.
 
-The driver posts training stages; the worker group takes them one after another, so that its
-start-up is paid once a job. A group that was restarted takes the first unfinished stage again.
+The driver posts training stages; the worker group takes them one after another, so it starts only
+once per job. A restarted group takes the first unfinished stage.
 
-Specifications and results pass through as JSON text: to hold them as models, the actor would have
-to import torch, and keep 400 MB for nothing.
+Specifications and results are JSON text: their models would make the actor import torch, which
+takes 400 MB.
 """
 
 import asyncio
 from dataclasses import dataclass
+from typing import cast
 
 import ray
 from ray.actor import ActorHandle
 
-from dist_tl.cluster.roles import beside_driver
+from dist_tl.cluster.roles import on_driver_node, start_actor
 from dist_tl.errors import DistTLError
 
 
 @dataclass(frozen=True)
-class Task:
-    """One stage in the queue; `spec` is a StageSpec as JSON."""
+class QueuedStage:
+    """A stage in the queue; `spec` is a StageSpec as JSON."""
 
     index: int
     spec: str
@@ -27,13 +28,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the driver needs to know of the group while it waits for one stage.
+    """State of the worker group while the driver waits for one stage.
 
     Attributes:
-        step, loss: of the stages that have begun, by stage name.
-        result: of the stage that is waited for, once it is finished: a StageResult as JSON.
-        error: why the group gave up, if it did.
-        ready: whether the workers have asked for work yet.
+        step, loss: latest step and loss of the started stages, by stage name.
+        result: StageResult of the awaited stage as JSON; None if it is not finished.
+        error: the error that stopped the group, if any.
+        ready: whether the workers have requested a stage yet.
     """
 
     step: dict[str, int]
@@ -44,42 +45,42 @@ class Snapshot:
 
 
 class Mailbox:
-    """Use :func:`open_mailbox`; every method is called through Ray."""
+    """The actor class; create one with :func:`open_mailbox` and call its methods through Ray."""
 
     def __init__(self) -> None:
         self._specs: list[str] = []
         self._results: dict[int, str] = {}
         self._error: DistTLError | None = None
         self._ready = self._closed = False
-        self._starts = 0
+        self._group_starts = 0
         self._step: dict[str, int] = {}
         self._loss: dict[str, float] = {}
         self._rank_positions: dict[str, dict[int, int]] = {}
         self._changed = asyncio.Condition()
 
-    async def start(self) -> int:
-        """A group begins its work; returns how many have."""
-        self._starts += 1
-        return self._starts
+    async def count_group_start(self) -> int:
+        """Counts the start of a worker group; returns the number of starts."""
+        self._group_starts += 1
+        return self._group_starts
 
     async def post(self, spec: str) -> int:
-        """Append a stage; returns its index."""
+        """Queues a stage; returns its index."""
         async with self._changed:
             self._specs.append(spec)
             self._changed.notify_all()
             return len(self._specs) - 1
 
-    async def take(self, after: int | None) -> Task | None:
-        """The stage that follows `after`, or for a fresh worker the first unfinished one.
+    async def take(self, after: int | None) -> QueuedStage | None:
+        """Returns the stage after index `after`, or for a new worker the first unfinished stage.
 
-        Waits for it; None once the mailbox is closed.
+        Waits until it is queued; returns None once the mailbox is closed.
         """
         async with self._changed:
             self._ready = True
             while not self._closed:
                 index = self._first_unfinished() if after is None else after + 1
                 if index < len(self._specs):
-                    return Task(index, self._specs[index])
+                    return QueuedStage(index, self._specs[index])
                 await self._changed.wait()
             return None
 
@@ -87,7 +88,7 @@ class Mailbox:
         indices = range(len(self._specs))
         return next((i for i in indices if i not in self._results), len(self._specs))
 
-    async def progress(
+    async def report_progress(
         self,
         stage: str,
         rank: int,
@@ -96,35 +97,35 @@ class Mailbox:
         source: str | None,
         position: int | None,
     ) -> None:
-        """How far one rank is; `position` is its lowest needed shard of stage `source`."""
+        """Reports the progress of one rank; `position` is its lowest needed shard of `source`."""
         self._step[stage] = step
         self._loss[stage] = loss
         if source is not None and position is not None:
             ranks = self._rank_positions.setdefault(source, {})
-            # A group that was restarted repeats steps; its shards do not become new again.
+            # A restarted group repeats steps, but not the generation of their shards.
             ranks[rank] = max(position, ranks.get(rank, 0))
 
     async def finish(self, index: int, result: str) -> None:
-        """Rank 0 has stored a stage's result."""
+        """Reports a stage whose result rank 0 has stored."""
         async with self._changed:
             self._results[index] = result
             self._changed.notify_all()
 
-    async def give_up(self, error: DistTLError) -> None:
-        """A rank met an error that trying again will not cure."""
+    async def fail(self, error: DistTLError) -> None:
+        """Stops the group because of an error that a retry cannot fix; keeps the first error."""
         async with self._changed:
             self._error = self._error or error
             self._closed = True
             self._changed.notify_all()
 
     async def close(self) -> None:
-        """No more stages: workers that ask get None and go home."""
+        """Closes the queue: workers get None and exit."""
         async with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     async def snapshot(self, index: int) -> Snapshot:
-        """What is known now; of the results, only that of stage `index`."""
+        """Returns the current state, with the result of stage `index` only."""
         return Snapshot(
             step=dict(self._step),
             loss=dict(self._loss),
@@ -134,15 +135,16 @@ class Mailbox:
         )
 
     async def positions(self) -> dict[str, int]:
-        """The lowest shard that the slowest rank still needs for the first time, by source."""
+        """Returns the lowest shard that the slowest rank has not read yet, by source stage."""
         return {source: min(ranks.values()) for source, ranks in self._rank_positions.items()}
 
 
 def read_positions(mailbox: ActorHandle) -> dict[str, int]:
-    """The lowest shard that each stage's readers still need for the first time, by stage name."""
-    return ray.get(mailbox.positions.remote())
+    """Returns the lowest shard that each stage's readers have not read yet, by stage name."""
+    # Ray's stub does not know the types of actor methods.
+    return cast(dict[str, int], ray.get(mailbox.positions.remote()))
 
 
 def open_mailbox() -> ActorHandle:
-    """A mailbox that lives as long as this driver."""
-    return ray.remote(Mailbox).options(**beside_driver(), max_concurrency=1000).remote()
+    """Starts a mailbox that lives as long as this driver."""
+    return start_actor(Mailbox, {**on_driver_node(), "max_concurrency": 1000})

@@ -1,36 +1,37 @@
-"""What became of Ray's work: its value, the named error that it met, or that it was lost."""
+"""Results of Ray tasks: the value, the named error of the task, or a lost worker."""
 
 from typing import Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 
 from dist_tl.errors import DistTLError, WorkerError, WorkerLostError
 
 
-def collect(ticket: Any, what: str) -> Any:
-    """The value behind a ticket, or the values behind a list of them.
+def collect(ref: Any, label: str) -> Any:
+    """Returns the value of an object ref, or the values of a list of refs.
 
     Args:
-        what: was asked for, for the message if it is lost.
+        label: names the work in error messages.
 
     Raises:
-        DistTLError: the named error that the work met.
-        WorkerError: it met another error, which is shown.
-        WorkerLost: its worker died more often than it may start again.
+        DistTLError: the named error that the work raised.
+        WorkerError: the work raised another error, which the message shows.
+        WorkerLostError: the worker died more often than it may be restarted.
     """
     try:
-        return ray.get(ticket)
-    except ray.exceptions.RayTaskError as error:
-        raise named(error, what) from None
-    except ray.exceptions.RayError as error:
-        raise WorkerLostError(f"{what} was lost: {error}; start the same job again") from None
+        return ray.get(ref)
+    except RayTaskError as error:
+        raise unwrap_error(error, label) from None
+    except RayError as error:
+        raise WorkerLostError(f"{label} was lost: {error}; start the same job again") from None
 
 
-def named(error: ray.exceptions.RayTaskError, what: str) -> DistTLError:
-    """The error of ours behind Ray's, which only looks like it."""
+def unwrap_error(error: RayTaskError, label: str) -> DistTLError:
+    """Returns the DistTLError that Ray wrapped, or a WorkerError around another cause."""
     if isinstance(error.cause, DistTLError):
         return error.cause
     return WorkerError(
-        f"{what} failed with {error.cause!r}; the same job goes on once that is mended. Where it "
-        f"failed:\n{error}"
+        f"{label} failed with {error.cause!r}; fix the cause and start the same job again to "
+        f"resume. Traceback:\n{error}"
     )

@@ -1,4 +1,4 @@
-"""Actors on their way: nothing is asked of one before it has a place on the cluster and answers."""
+"""Tracks pending actors: a pool assigns work to an actor only after its `open` has returned."""
 
 from typing import Generic, TypeVar
 
@@ -6,62 +6,63 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
-from dist_tl.cluster.outcomes import named
+from dist_tl.cluster.outcomes import unwrap_error
 
 Key = TypeVar("Key")
 
 
 class PendingActors(Generic[Key]):
-    """What a pool has started, and what it has lost sight of.
+    """Actors that a pool has started, or may have lost, and that are not known to be ready.
 
-    Each actor has a key of the pool's choice. Its method `open`, which loads what it works with,
-    is called at once; it must stand being called again.
+    The pool chooses a key for each actor. Adding an actor calls its method `open`, which loads the
+    actor's model; `open` must be safe to call again.
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[ray.ObjectRef, tuple[Key, ActorHandle]] = {}
+        self._opening: dict[ray.ObjectRef, tuple[Key, ActorHandle]] = {}
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._opening)
 
     @property
     def actors(self) -> list[ActorHandle]:
-        """All of them."""
-        return [actor for _, actor in self._waiting.values()]
+        """All pending actors."""
+        return [actor for _, actor in self._opening.values()]
 
     def count(self, key: Key) -> int:
-        """How many have a key."""
-        return sum(other == key for other, _ in self._waiting.values())
+        """Returns the number of pending actors with `key`."""
+        return sum(other == key for other, _ in self._opening.values())
 
     def add(self, key: Key, actor: ActorHandle) -> None:
-        """Wait for an actor."""
-        self._waiting[actor.open.remote()] = (key, actor)
+        """Opens an actor and tracks it until it is ready."""
+        self._opening[actor.open.remote()] = (key, actor)
 
-    def drop(self, key: Key) -> None:
-        """End one that has a key; the latest, which is the least likely to have a place."""
-        ticket = [ticket for ticket, (other, _) in self._waiting.items() if other == key][-1]
-        ray.kill(self._waiting.pop(ticket)[1])
+    def cancel_latest(self, key: Key) -> None:
+        """Kills the latest actor with `key`, which is the least likely to be scheduled yet."""
+        matching = [ref for ref, (other, _) in self._opening.items() if other == key]
+        _, actor = self._opening.pop(matching[-1])
+        ray.kill(actor)
 
     def poll(self, timeout_s: float = 0.0) -> list[tuple[Key, ActorHandle, RayError | None]]:
-        """Those that have arrived, or died on the way: then with the reason.
+        """Returns and forgets the actors that are ready (error None) or dead (with the error).
 
         Raises:
-            DistTLError: the named error that `open` met.
+            DistTLError: the named error that `open` raised.
         """
-        if not self._waiting:
+        if not self._opening:
             return []
-        tickets = list(self._waiting)
-        ready, _ = ray.wait(tickets, num_returns=len(tickets), timeout=timeout_s)
-        found: list[tuple[Key, ActorHandle, RayError | None]] = []
-        for ticket in ready:
-            key, actor = self._waiting.pop(ticket)
+        refs = list(self._opening)
+        finished, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
+        outcomes: list[tuple[Key, ActorHandle, RayError | None]] = []
+        for ref in finished:
+            key, actor = self._opening.pop(ref)
             try:
-                ray.get(ticket)
-                found.append((key, actor, None))
+                ray.get(ref)
+                outcomes.append((key, actor, None))
             except RayTaskError as error:
-                raise named(error, "an actor that starts") from None
-            except ActorUnavailableError:  # it may come back, as long as the cluster believes so
+                raise unwrap_error(error, "the start of an actor") from None
+            except ActorUnavailableError:  # it may recover: the cluster does not report it dead
                 self.add(key, actor)
             except RayError as error:  # dead, out of memory, or its node could not be set up
-                found.append((key, actor, error))
-        return found
+                outcomes.append((key, actor, error))
+        return outcomes

@@ -1,4 +1,4 @@
-"""The routers of an expert pool: as many as there should be, whatever becomes of them."""
+"""Keeps the routers of an expert pool at a fixed number: replaces those that die."""
 
 import logging
 import time
@@ -15,15 +15,16 @@ PAUSE_S, MAX_PAUSE_S = 1.0, 32.0
 
 
 class RouterPool:
-    """Routers on their way, and routers without work; those at work are the caller's.
+    """Pending and idle routers; the caller holds the busy ones.
 
     Args:
         new: starts a router.
-        count: routers in all.
-        max_restarts: how often in a row they may die on their way.
+        count: total number of routers.
+        max_restarts: how often in a row routers may die during start-up.
+        run: URL of the run, for metrics.
 
     Attributes:
-        idle: routers that are up and have no shard.
+        idle: routers that are ready and have no shard.
     """
 
     def __init__(
@@ -31,53 +32,56 @@ class RouterPool:
     ) -> None:
         self._new, self._max_restarts = new, max_restarts
         self._restarts = RestartMetrics(run, "routers")
-        self._arrivals: PendingActors[None] = PendingActors()
-        self._due: list[float] = []  # when to start others for those that were lost
-        self._lost_in_a_row = 0
+        self._pending: PendingActors[None] = PendingActors()
+        self._replace_at: list[float] = []  # monotonic times at which to replace dead routers
+        self._failed_starts = 0  # in a row
         self.idle: list[ActorHandle] = []
         for _ in range(count):
-            self._arrivals.add(None, new())
+            self._pending.add(None, new())
 
     @property
     def actors(self) -> list[ActorHandle]:
-        """All that are not at work."""
-        return [*self._arrivals.actors, *self.idle]
+        """All routers that are not busy."""
+        return [*self._pending.actors, *self.idle]
 
     def poll(self) -> str | None:
-        """Start and welcome routers; where they die on their way too often, why.
+        """Starts due replacements and admits ready routers.
+
+        Returns:
+            The reason why routers died during start-up, once they did so too often in a row.
 
         Raises:
-            DistTLError: the named error that a router met when it opened the hub.
+            DistTLError: the named error that a router raised when it opened the hub.
         """
         self._start_due()
         errors = []
-        for _, router, error in self._arrivals.poll():
+        for _, router, error in self._pending.poll():
             if error is None:
                 self.idle.append(router)
-                self._lost_in_a_row = 0
+                self._failed_starts = 0
             else:
                 errors.append(str(error).strip().splitlines()[-1])
         if not errors:
             return None
-        # The cluster may not know yet that a node is gone, and choose it again: all the less often.
-        self._lost_in_a_row += 1
-        pause_s = min(MAX_PAUSE_S, PAUSE_S * 2 ** min(self._lost_in_a_row, 6))
-        self._due += [time.monotonic() + pause_s] * len(errors)
-        logger.warning("%d routers died on their way: %s", len(errors), errors[0])
-        return errors[0] if self._lost_in_a_row > self._max_restarts else None
+        # Back off: until the cluster notices that a node is gone, it may select that node again.
+        self._failed_starts += 1
+        pause_s = min(MAX_PAUSE_S, PAUSE_S * 2 ** min(self._failed_starts, 6))
+        self._replace_at += [time.monotonic() + pause_s] * len(errors)
+        logger.warning("%d routers died during start-up: %s", len(errors), errors[0])
+        return errors[0] if self._failed_starts > self._max_restarts else None
 
-    def lose(self, router: ActorHandle) -> None:
-        """Give a router up that does not answer; another is started."""
+    def replace(self, router: ActorHandle) -> None:
+        """Kills a router that does not respond, and starts another at the next poll."""
         ray.kill(router)
-        self._due.append(time.monotonic())
-        # Others may have gone with the same node: none gets a shard before it answers.
+        self._replace_at.append(time.monotonic())
+        # Idle routers may be lost with the same node: none gets a shard before it responds again.
         while self.idle:
-            self._arrivals.add(None, self.idle.pop())
+            self._pending.add(None, self.idle.pop())
 
     def _start_due(self) -> None:
         now = time.monotonic()
-        num_due = sum(at <= now for at in self._due)
-        self._due = [at for at in self._due if at > now]
+        num_due = sum(at <= now for at in self._replace_at)
+        self._replace_at = [at for at in self._replace_at if at > now]
         for _ in range(num_due):
             self._restarts.count()
-            self._arrivals.add(None, self._new())
+            self._pending.add(None, self._new())

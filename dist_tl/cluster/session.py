@@ -1,7 +1,7 @@
-"""A Ray cluster to work on: the one RAY_ADDRESS names, or a private one on this machine.
+"""The Ray cluster of a job: the cluster at RAY_ADDRESS, or a private one on this machine.
 
-The private cluster is a child process with its own address and token, so that several runs can
-share a machine; it dies with us, even on kill -9, and does not see the terminal's Ctrl-C.
+The private cluster is a child process with its own address and token, so several runs can share a
+machine. It stops with this process, even on kill -9, and does not receive the terminal's Ctrl-C.
 """
 
 import ctypes
@@ -34,33 +34,33 @@ from dist_tl.errors import ConfigError, WorkerError
 logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0
 CONNECT_TIMEOUT_S = 10.0
-# What our processes and all of Ray's run with, unless the user's environment says otherwise.
+# Defaults of this process and Ray's processes; the user's environment takes precedence.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
     "RAY_DEDUP_LOGS": "0",
-    # Ray hides the GPUs of actors that ask for none; DeepSpeed then finds no accelerator.
+    # Otherwise Ray hides GPUs from actors that reserve none, and DeepSpeed finds no accelerator.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
 
-# A private cluster is one node that plays them all; an actor asks for a grain of its role.
+# The single node of a private cluster has all roles; actors request a small amount of theirs.
 _ALL_ROLES = dict.fromkeys(get_args(Role), 1000)
-# Ray's own code warns; where a user turns warnings into errors, Ray would not even start.
+# Ray's own code raises warnings; with warnings as errors, Ray would not start.
 WARNINGS = {"PYTHONWARNINGS": "ignore::FutureWarning"}
 
 
 class RaySession:
-    """Use as a context manager; inside, Ray is initialised. The environment is put back after.
+    """Context manager in which Ray is initialised. Restores the environment on exit.
 
     Args:
-        watch: called with every :meth:`check`; raises where the run should stop.
+        watch: called by every :meth:`check`; raises an error to stop the run.
 
     Raises:
-        WorkerError: the cluster did not start, or the one RAY_ADDRESS names is out of reach.
-        ConfigError: the nodes of the one RAY_ADDRESS names have roles, and nobody said so.
+        WorkerError: the cluster did not start, or the cluster at RAY_ADDRESS is unreachable.
+        ConfigError: the nodes at RAY_ADDRESS have roles, but `session.roles` is false.
     """
 
     def __init__(self, config: SessionConfig, *, watch: Callable[[], None] = lambda: None) -> None:
@@ -70,14 +70,14 @@ class RaySession:
         self._folder: Path | None = None
         self._environment_before: dict[str, str | None] = {}
         self._is_connected = False
-        self._memory = _MemoryWatch()
+        self._memory = _MemoryMonitor()
 
     def __enter__(self) -> "RaySession":
         try:
             self._set_environment({k: os.environ.get(k, v) for k, v in ENVIRONMENT.items()})
             address = os.environ.get("RAY_ADDRESS") or self._start_head()
-            # Ray Train asks the cluster of RAY_ADDRESS whether its controller lives; without it,
-            # it may find another run's cluster and give up on a healthy worker group.
+            # Ray Train checks its controller on the cluster at RAY_ADDRESS. If unset, it may find
+            # another run's cluster and stop a healthy worker group.
             self._set_environment({"RAY_ADDRESS": address})
             _connect(address)
             self._is_connected = True
@@ -97,29 +97,29 @@ class RaySession:
         self.close()
 
     def check(self) -> None:
-        """Raise if the private cluster is gone, or what `watch` raises.
+        """Calls `watch` and checks that the private cluster is alive.
 
         Raises:
-            WorkerError: with its last words.
+            WorkerError: the cluster has stopped; the message ends with its log.
         """
         self._watch()
         if self._head is not None and self._head.poll() is not None:
             raise WorkerError(
-                "Ray stopped on this machine; start the same job again to go on from what is "
-                f"committed. Its last words:\n{self._last_words()}"
+                "Ray stopped on this machine; start the same job again to resume from the last "
+                f"commit. End of its log:\n{self._log_tail()}"
             )
 
     def _check_roles(self) -> None:
-        found = sorted(set(get_args(Role)) & set(ray.cluster_resources()))
-        if found and not self._config.roles:
+        offered = sorted(set(get_args(Role)) & set(ray.cluster_resources()))
+        if offered and not self._config.roles:
             raise ConfigError(
-                f"session.roles: the nodes of this cluster have roles ({', '.join(found)}), and "
-                "without true any actor may land on any of them: add session.roles=true"
+                f"session.roles: the nodes of this cluster have roles ({', '.join(offered)}), but "
+                "actors would ignore them: add session.roles=true"
             )
-        if self._config.roles and not found:
+        if self._config.roles and not offered:
             logger.warning(
-                "no node of the cluster offers a role yet; actors wait until nodes come that were "
-                "started with e.g. ray start --resources='{\"trainers\": 1000}'"
+                "no node of the cluster offers a role yet; actors are pending until such a node "
+                "joins, e.g. by ray start --resources='{\"trainers\": 1000}'"
             )
 
     @property
@@ -129,11 +129,11 @@ class RaySession:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Most memory that this process and its children had at once, shared pages counted once."""
+        """Peak memory of this process and its children; shared pages are counted once."""
         return self._memory.peak_bytes
 
     def close(self) -> None:
-        """Leave Ray; stop the private cluster. Safe to call twice."""
+        """Shuts down Ray and the private cluster. Safe to call twice."""
         self._memory.stop()
         if self._is_connected:
             ray.shutdown()
@@ -158,8 +158,8 @@ class RaySession:
             os.environ[key] = value
 
     def _start_head(self) -> str:
-        # Sockets live below this folder, and their paths have a limit of 107 bytes. Ray opens its
-        # own folder to every user of the machine; inside one that is ours alone, nobody gets there.
+        # Ray creates sockets below this folder, and their paths are limited to 107 bytes. Ray opens
+        # its own folder to all users; this private parent folder keeps them out.
         self._folder = Path(tempfile.mkdtemp(prefix="dtl-", dir="/tmp"))
         port = _free_port()
         address = f"127.0.0.1:{port}"
@@ -170,14 +170,14 @@ class RaySession:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=partial(_die_with, os.getpid()),
+                preexec_fn=partial(_exit_with, os.getpid()),
                 env={**os.environ, **WARNINGS, "RAY_ADDRESS": address},
             )
-        self._watcher = _watch_over(self._head.pid, self._folder)
-        self._wait_until_up(port)
+        self._watcher = _start_watcher(self._head.pid, self._folder)
+        self._wait_until_ready(port)
         return address
 
-    def _wait_until_up(self, port: int) -> None:
+    def _wait_until_ready(self, port: int) -> None:
         assert self._head is not None
         assert self._folder is not None
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -185,20 +185,18 @@ class RaySession:
         while time.monotonic() < deadline:
             if self._head.poll() is not None:
                 break
-            if ready.exists() and answers("127.0.0.1", port):
+            if ready.exists() and is_listening("127.0.0.1", port):
                 return
             time.sleep(0.1)
-        raise WorkerError(
-            f"Ray did not start on this machine; its last words:\n{self._last_words()}"
-        )
+        raise WorkerError(f"Ray did not start on this machine; end of its log:\n{self._log_tail()}")
 
-    def _last_words(self) -> str:
-        assert self._folder is not None, "the folder is made before the head starts"
+    def _log_tail(self) -> str:
+        assert self._folder is not None, "the folder is created before the head starts"
         return (self._folder / "head.log").read_text(errors="replace")[-1500:]
 
 
 def set_variable(key: str, value: str | None) -> None:
-    """Of this process' environment; None removes it."""
+    """Sets a variable of this process' environment; None removes it."""
     if value is None:
         os.environ.pop(key, None)
     else:
@@ -206,8 +204,8 @@ def set_variable(key: str, value: str | None) -> None:
 
 
 def _connect(address: str) -> None:
-    _wait_for_answer(address)
-    # No secret goes this way: Ray keeps a job's runtime environment where others can read it.
+    _wait_for_listener(address)
+    # No secrets here: others can read the runtime environment of a Ray job.
     variables = {key: os.environ[key] for key in (*ENVIRONMENT, "RAY_ADDRESS")}
     deadline = time.monotonic() + CONNECT_TIMEOUT_S
     while True:
@@ -215,7 +213,7 @@ def _connect(address: str) -> None:
             ray.init(
                 address=address,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 runtime_env={"env_vars": {**variables, **WARNINGS}},
             )
             return
@@ -225,22 +223,22 @@ def _connect(address: str) -> None:
             time.sleep(0.5)
 
 
-def _wait_for_answer(address: str) -> None:
-    """Ray itself takes minutes to give up on an address where nobody listens."""
+def _wait_for_listener(address: str) -> None:
+    """Fails early: ray.init takes minutes to fail if nothing listens at the address."""
     host, _, port = address.rpartition(":")
     if "://" in address or not port.isdecimal():
-        return  # "auto" or a URL: Ray knows what it stands for
+        return  # "auto" or a URL, which Ray resolves
     deadline = time.monotonic() + CONNECT_TIMEOUT_S
-    while not answers(host.strip("[]"), int(port)):
+    while not is_listening(host.strip("[]"), int(port)):
         if time.monotonic() > deadline:
-            raise _unreachable(address, "nobody listens there")
+            raise _unreachable(address, "nothing listens there")
         time.sleep(0.5)
 
 
 def _unreachable(address: str, reason: str) -> WorkerError:
     return WorkerError(
-        f"no Ray cluster answers at {address}: {reason}; check RAY_ADDRESS, or unset it to start "
-        "one on this machine"
+        f"no Ray cluster at {address}: {reason}; check RAY_ADDRESS, or unset it to start one on "
+        "this machine"
     )
 
 
@@ -253,7 +251,7 @@ def _head_command(config: SessionConfig, port: int, folder: Path) -> list[str]:
         "--block",
         "--node-ip-address=127.0.0.1",
         f"--port={port}",
-        # Its default is one fixed port, and Ray stops altogether where another program has it.
+        # The default is a fixed port, and Ray does not start if another program uses it.
         f"--ray-client-server-port={_free_port()}",
         f"--num-cpus={config.num_cpus}",
         f"--object-store-memory={config.object_store_mb * 1024 * 1024}",
@@ -266,8 +264,8 @@ def _head_command(config: SessionConfig, port: int, folder: Path) -> list[str]:
     ]
 
 
-def _die_with(parent: int) -> None:
-    """In the child, before it becomes Ray: ask to be stopped when `parent` goes."""
+def _exit_with(parent: int) -> None:
+    """Makes this child process receive SIGTERM when `parent` exits. Runs before exec."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
     if os.getppid() != parent:
@@ -280,8 +278,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def answers(host: str, port: int) -> bool:
-    """Whether somebody listens there, asked for two seconds at most."""
+def is_listening(host: str, port: int) -> bool:
+    """Whether a TCP connection succeeds within two seconds."""
     try:
         socket.create_connection((host, port), timeout=2).close()
     except OSError:
@@ -290,21 +288,21 @@ def answers(host: str, port: int) -> bool:
 
 
 def _stop(head: subprocess.Popen[bytes]) -> None:
-    """Stop the head and everything it started; returns when all of it is gone."""
+    """Stops the head and all its child processes; returns once they have exited."""
     head.terminate()
     try:
         head.wait(timeout=3)
     except subprocess.TimeoutExpired:
         head.kill()
         head.wait()
-    # Where the head was killed its family has lost its parent, but is still in its session.
-    family = [process for process in psutil.process_iter() if _session_of(process) == head.pid]
-    for process in family:
+    # Children of a killed head lose their parent, but stay in its session.
+    children = [process for process in psutil.process_iter() if _session_of(process) == head.pid]
+    for process in children:
         with suppress(psutil.Error):
             process.kill()
-    # Where nobody reaps orphans they stay zombies: dead, though their numbers are still taken.
+    # Without an init process that reaps orphans they stay zombies, which count as dead.
     deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and not all(map(_is_dead, family)):
+    while time.monotonic() < deadline and not all(map(_is_dead, children)):
         time.sleep(0.05)
 
 
@@ -315,8 +313,8 @@ def _is_dead(process: psutil.Process) -> bool:
         return True
 
 
-def _watch_over(head_pid: int, folder: Path) -> subprocess.Popen[bytes]:
-    """A shell that outlives us, should we be killed: it ends the head's session and its folder."""
+def _start_watcher(head_pid: int, folder: Path) -> subprocess.Popen[bytes]:
+    """Starts a shell that kills the head's session and removes its folder if this process dies."""
     me = os.getpid()
     script = (
         f"alive() {{ kill -0 {me} && ! grep -q '^State:.Z' /proc/{me}/status; }} 2>/dev/null; "
@@ -340,8 +338,8 @@ def _session_of(process: psutil.Process) -> int | None:
         return None
 
 
-class _MemoryWatch:
-    """Samples the memory of this process and all it started, once a second."""
+class _MemoryMonitor:
+    """Samples the memory of this process and its children, once a second."""
 
     def __init__(self) -> None:
         self.peak_bytes = 0
@@ -349,18 +347,18 @@ class _MemoryWatch:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="memory watch")
+        self._thread = threading.Thread(target=self._sample, daemon=True, name="memory monitor")
         self._thread.start()
 
     def stop(self) -> None:
         self._stopped.set()
 
-    def _watch(self) -> None:
+    def _sample(self) -> None:
         while not self._stopped.wait(1.0):
-            self.peak_bytes = max(self.peak_bytes, _family_memory())
+            self.peak_bytes = max(self.peak_bytes, _process_tree_memory())
 
 
-def _family_memory() -> int:
+def _process_tree_memory() -> int:
     total = 0
     me = psutil.Process()
     for process in [me, *me.children(recursive=True)]:

@@ -1,8 +1,8 @@
-"""Independent pieces of work as Ray tasks, each with a result marker in the store.
+"""Independent Ray tasks, each with a stored output.
 
-A task is a module-level function of one configuration and the store. Its result is written last
-and carries the fingerprint of what was asked: a task that was done is read, not run again, and one
-whose worker died is run again with the same outcome.
+A task is a module-level function of its inputs and the store. The output is written last, with the
+fingerprint of the inputs: a finished task is read instead of run again, and a task whose worker
+died is retried with the same result.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import ray
 import torch
+from pydantic import Field
 
 from dist_tl.cluster.config import Task, TrialsConfig
 from dist_tl.cluster.outcomes import collect
@@ -28,7 +29,7 @@ OnDone = Callable[[int, int, str], None]
 def run_tasks(
     work: Callable[[Inputs, ObjectStore], Output],
     tasks: Sequence[Task[Inputs]],
-    answer: type[Output],
+    output: type[Output],
     store: ObjectStore,
     *,
     config: TrialsConfig,
@@ -37,50 +38,52 @@ def run_tasks(
     on_poll: Callable[[], None] = lambda: None,
     on_done: OnDone = lambda done, total, name: None,
 ) -> list[Output]:
-    """Run every task that has no result yet; the answers in the order of `tasks`.
+    """Runs every task without a stored output; returns all outputs in the order of `tasks`.
 
-    At most four tasks per CPU are with Ray at a time, so that a sweep of any length starts at once.
+    At most four tasks per CPU are submitted to Ray at a time, so large sweeps start at once.
 
     Args:
-        work: a module-level function; a task's own named errors reach the caller.
-        attempt: the start of the run; no answer is stored after a later one. 0 does not look.
+        work: a module-level function; its named errors reach the caller.
+        output: the class of the outputs.
+        attempt: number of the attempt; a superseded attempt stores nothing. 0 disables the check.
         roles: whether the cluster's nodes have roles; tasks run on those of trainers.
-        on_done: told tasks done, tasks in all, and the name of the last.
+        on_done: called with the number of finished tasks, of all tasks, and the name of the latest.
 
     Raises:
-        DistTLError: the named error that a task met.
-        CheckpointMismatchError: a stored result answers another question.
-        WorkerError: a worker died more often than a task may start again.
+        DistTLError: the named error that a task raised.
+        CheckpointMismatchError: a stored output has other inputs.
+        WorkerError: the worker of a task died more often than it may be retried.
     """
-    found = {task.name: read_output(store, task, answer) for task in tasks}
-    missing = iter([task for task in tasks if found[task.name] is None])
-    done = sum(value is not None for value in found.values())
+    stored = {task.name: read_output(store, task, output) for task in tasks}
+    outputs = {name: value for name, value in stored.items() if value is not None}
+    missing = iter([task for task in tasks if task.name not in outputs])
+    done = len(outputs)
     options = actor_options("trainers", enabled=roles, cpus=config.cpus, gpus=config.gpus)
     remote = ray.remote(_run_one).options(**options, max_retries=config.max_retries)
 
     def start(task: Task[Inputs]) -> ray.ObjectRef:
         return remote.remote(work, task, store.url, attempt, config.gpus > 0)
 
-    room = max(1, int(4 * ray.cluster_resources().get("CPU", 1) / config.cpus))
-    running = {start(task): task for task in _take(missing, room)}
+    limit = max(1, int(4 * ray.cluster_resources().get("CPU", 1) / config.cpus))
+    running = {start(task): task for task in _take(missing, limit)}
     while running:
         ready, _ = ray.wait(list(running), timeout=0.2)
         on_poll()
-        for ticket in ready:
-            task = running.pop(ticket)
-            found[task.name] = answer.model_validate_json(collect(ticket, task.name))
+        for ref in ready:
+            task = running.pop(ref)
+            outputs[task.name] = output.model_validate_json(collect(ref, task.name))
             done += 1
             on_done(done, len(tasks), task.name)
-            for following in _take(missing, 1):
-                running[start(following)] = following
-    return [found[task.name] for task in tasks]
+            for next_task in _take(missing, 1):
+                running[start(next_task)] = next_task
+    return [outputs[task.name] for task in tasks]
 
 
-def read_output(store: ObjectStore, task: Task[Inputs], answer: type[Output]) -> Output | None:
-    """A task's stored answer; None where it is not done.
+def read_output(store: ObjectStore, task: Task[Inputs], output: type[Output]) -> Output | None:
+    """Returns the output of a finished task, or None if it has not run.
 
     Raises:
-        CheckpointMismatchError: it was made for other settings.
+        CheckpointMismatchError: the stored output has other inputs.
     """
     data = store.read_or_none(layout.result_key(task.name))
     if data is None:
@@ -88,16 +91,16 @@ def read_output(store: ObjectStore, task: Task[Inputs], answer: type[Output]) ->
     stored = StoredOutput.model_validate_json(data)
     if stored.inputs != _fingerprint(task):
         raise CheckpointMismatchError(
-            f"{task.name} was done with other settings; use another run name, or delete that run"
+            f"{task.name} ran with other settings; use another run name, or delete that run"
         )
-    return answer.model_validate_json(stored.answer)
+    return output.model_validate_json(stored.output)
 
 
 class StoredOutput(StrictModel):
-    """result.json of a task."""
+    """The content of a task's result.json."""
 
-    inputs: str
-    answer: str
+    inputs: str = Field(description="Fingerprint of the inputs.")
+    output: str = Field(description="The output as JSON.")
 
 
 def _fingerprint(task: Task[Inputs]) -> str:
@@ -116,11 +119,11 @@ def _run_one(
     gpu: bool,
 ) -> str:
     if not gpu:
-        # One thread a task: more would change the rounding, and only wait for each other.
+        # One thread per task: the number of threads changes rounding, and tasks share the cores.
         torch.set_num_threads(1)
     store = ObjectStore(store_url)
-    answer = work(task.inputs, store).model_dump_json()
+    output = work(task.inputs, store).model_dump_json()
     Attempt(store, attempt).check()
-    stored = StoredOutput(inputs=_fingerprint(task), answer=answer)
+    stored = StoredOutput(inputs=_fingerprint(task), output=output)
     store.write(layout.result_key(task.name), stored.model_dump_json().encode())
-    return answer
+    return output

@@ -1,24 +1,27 @@
 """The trainers: one Ray Train worker group that takes training stages from a mailbox.
 
-Ray Train starts the workers, joins them into a process group, and restarts all of them when one
-is lost; the stages' own checkpoints make the restart cheap and exact.
+Ray Train starts the workers, joins them into a process group, and restarts all of them when one is
+lost. The stage then resumes bit for bit from its last checkpoint.
+
+Results of actor methods are cast: Ray's stub does not know their types.
 """
 
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.train
 import torch
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from dist_tl.cluster.config import TrainersConfig
-from dist_tl.cluster.mailbox import Snapshot
+from dist_tl.cluster.mailbox import QueuedStage, Snapshot
 from dist_tl.cluster.metrics import RestartMetrics, TrainerMetrics
-from dist_tl.cluster.roles import beside_driver, role_resources
+from dist_tl.cluster.roles import on_driver_node, role_resources
 from dist_tl.errors import DistTLError, WorkerError
 from dist_tl.shards.order import ShardPlan
 from dist_tl.storage.attempts import Attempt
@@ -27,15 +30,15 @@ from dist_tl.train.spec import StageResult, StageSpec
 from dist_tl.train.stage import run_stage
 
 POLL_S = 0.1
-FAREWELL_S = 10.0
-SCRATCH = "scratch"  # what Ray Train writes beside our own checkpoints
+SHUTDOWN_S = 10.0
+SCRATCH = "scratch"  # folder of Ray Train's own files
 
 
 class TrainerGroup:
-    """Use as a context manager; the workers start in the background at once.
+    """Context manager of the worker group, which starts in the background on entry.
 
     Args:
-        attempt: the start of the run that the group belongs to.
+        attempt: the attempt that the group belongs to.
         roles: whether the cluster's nodes have roles.
     """
 
@@ -67,7 +70,7 @@ class TrainerGroup:
             ),
             run_config=ray.train.RunConfig(
                 name="trainers",
-                # Seen by every node: Ray Train looks for its own marker there.
+                # A location that every node can read: Ray Train checks for its own marker there.
                 storage_path=scratch.path,
                 storage_filesystem=scratch.filesystem,
                 failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
@@ -75,33 +78,33 @@ class TrainerGroup:
         )
 
     def __enter__(self) -> "TrainerGroup":
-        # `fit` blocks for as long as the group lives. In a task of its own rather than a thread
-        # here, it ends with the job's other processes whenever this driver leaves Ray.
-        self._fitting = _fit.options(**beside_driver()).remote(self._trainer)
+        # `fit` blocks as long as the group lives. As a task instead of a thread, it stops together
+        # with the job's other processes when this driver shuts down Ray.
+        self._fitting = _fit.options(**on_driver_node()).remote(self._trainer)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After an error or Ctrl-C nobody needs the workers' farewell: what counts is committed.
+        # After an error or Ctrl-C do not wait for the workers: everything needed is committed.
         if kind is None:
             ray.get(self._mailbox.close.remote())
-            ray.wait([self._fitting], timeout=FAREWELL_S)
+            ray.wait([self._fitting], timeout=SHUTDOWN_S)
             self._store.delete_all(SCRATCH + "/")
 
     def post(self, spec: StageSpec) -> int:
-        """Queue a stage; returns the ticket to wait with."""
-        return ray.get(self._mailbox.post.remote(spec.model_dump_json()))
+        """Queues a stage; returns its index for `wait`."""
+        return cast(int, ray.get(self._mailbox.post.remote(spec.model_dump_json())))
 
     def wait(
-        self, ticket: int, *, on_poll: Callable[[Snapshot], None] = lambda _: None
+        self, index: int, *, on_poll: Callable[[Snapshot], None] = lambda _: None
     ) -> StageResult:
-        """The result of a queued stage, once it is stored.
+        """Waits until the result of a queued stage is stored, and returns it.
 
         Raises:
-            DistTLError: the named error that a worker met.
+            DistTLError: the named error that a worker raised.
             WorkerError: the group died more often than it may be restarted.
         """
         while True:
-            snapshot = self._look(ticket)
+            snapshot = self._snapshot(index)
             on_poll(snapshot)
             if snapshot.result is not None:
                 return StageResult.model_validate_json(snapshot.result)
@@ -109,14 +112,14 @@ class TrainerGroup:
                 raise snapshot.error
             if ray.wait([self._fitting], timeout=POLL_S)[0]:
                 raise WorkerError(
-                    "the trainers gave up; start the same job again to go on from the last "
-                    f"checkpoint. Ray's reason: {_reason(self._fitting)}"
+                    "the trainers failed; start the same job again to resume from the last "
+                    f"checkpoint. Reason from Ray: {_reason(self._fitting)}"
                 )
 
-    def _look(self, ticket: int) -> Snapshot:
+    def _snapshot(self, index: int) -> Snapshot:
         try:
-            return ray.get(self._mailbox.snapshot.remote(ticket))
-        except ray.exceptions.RayError as error:
+            return cast(Snapshot, ray.get(self._mailbox.snapshot.remote(index)))
+        except RayError as error:
             raise WorkerError(
                 f"the Ray cluster was lost: {error}; start the same job again"
             ) from None
@@ -130,9 +133,9 @@ def _fit(trainer: TorchTrainer) -> None:
 def _reason(fitting: ray.ObjectRef) -> str:
     try:
         ray.get(fitting)
-    except ray.exceptions.RayError as error:
+    except RayError as error:
         return str(getattr(error, "cause", None) or error)
-    return "the workers went home"
+    return "the workers exited"
 
 
 def _resources(config: TrainersConfig, roles: bool) -> dict[str, float]:
@@ -143,7 +146,7 @@ def _resources(config: TrainersConfig, roles: bool) -> dict[str, float]:
 
 
 def _work(settings: dict[str, Any]) -> None:
-    """What each worker does: take a stage, run it, take the next."""
+    """Main loop of each worker: takes stages from the mailbox and runs them."""
     if not settings["use_gpu"]:
         os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(settings["threads"])
@@ -153,39 +156,43 @@ def _work(settings: dict[str, Any]) -> None:
     mailbox, store = settings["mailbox"], ObjectStore(settings["store_url"])
     attempt = Attempt(store, settings["attempt"])
     metrics = TrainerMetrics(store.url) if rank == 0 else None
-    if metrics is not None and ray.get(mailbox.start.remote()) > 1:
+    if metrics is not None and cast(int, ray.get(mailbox.count_group_start.remote())) > 1:
         RestartMetrics(store.url, "trainers").count()
-    done: int | None = None
-    while (task := ray.get(mailbox.take.remote(done))) is not None:
-        spec = StageSpec.model_validate_json(task.spec)
+    finished: int | None = None
+    while (queued := _take(mailbox, finished)) is not None:
+        spec = StageSpec.model_validate_json(queued.spec)
         try:
             result = run_stage(
                 spec,
                 store,
                 rank=rank,
                 world_size=world_size,
-                on_progress=_reporter(mailbox, spec, rank, metrics),
+                on_progress=_progress_reporter(mailbox, spec, rank, metrics),
                 attempt=attempt,
             )
         except DistTLError as error:
-            # Trying again would meet it again; the driver ends the job with this very error.
-            ray.get(mailbox.give_up.remote(error))
+            # A retry would raise it again; the driver ends the job with this error.
+            ray.get(mailbox.fail.remote(error))
             raise
         if metrics is not None:
             metrics.finished(
                 spec.name, starved_s=result.seconds_starved, saving_s=result.seconds_saving
             )
-            ray.get(mailbox.finish.remote(task.index, result.model_dump_json()))
-        done = task.index
+            ray.get(mailbox.finish.remote(queued.index, result.model_dump_json()))
+        finished = queued.index
 
 
-def _reporter(
+def _take(mailbox: ActorHandle, finished: int | None) -> QueuedStage | None:
+    return cast(QueuedStage | None, ray.get(mailbox.take.remote(finished)))
+
+
+def _progress_reporter(
     mailbox: ActorHandle, spec: StageSpec, rank: int, metrics: TrainerMetrics | None
 ) -> Callable[[int, float, int | None], None]:
     sources = [rows for rows in (spec.labelled, spec.unlabelled) if isinstance(rows, ShardPlan)]
     source = sources[0].stage if sources else None
 
-    last: tuple[int, float] | None = None  # the first report may be of any step: a resumed one
+    last: tuple[int, float] | None = None  # a resumed stage first reports a later step
 
     def report(step: int, loss: float, position: int | None) -> None:
         nonlocal last
@@ -193,6 +200,6 @@ def _reporter(
         if metrics is not None and last is not None and step > last[0]:
             metrics.stepped(spec.name, (now - last[1]) / (step - last[0]))
         last = step, now
-        mailbox.progress.remote(spec.name, rank, step, loss, source, position)
+        mailbox.report_progress.remote(spec.name, rank, step, loss, source, position)
 
     return report

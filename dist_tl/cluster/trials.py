@@ -1,4 +1,4 @@
-"""Trials: independent training stages of one worker each, side by side on the cluster."""
+"""Trials: independent training stages with one worker each, in parallel on the cluster."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,7 +16,7 @@ from dist_tl.train.stage import run_stage
 
 
 class Trials:
-    """Trials that have been started; collect them with :meth:`results`."""
+    """Starts trials as Ray tasks; :meth:`results` collects them."""
 
     def __init__(
         self, config: TrialsConfig, store_url: str, *, roles: bool = False, attempt: int = 0
@@ -26,21 +26,21 @@ class Trials:
         self._start = lambda specs: remote.remote(specs, store_url, attempt, config.gpus > 0)
 
     def start(self, specs: Sequence[StageSpec]) -> ray.ObjectRef:
-        """Start a few stages, one after another in one worker; returns the ticket."""
+        """Starts stages that one worker runs in sequence; returns their object ref."""
         return self._start(list(specs))
 
     def results(
-        self, ticket: ray.ObjectRef, *, on_poll: Callable[[], None] = lambda: None
+        self, ref: ray.ObjectRef, *, on_poll: Callable[[], None] = lambda: None
     ) -> list[StageResult]:
-        """The results in the order of the specifications.
+        """Waits for the results of `start`, in the order of the specifications.
 
         Raises:
-            DistTLError: the named error that a trial met.
-            WorkerError: a worker died more often than a trial may start again.
+            DistTLError: the named error that a trial raised.
+            WorkerError: the worker of a trial died more often than it may be retried.
         """
-        while not ray.wait([ticket], timeout=0.2)[0]:
+        while not ray.wait([ref], timeout=0.2)[0]:
             on_poll()
-        return collect(ticket, "a trial")
+        return collect(ref, "a trial")
 
 
 def _run_alone(

@@ -1,7 +1,7 @@
-"""Training on cached features: heads, router and aggregator, without running any expert.
+"""Trains heads, router and aggregator on cached features, without running the experts.
 
-A row is an image and the features that each expert's frozen trunk makes of it, side by side as
-float32 numbers. What is learnt goes into the experts afterwards (`NewHub.warm`, `NewExpert.warm`).
+A row holds an image and the features of each expert's frozen trunk, concatenated as float32. The
+trained weights initialise a hub or an expert afterwards (`NewHub.warm`, `NewExpert.warm`).
 """
 
 from typing import Literal
@@ -19,7 +19,7 @@ from dist_tl.train.hub_model import HUB_TENSORS, NewHub, head_purpose, new_route
 
 
 class CachedFeatures(StrictModel):
-    """Where an expert's features stand in a row."""
+    """The columns of an expert's features in a row."""
 
     name: str
     offset: int = Field(ge=0)
@@ -35,16 +35,16 @@ class CachedExpert(StrictModel):
 
 
 class CachedHub(StrictModel):
-    """A whole hub but its trunks, on cached features."""
+    """A hub without its trunks, on cached features."""
 
     kind: Literal["cached_hub"] = "cached_hub"
     hub: NewHub
     features: tuple[CachedFeatures, ...]
-    image_shape: ImageShape = Field(description="Of the image that each row begins with.")
+    image_shape: ImageShape = Field(description="Shape of the image at the start of each row.")
 
 
 class HeadOnRows(nn.Module):
-    """Rows (B, D, 1, 1) to logits (B, C) of one expert's part of them."""
+    """Maps rows (B, D, 1, 1) to the logits (B, C) of one expert."""
 
     def __init__(self, features: CachedFeatures, head: nn.Linear) -> None:
         super().__init__()
@@ -55,12 +55,12 @@ class HeadOnRows(nn.Module):
         return self.head(rows.flatten(1)[:, self.columns])
 
     def to_files(self) -> dict[str, bytes]:
-        """What :class:`NewExpert` takes as its warm start."""
+        """Returns the warm-start file of :class:`NewExpert`."""
         return _file({f"head.{name}": t for name, t in self.head.state_dict().items()})
 
 
 class RouterOnRows(nn.Module):
-    """A router that sees the image at the beginning of each row."""
+    """A router on the image at the start of each row."""
 
     def __init__(self, router: nn.Module, image_shape: ImageShape) -> None:
         super().__init__()
@@ -73,10 +73,10 @@ class RouterOnRows(nn.Module):
 
 
 class HubOnRows(HubPathway):
-    """A hub under its warm start."""
+    """A hub on cached features."""
 
     def to_files(self) -> dict[str, bytes]:
-        """What :class:`NewHub` takes as its warm start."""
+        """Returns the warm-start file of :class:`NewHub`."""
         tensors = {
             name.replace("router.router.", "router.", 1): tensor
             for name, tensor in self.state_dict().items()
@@ -85,13 +85,13 @@ class HubOnRows(HubPathway):
 
 
 def build_cached_expert(spec: CachedExpert, *, seed: int) -> HeadOnRows:
-    """The head that the expert itself would start with."""
+    """Builds the head with the expert's own initial weights."""
     rng = torch_rng(seed, head_purpose(spec.features.name))
     return HeadOnRows(spec.features, fresh_head(spec.features.width, spec.num_classes, rng))
 
 
 def build_cached_hub(spec: CachedHub, *, seed: int) -> HubOnRows:
-    """The heads, router and aggregator that the hub itself would start with."""
+    """Builds heads, router and aggregator with the hub's own initial weights."""
     heads = {
         features.name: build_cached_expert(
             CachedExpert(features=features, num_classes=spec.hub.num_classes), seed=seed
@@ -108,5 +108,5 @@ def build_cached_hub(spec: CachedHub, *, seed: int) -> HubOnRows:
 
 
 def _file(tensors: dict[str, Tensor]) -> dict[str, bytes]:
-    whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    return {HUB_TENSORS: safetensors.torch.save(whole)}
+    copies = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    return {HUB_TENSORS: safetensors.torch.save(copies)}

@@ -1,11 +1,10 @@
-"""Sharded checkpoints: every rank its own files, COMMIT last.
+"""Sharded checkpoints: every rank writes its own files; COMMIT is written last.
 
-A checkpoint is a folder that holds two files a rank (tensors, and where they belong) and COMMIT,
-which names every file with its digest. What has no COMMIT does not exist: it is ignored by
-readers and swept by the next save. Each file says which slice of which parameter it holds, so
-readers with another number of ranks can find what they need.
+A checkpoint is a folder with two files per rank (tensors, and the slices that they hold) and
+COMMIT, which lists every file with its digest. Without COMMIT a checkpoint does not exist:
+`restore` ignores it and the next `save` removes it.
 
-Not covered: restoring with another number of ranks; it is refused with a clear error.
+Restoring at another world size is not supported and raises an error.
 """
 
 import hashlib
@@ -33,13 +32,13 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointConfig(StrictModel):
-    """When a stage saves, and how much it keeps."""
+    """When a stage saves checkpoints, and how many it keeps."""
 
     every_steps: int = Field(
-        default=500, ge=0, description="Optimizer steps between saves; 0 never."
+        default=500, ge=0, description="Optimizer steps between checkpoints; 0 disables them."
     )
     keep: int = Field(
-        default=2, ge=1, description="Committed checkpoints kept while a stage trains."
+        default=2, ge=1, description="Committed checkpoints to keep while a stage trains."
     )
 
 
@@ -52,33 +51,31 @@ class FileRecord(StrictModel):
 
 
 class Commit(StrictModel):
-    """The marker that makes a checkpoint exist."""
+    """The content of COMMIT, the marker of a complete checkpoint."""
 
     format: Literal[1] = FORMAT
-    step: int = Field(description="Optimizer steps done.")
-    cursor: int = Field(description="Global batches consumed.")
+    step: int = Field(description="Number of finished optimizer steps.")
+    cursor: int = Field(description="Number of consumed global batches.")
     world_size: int
-    attempt: int = Field(
-        default=0, description="Which start of the run made it, where that is counted."
-    )
-    fingerprint: str = Field(description="Of the stage; another stage's checkpoint is refused.")
+    attempt: int = Field(default=0, description="Number of the attempt; 0 if not counted.")
+    fingerprint: str = Field(description="Fingerprint of the stage specification.")
     files: tuple[FileRecord, ...]
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a training run is: optimizer steps done, and global batches consumed."""
+    """Progress of a training run: finished optimizer steps and consumed global batches."""
 
     step: int = 0
     cursor: int = 0
 
     def advance(self) -> "TrainState":
-        """The state one step and one global batch later."""
+        """Returns the state after one more step and global batch."""
         return TrainState(self.step + 1, self.cursor + 1)
 
 
 class Checkpoints:
-    """The checkpoints of one stage, seen by one rank. `save` and `restore` are collectives."""
+    """The checkpoints of one stage on one rank. `save` and `restore` are collectives."""
 
     def __init__(
         self,
@@ -97,29 +94,29 @@ class Checkpoints:
         self.seconds_blocked = 0.0
 
     def is_due(self, step: int) -> bool:
-        """Whether a save belongs after optimizer step `step`."""
+        """Whether to save a checkpoint after optimizer step `step`."""
         return self._config.every_steps > 0 and step % self._config.every_steps == 0
 
     def save(self, engine: Engine, state: TrainState) -> None:
-        """Store the engine and `state`; returns on every rank once the checkpoint is committed.
+        """Saves the engine and `state`; returns on every rank once the checkpoint is committed.
 
         Raises:
-            StorageError: the store refused a file; nothing is committed then.
-            SupersededError: a later start of the run took it over; nothing is committed then.
+            StorageError: writing a file failed; nothing is committed.
+            SupersededError: a later attempt owns the run; nothing is committed.
         """
-        began = time.monotonic()
+        started = time.monotonic()
         records = self._gather(self._write_own_files(engine, state.step))
         if self._rank == 0:
             self._commit(state, records)
         dist.barrier()
-        self.seconds_blocked += time.monotonic() - began
+        self.seconds_blocked += time.monotonic() - started
 
     def restore(self, engine: Engine) -> TrainState:
-        """Load the latest committed checkpoint into the engine; a new state where none exists.
+        """Restores the latest committed checkpoint; returns a new state if there is none.
 
         Raises:
-            CheckpointMismatchError: it belongs to another stage or another number of workers, or
-                the parameters are cut into other slices now.
+            CheckpointMismatchError: the stage, the world size or the sharding of the parameters
+                differs.
             CheckpointError: a file is missing, altered, or of an unknown format.
         """
         commit = self._latest()
@@ -127,23 +124,23 @@ class Checkpoints:
             return TrainState()
         if commit.fingerprint != self._fingerprint:
             raise CheckpointMismatchError(
-                f"stage {self._stage}: its checkpoint at step {commit.step} was made by another "
-                f"job ({commit.fingerprint}, this one is {self._fingerprint}); use another run name"
+                f"stage {self._stage}: another job made the checkpoint at step {commit.step} "
+                f"({commit.fingerprint}, this one is {self._fingerprint}); use another run name"
             )
         if commit.world_size != self._world_size:
             raise CheckpointMismatchError(
-                f"stage {self._stage}: its checkpoint at step {commit.step} was made by "
+                f"stage {self._stage}: the checkpoint at step {commit.step} was made by "
                 f"{commit.world_size} workers, this job has {self._world_size}; "
-                f"go on with trainers.workers={commit.world_size}, or use another run name"
+                f"resume with trainers.workers={commit.world_size}, or use another run name"
             )
         self._check_slices(engine, commit)
-        mine = (self._stage, commit.step, self._rank, commit.attempt)
-        tensors = self._read(layout.rank_tensors_key(*mine), commit)
-        engine.load_local_state(load_tensors(tensors), num_updates=commit.step)
+        key = layout.rank_tensors_key(self._stage, commit.step, self._rank, commit.attempt)
+        tensors = load_tensors(self._read(key, commit))
+        engine.load_local_state(tensors, num_updates=commit.step)
         return TrainState(commit.step, commit.cursor)
 
     def clear(self) -> None:
-        """Remove all checkpoints: the stage's result is stored, nobody will resume from them."""
+        """Removes all checkpoints, once the result of the stage is stored."""
         if self._rank == 0:
             for step in self._steps():
                 self._remove(step)
@@ -151,10 +148,10 @@ class Checkpoints:
     def _write_own_files(self, engine: Engine, step: int) -> list[FileRecord]:
         tensors = save_tensors(engine.local_state())
         slices = json.dumps({"format": FORMAT, "slices": _slices(engine)}, sort_keys=True)
-        mine = (self._stage, step, self._rank, self._number)
+        key_parts = (self._stage, step, self._rank, self._number)
         return [
-            self._write(layout.rank_tensors_key(*mine), tensors),
-            self._write(layout.rank_state_key(*mine), slices.encode()),
+            self._write(layout.rank_tensors_key(*key_parts), tensors),
+            self._write(layout.rank_state_key(*key_parts), slices.encode()),
         ]
 
     @property
@@ -185,42 +182,42 @@ class Checkpoints:
             layout.commit_key(self._stage, state.step), commit.model_dump(mode="json")
         )
         logger.info("stage %s: checkpoint at step %d committed", self._stage, state.step)
-        # Uncommitted remains of earlier attempts go too; later ones cannot exist yet.
-        committed = [step for step in self._steps() if self._committed(step)]
+        # Also removes uncommitted files of earlier attempts; files of later steps cannot exist yet.
+        committed = [step for step in self._steps() if self._is_committed(step)]
         kept = committed[-self._config.keep :]
         for step in self._steps():
             if step not in kept:
                 self._remove(step)
 
     def _latest(self) -> Commit | None:
-        """Rank 0 looks, so that all ranks restore the same checkpoint or refuse it together."""
-        found: list[Any] = [None, b""]
+        """Reads COMMIT on rank 0 only, so all ranks restore the same checkpoint or all raise."""
+        payload: list[Any] = [None, b""]
         if self._rank == 0:
-            steps = [step for step in self._steps() if self._committed(step)]
+            steps = [step for step in self._steps() if self._is_committed(step)]
             if steps:
                 key = self._commit_key(steps[-1])
-                found = [key, self._store.read(key)]
-        dist.broadcast_object_list(found, src=0)
-        key, data = found
+                payload = [key, self._store.read(key)]
+        dist.broadcast_object_list(payload, src=0)
+        key, data = payload
         return None if key is None else _parse(key, data)
 
     def _check_slices(self, engine: Engine, commit: Commit) -> None:
         key = layout.rank_state_key(self._stage, commit.step, self._rank, commit.attempt)
         if json.loads(self._read(key, commit))["slices"] != _slices(engine):
             raise CheckpointMismatchError(
-                f"{key}: parameters are cut into other slices than this job's; it was made by "
-                "another version of the software: use that one, or another run name"
+                f"{key}: the parameters are sharded differently in this job; another version of "
+                "the software made the checkpoint: use that version, or another run name"
             )
 
     def _read(self, key: str, commit: Commit) -> bytes:
-        """A file of the checkpoint, if it is still what was committed."""
+        """Reads a file of the checkpoint and verifies its digest."""
         digests = {record.key: record.sha256 for record in commit.files}
         data = self._store.read_or_none(key)
         if data is None or hashlib.sha256(data).hexdigest() != digests.get(key):
-            what = "is missing" if data is None else "is not what was committed"
+            problem = "is missing" if data is None else "is not the committed file"
             folder = layout.checkpoint_prefix(self._stage, commit.step)
             raise CheckpointError(
-                f"{key} {what}; delete {folder} to go on from the checkpoint before"
+                f"{key} {problem}; delete {folder} to resume from the previous checkpoint"
             )
         return data
 
@@ -229,7 +226,7 @@ class Checkpoints:
         steps = {layout.parse_checkpoint_step(key) for key in keys}
         return sorted(step for step in steps if step is not None)
 
-    def _committed(self, step: int) -> bool:
+    def _is_committed(self, step: int) -> bool:
         return self._store.exists(self._commit_key(step))
 
     def _remove(self, step: int) -> None:
@@ -241,7 +238,7 @@ class Checkpoints:
 
 
 def _slices(engine: Engine) -> dict[str, Any]:
-    """Where this rank's slices lie in their parameters."""
+    """Returns shape, offset and length of this rank's slice of each parameter."""
     return {
         f.name: {"shape": list(f.shape), "offset": f.offset, "length": f.master.numel()}
         for f in engine.fragments
@@ -253,6 +250,6 @@ def _parse(key: str, data: bytes) -> Commit:
         return validate(Commit, json.loads(data), source=key)
     except ValueError as error:  # not JSON, or not a Commit
         raise CheckpointError(
-            f"{key} is damaged or of another version: {error}; delete it to go on from the "
-            "checkpoint before"
+            f"{key} is damaged or of another version: {error}; delete it to resume from the "
+            "previous checkpoint"
         ) from None

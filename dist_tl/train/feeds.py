@@ -1,8 +1,8 @@
-"""From rows to training batches: which images a rank sees at a step, and through which views.
+"""Builds training batches from rows: the images of each rank and step, and their views.
 
-A global batch is cut into lanes; rank r of R holds lanes r*L/R up to (r+1)*L/R, and every draw
-belongs to a lane, never to a rank. So the same images, in the same views, are seen at every step
-whatever the number of ranks.
+A global batch is divided into lanes; rank r of R holds lanes r*L/R up to (r+1)*L/R. Every random
+draw belongs to a lane, never to a rank, so images and views of a step do not depend on the number
+of ranks.
 """
 
 from collections.abc import Iterator
@@ -22,12 +22,12 @@ from dist_tl.shards.stream import ShardStream
 
 @dataclass(frozen=True)
 class LaneRows:
-    """What one lane holds at one step.
+    """The rows of one lane at one step.
 
     Attributes:
-        images: uint8 (b, height, width, channels), or float32 where they are no pictures.
+        images: uint8 (b, height, width, channels), or float32 for rows that are not pictures.
         labels: int64 (b,), or None for unlabelled rows.
-        numbers: int64 (b,), which samples these are, for messages and audits.
+        numbers: int64 (b,) sample numbers, for messages and audits.
     """
 
     lane: int
@@ -37,26 +37,28 @@ class LaneRows:
 
 
 class Rows(Protocol):
-    """An endless sequence of steps; each gives the rows of this rank's lanes."""
+    """An infinite sequence of steps; each holds the rows of this rank's lanes."""
 
     def read_from(self, cursor: int) -> Iterator[list[LaneRows]]:
-        """The steps from `cursor` on."""
+        """Yields the steps from `cursor` on."""
+        ...
 
     @property
     def seconds_starved(self) -> float:
-        """How long the reader has waited for rows that did not exist yet."""
+        """Seconds spent waiting for rows that did not exist yet."""
+        ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: whole lanes, on the device. Images are float32 in [-1, 1].
+    """One micro-batch of complete lanes, on the device. Images are float32 in [-1, 1].
 
     Attributes:
-        images: (B, C, H, W), rows with labels.
+        images: (B, C, H, W) labelled images.
         labels: (B,) int64.
         weak, strong: (U, C, H, W) views of unlabelled rows, or None.
-        numbers: which samples the unlabelled rows are.
-        lanes: the lanes in this micro-batch; B is split over them evenly.
+        numbers: sample numbers of the unlabelled rows.
+        lanes: the lanes in this micro-batch; B is divided evenly among them.
     """
 
     images: Tensor
@@ -68,23 +70,24 @@ class Batch:
 
 
 def own_lanes(num_lanes: int, rank: int, world_size: int) -> range:
-    """The lanes of one rank.
+    """Returns the lanes of one rank.
 
     Raises:
-        ConfigError: the lanes cannot be shared evenly.
+        ConfigError: the number of lanes is not divisible by `world_size`.
     """
     if num_lanes % world_size:
-        fits = [n for n in range(1, num_lanes + 1) if num_lanes % n == 0]
+        divisors = [n for n in range(1, num_lanes + 1) if num_lanes % n == 0]
+        next_lanes = world_size * (num_lanes // world_size + 1)
         raise ConfigError(
-            f"{num_lanes} lanes cannot be shared by {world_size} workers; "
-            f"use trainers.workers in {fits}, or lanes={world_size * (num_lanes // world_size + 1)}"
+            f"{num_lanes} lanes are not divisible by {world_size} workers; "
+            f"use trainers.workers in {divisors}, or lanes={next_lanes}"
         )
     width = num_lanes // world_size
     return range(rank * width, (rank + 1) * width)
 
 
 class MemoryRows:
-    """Rows of a small data set in memory, in seeded epochs of permutations without end."""
+    """Rows of a small data set in memory; every epoch is a new seeded permutation."""
 
     seconds_starved = 0.0
 
@@ -104,7 +107,7 @@ class MemoryRows:
             low = batch_size - batch_size % num_lanes
             nearest = " or ".join(str(n) for n in (low, low + num_lanes) if n > 0)
             raise ConfigError(
-                f"{num_lanes} lanes cannot share a batch of {batch_size} evenly; use a batch of "
+                f"a batch of {batch_size} is not divisible by {num_lanes} lanes; use a batch of "
                 f"{nearest}"
             )
         self._data, self._lanes = data, lanes
@@ -126,16 +129,16 @@ class MemoryRows:
     def _row(self, position: int) -> int:
         epoch, offset = divmod(position, len(self._data.labels))
         if epoch not in self._orders:
-            # A batch touches two epochs at most, unless it is larger than the data.
-            for old in [e for e in self._orders if e < epoch - 1]:
-                del self._orders[old]
+            # A batch spans at most two epochs, unless it is larger than the data.
+            for finished in [e for e in self._orders if e < epoch - 1]:
+                del self._orders[finished]
             rng = numpy_rng(self._seed, self._purpose, epoch)
             self._orders[epoch] = rng.permutation(len(self._data.labels))
         return int(self._orders[epoch][offset])
 
 
 class ShardRows:
-    """Rows of a stage's shards, read while they are being made."""
+    """Rows of a stage's shards, read while generators still produce them."""
 
     def __init__(self, stream: ShardStream) -> None:
         self._stream = stream
@@ -158,13 +161,13 @@ class ShardRows:
 
 
 class Feed:
-    """Batches for an objective: labelled rows, and unlabelled ones beside them if given.
+    """Batches for an objective, from labelled and optionally unlabelled rows.
 
     Args:
-        labelled: rows whose labels are learnt; shards for pseudo pre-training.
-        unlabelled: rows of which only views are seen.
-        accumulation: micro-batches per step; each holds whole lanes.
-        seed: fixes the views together with step and lane.
+        labelled: rows with labels; shards in pseudo pre-training.
+        unlabelled: rows without labels, of which each batch holds two views.
+        accumulation: micro-batches per step; each holds complete lanes.
+        seed: determines the views, together with step and lane.
     """
 
     def __init__(
@@ -182,61 +185,61 @@ class Feed:
 
     @property
     def seconds_starved(self) -> float:
-        """Seconds the trainer has waited for shards, over all its rows."""
+        """Seconds spent waiting for shards, labelled and unlabelled."""
         waits = [rows.seconds_starved for rows in (self._labelled, self._unlabelled) if rows]
         return sum(waits)
 
     def read_from(self, cursor: int) -> Iterator[list[Batch]]:
-        """The micro-batches of each step from `cursor` on.
+        """Yields the micro-batches of each step from `cursor` on.
 
         Raises:
-            ShardTimeoutError: the generators fell further behind than the stream may wait.
+            ShardTimeoutError: a shard was not committed within the timeout of the stream.
         """
         labelled = self._labelled.read_from(cursor)
         unlabelled = self._unlabelled.read_from(cursor) if self._unlabelled else None
         step = cursor
         while True:
-            real = next(labelled)
-            pseudo = next(unlabelled) if unlabelled else []
-            parts = zip(self._parts(real), self._parts(pseudo), strict=True)
+            labelled_lanes = next(labelled)
+            unlabelled_lanes = next(unlabelled) if unlabelled else []
+            parts = zip(self._parts(labelled_lanes), self._parts(unlabelled_lanes), strict=True)
             yield [self._batch(step, *part) for part in parts]
             step += 1
 
     def _parts(self, lanes: list[LaneRows]) -> list[list[LaneRows]]:
         if len(lanes) % self._accumulation:
             raise ConfigError(
-                f"{len(lanes)} lanes a worker cannot be cut into {self._accumulation} "
+                f"{len(lanes)} lanes per worker are not divisible by {self._accumulation} "
                 f"micro-batches; use lanes = workers * {self._accumulation}, or a multiple of it"
             )
         width = len(lanes) // self._accumulation
         return [lanes[i * width : (i + 1) * width] for i in range(self._accumulation)]
 
-    def _batch(self, step: int, real: list[LaneRows], pseudo: list[LaneRows]) -> Batch:
-        labels = [rows.labels for rows in real]
-        if any(lane_labels is None for lane_labels in labels):
+    def _batch(self, step: int, labelled: list[LaneRows], unlabelled: list[LaneRows]) -> Batch:
+        labels = [rows.labels for rows in labelled if rows.labels is not None]
+        if len(labels) < len(labelled):
             raise ConfigError("these shards hold no class labels; expected .cls in every sample")
         weak = strong = None
         numbers: list[int] = []
-        if pseudo:
-            weak, strong = self._two_views(step, pseudo)
-            numbers = [int(n) for rows in pseudo for n in rows.numbers]
+        if unlabelled:
+            weak, strong = self._two_views(step, unlabelled)
+            numbers = [int(n) for rows in unlabelled for n in rows.numbers]
         return Batch(
-            images=torch.cat([self._labelled_view(step, rows) for rows in real]),
+            images=torch.cat([self._labelled_view(step, rows) for rows in labelled]),
             labels=torch.from_numpy(np.concatenate(labels)).long().to(self._device),
             weak=weak,
             strong=strong,
             numbers=tuple(numbers),
-            lanes=tuple(rows.lane for rows in real),
+            lanes=tuple(rows.lane for rows in labelled),
         )
 
     def _labelled_view(self, step: int, rows: LaneRows) -> Tensor:
         rng = torch_rng(self._seed, "labelled view", step, rows.lane)
-        return self._views.weak(_tensor(rows.images).to(self._device), rng)
+        return self._views.weak(to_tensor(rows.images).to(self._device), rng)
 
     def _two_views(self, step: int, lanes: list[LaneRows]) -> tuple[Tensor, Tensor]:
         weak, strong = [], []
         for rows in lanes:
-            images = _tensor(rows.images).to(self._device)
+            images = to_tensor(rows.images).to(self._device)
             weak_rng = torch_rng(self._seed, "weak view", step, rows.lane)
             strong_rng = torch_rng(self._seed, "strong view", step, rows.lane)
             weak.append(self._views.weak(images, weak_rng))
@@ -244,8 +247,8 @@ class Feed:
         return torch.cat(weak), torch.cat(strong)
 
 
-def _tensor(images: np.ndarray) -> Tensor:
-    """Stored rows as networks see them, float32 (b, C, H, W)."""
+def to_tensor(images: np.ndarray) -> Tensor:
+    """Converts stored rows (b, H, W, C) to network inputs, float32 (b, C, H, W)."""
     if images.dtype != np.float32:
         return to_float(images)
     return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())

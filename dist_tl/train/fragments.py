@@ -1,11 +1,11 @@
-"""The part of each parameter that one rank owns, whatever the ZeRO stage.
+"""The slice of each parameter that one rank owns, at any ZeRO stage.
 
-ZeRO gives every rank a slice of the float32 master weights and of Adam's moments. Seen as
-(parameter name, offset, slice) those slices are what checkpoints store, what the moving average
-follows and what an export adds up, so none of the three has to know the stage; and because a
-slice says where it lies in its parameter, a checkpoint can be read by any number of ranks.
+ZeRO gives every rank a slice of the float32 master weights and of Adam's moments. Checkpoints,
+moving averages and exports use these slices as (parameter name, offset, slice), so they do not
+depend on the ZeRO stage. A slice records its offset in the parameter, so its file can be read at
+another world size.
 
-DeepSpeed's own checkpoints are pickles tied to the world size, which is why they are not used.
+DeepSpeed's own checkpoints are not used: they are pickles tied to the world size.
 """
 
 from collections.abc import Iterator
@@ -20,16 +20,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Fragment:
-    """One rank's slice of one parameter; `master` and what `moments` returns are live views.
+    """One rank's slice of one parameter; `master` and the tensors of `moments` are live views.
 
     Attributes:
-        name: the parameter's dotted name in the module.
-        shape: shape of the whole parameter.
-        offset: where the slice starts in the flattened parameter.
-        master: (n,) float32 view of the optimizer's weights.
-        state: the optimizer's state of the flat tensor that the slice lies in.
-        flat: that flat tensor.
-        flat_start: where the slice starts in it.
+        name: dotted name of the parameter in the module.
+        shape: shape of the full parameter.
+        offset: start of the slice in the flattened parameter.
+        master: (n,) float32 view of the optimizer's master weights.
+        state: optimizer state of `flat`.
+        flat: the flat tensor that contains the slice.
+        flat_start: start of the slice in `flat`.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Fragment:
     flat_start: int
 
     def moments(self) -> dict[str, Tensor]:
-        """(n,) views of Adam's moments; empty before the first step."""
+        """Returns (n,) views of Adam's moments; empty before the first step."""
         return {
             key: self.state[key].view(-1).narrow(0, self.flat_start, self.master.numel())
             for key in MOMENTS
@@ -49,21 +49,21 @@ class Fragment:
         }
 
     def prepare_moments(self, step: int) -> None:
-        """Create the moments (zeros) as the optimizer would at its first step, and set `step`."""
+        """Creates zero moments as the optimizer does at its first step, and sets its `step`."""
         for key in MOMENTS:
             self.state.setdefault(key, torch.zeros_like(self.flat))
         self.state["step"] = torch.tensor(float(step))
 
 
 def local_fragments(module: torch.nn.Module, optimizer: Any, stage: int) -> list[Fragment]:
-    """This rank's fragments of all trainable parameters, in order of the module's parameters.
+    """Returns this rank's fragments of all trainable parameters, in the module's order.
 
     Args:
         module: the module that DeepSpeed trains.
-        optimizer: the engine's optimizer (the plain torch optimizer at stage 0).
+        optimizer: the DeepSpeed engine's optimizer (the torch optimizer at stage 0).
         stage: ZeRO stage, 0 to 3.
     """
-    slices = {0: _whole, 1: _of_stage_1_and_2, 2: _of_stage_1_and_2, 3: _of_stage_3}[stage]
+    slices = {0: _stage_0, 1: _stages_1_and_2, 2: _stages_1_and_2, 3: _stage_3}[stage]
     return [
         fragment
         for name, parameter in module.named_parameters()
@@ -72,15 +72,15 @@ def local_fragments(module: torch.nn.Module, optimizer: Any, stage: int) -> list
     ]
 
 
-def _whole(name: str, parameter: Tensor, optimizer: Any) -> Iterator[Fragment]:
+def _stage_0(name: str, parameter: Tensor, optimizer: Any) -> Iterator[Fragment]:
     state = optimizer.state[parameter]
     flat = parameter.data
     yield Fragment(name, tuple(parameter.shape), 0, flat.view(-1), state, flat, 0)
 
 
-def _of_stage_1_and_2(name: str, parameter: Any, optimizer: Any) -> Iterator[Fragment]:
+def _stages_1_and_2(name: str, parameter: Any, optimizer: Any) -> Iterator[Fragment]:
     mapping = parameter._hp_mapping
-    if mapping is None:  # the whole parameter lies on other ranks
+    if mapping is None:  # other ranks own the whole parameter
         return
     flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
     yield Fragment(
@@ -94,7 +94,7 @@ def _of_stage_1_and_2(name: str, parameter: Any, optimizer: Any) -> Iterator[Fra
     )
 
 
-def _of_stage_3(name: str, parameter: Any, optimizer: Any) -> Iterator[Fragment]:
+def _stage_3(name: str, parameter: Any, optimizer: Any) -> Iterator[Fragment]:
     group, start, width = optimizer.grad_position[optimizer.get_param_id(parameter)]
     flat = optimizer.fp32_partitioned_groups_flat[group]
     offset = optimizer._get_param_partition_rank(parameter) * width
@@ -112,7 +112,7 @@ def _of_stage_3(name: str, parameter: Any, optimizer: Any) -> Iterator[Fragment]
 
 
 def spread_master_weights(optimizer: Any, stage: int) -> None:
-    """Make the weights that the forward pass uses follow the master weights again."""
+    """Copies the master weights to the weights of the forward pass, after a restore."""
     if stage in (1, 2):
         optimizer.update_lp_params()
     elif stage == 3:

@@ -1,11 +1,11 @@
-"""A hub as a model under training: put together from its experts, written, read again.
+"""Builds, stores and loads hubs of experts.
 
-Every expert and the router stay networks of their own, in files of their own, so that a process
-which runs one expert reads that one only.
+Every expert and the router are separate networks in separate files, so a process that runs one
+expert reads only the files of that expert.
 """
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import safetensors.torch
 from pydantic import AfterValidator, Field
@@ -38,56 +38,56 @@ HUB, HUB_TENSORS = "hub.json", "hub.safetensors"
 _WARM = re.compile(r"(router|aggregator|head|experts\.[^.]+\.head)\.")
 
 
-def _free_in_torch(name: str) -> str:
+def _not_a_torch_attribute(name: str) -> str:
     if hasattr(nn.ModuleDict(), name):
-        raise ValueError(f"{name} is a word that torch keeps for itself; use another name")
+        raise ValueError(f"{name} is an attribute of torch's ModuleDict; use another name")
     return name
 
 
 ExpertName = Annotated[
-    str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$"), AfterValidator(_free_in_torch)
+    str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$"), AfterValidator(_not_a_torch_attribute)
 ]
 
 
 class ExpertSource(StrictModel):
-    """A pre-trained network of the hub, and how it is used."""
+    """A pretrained network of the hub, and its preprocessing."""
 
     name: ExpertName
     model: str | None = Field(
-        default=None, description="Where its files are: a key of the run, or a URL."
+        default=None, description="Location of the model files: a key of the run, or a URL."
     )
     network: NetworkConfig | None = Field(
-        default=None, description="Or what a library loads it from."
+        default=None, description="Network of a library, instead of `model`."
     )
     inputs: InputConfig = Field(
-        default_factory=InputConfig, description="What is done to images before it sees them."
+        default_factory=InputConfig, description="Preprocessing of the images."
     )
     tap: int | None = Field(
         default=None,
         ge=0,
-        description="Block whose pooled output is used; absent: the last features.",
+        description="Block whose pooled output is used; the last features if absent.",
     )
 
 
 class NewHub(StrictModel):
-    """Experts with fresh heads, a fresh router and the plain sum as aggregator."""
+    """Experts with fresh heads, a fresh router, and the plain sum as initial aggregator."""
 
     kind: Literal["hub"] = "hub"
     experts: tuple[ExpertSource, ...] = Field(min_length=1)
-    router: NetworkConfig = Field(description="Its trunk; not used where routes are no choice.")
+    router: NetworkConfig = Field(
+        description="Trunk of the router; unused if routes do not depend on the input."
+    )
     routes: RouteConfig
     batchnorm: BatchNorm = "frozen"
-    first_bias: float = Field(
-        default=0.0, description="Added to the first expert's logit at the start."
-    )
+    first_bias: float = Field(default=0.0, description="Initial bias of the first expert's logit.")
     warm: str | None = Field(
-        default=None, description="Where a warm start's router, heads and aggregator are."
+        default=None, description="Location of a warm start's router, heads and aggregator."
     )
     num_classes: int = Field(ge=2)
 
 
 class HubFile(StrictModel):
-    """What hub.json holds."""
+    """The content of hub.json."""
 
     experts: tuple[str, ...]
     image_shape: ImageShape
@@ -97,21 +97,21 @@ class HubFile(StrictModel):
 
 
 class NewExpert(StrictModel):
-    """One expert alone, with a fresh head."""
+    """One expert, with a fresh head."""
 
     kind: Literal["expert"] = "expert"
     expert: ExpertSource
-    warm: str | None = Field(default=None, description="Where the head of a warm start is.")
+    warm: str | None = Field(default=None, description="Location of a warm start's head.")
     num_classes: int = Field(ge=2)
 
 
 def build_hub(
     spec: NewHub, store: ObjectStore, *, image_shape: ImageShape, seed: int
 ) -> HubPathway:
-    """The hub to train; its fresh weights follow from `seed` alone.
+    """Builds the hub to train; `seed` alone determines its fresh weights.
 
     Raises:
-        ConfigError: an expert is missing, or does not take such images.
+        ConfigError: an expert is missing, or expects another image shape.
     """
     experts = {
         source.name: build_expert(
@@ -127,28 +127,28 @@ def build_hub(
         batchnorm=spec.batchnorm,
     )
     if spec.warm is not None:
-        _warm_up(hub, store, spec.warm)
+        _load_warm_start(hub, store, spec.warm)
     return hub
 
 
 def build_single(
     spec: NewExpert, store: ObjectStore, *, image_shape: ImageShape, seed: int
 ) -> Network:
-    """One expert to train by itself.
+    """Builds one expert to train.
 
     Raises:
-        ConfigError: it is missing, or does not take such images.
+        ConfigError: the expert is missing, or expects another image shape.
     """
     network = build_expert(
         spec.expert, store, num_classes=spec.num_classes, image_shape=image_shape, seed=seed
     )
     if spec.warm is not None:
-        _warm_up(network, store, spec.warm)
+        _load_warm_start(network, store, spec.warm)
     return network
 
 
 def head_purpose(name: str) -> str:
-    """What the draw of an expert's fresh head is for."""
+    """Returns the seed purpose of an expert's fresh head."""
     return f"fresh head of {name}"
 
 
@@ -160,10 +160,10 @@ def build_expert(
     image_shape: ImageShape,
     seed: int,
 ) -> Network:
-    """A pre-trained trunk under a fresh head of `num_classes`.
+    """Builds a pretrained trunk under a fresh head of `num_classes`.
 
     Raises:
-        ConfigError: its files are missing or damaged, or it takes other images; names the expert.
+        ConfigError: files are missing or damaged, or the image shape differs; names the expert.
     """
     rng = torch_rng(seed, head_purpose(source.name))
     try:
@@ -181,9 +181,10 @@ def _pretrained(
     source: ExpertSource, store: ObjectStore, num_classes: int, image_shape: ImageShape, seed: int
 ) -> Network:
     if (source.model is None) == (source.network is None):
-        raise ConfigError("give exactly one of model (files of ours) and network (of a library)")
+        raise ConfigError("give exactly one of model (stored files) and network (of a library)")
     if source.model is not None:
         return load_network(read_model_files(store, source.model))
+    assert source.network is not None, "checked above"
     return build_network(
         source.network,
         num_classes=num_classes,
@@ -193,14 +194,14 @@ def _pretrained(
 
 
 def new_router(spec: NewHub, image_shape: ImageShape, seed: int) -> nn.Module | None:
-    """A router whose routes are all even at the start; None where chance decides."""
+    """Builds a router whose initial routes are uniform; None if routes are random."""
     if spec.routes.by == "random":
         return None
     if spec.routes.by == "static":
         router = Preference(len(spec.experts))
         router.logits.data[0] += spec.first_bias
         return router
-    # Logits and noise scales come out of one head that starts at zero: every route is even then.
+    # One head computes logits and noise scales; starting at zero, it makes all routes equal.
     router = build_network(
         spec.router,
         num_classes=2 * len(spec.experts),
@@ -214,14 +215,17 @@ def new_router(spec: NewHub, image_shape: ImageShape, seed: int) -> nn.Module | 
 
 
 def hub_files(hub: HubPathway) -> dict[str, bytes]:
-    """The files that stand for a hub: file name to bytes."""
-    experts: dict[str, Network] = dict(hub.experts.items())
-    description = HubFile(
-        experts=tuple(experts),
-        image_shape=next(iter(experts.values())).image_shape,
-        num_classes=hub.num_classes,
-        routes=hub.routes,
-        batchnorm=hub.batchnorm,
+    """Returns the files of a hub: file name to bytes."""
+    # torch's ModuleDict is not generic; the experts of a stored hub are networks.
+    experts = cast(dict[str, Network], dict(hub.experts.items()))
+    description = HubFile.model_validate(
+        {
+            "experts": tuple(experts),
+            "image_shape": next(iter(experts.values())).image_shape,
+            "num_classes": hub.num_classes,
+            "routes": hub.routes,
+            "batchnorm": hub.batchnorm,
+        }
     )
     files = {HUB: (description.model_dump_json(indent=2) + "\n").encode()}
     for name, expert in experts.items():
@@ -232,8 +236,8 @@ def hub_files(hub: HubPathway) -> dict[str, bytes]:
 
 
 def _own_tensors(hub: HubPathway) -> bytes:
-    """The aggregator, and the preference of a static hub."""
-    parts = {"aggregator": hub.aggregator}
+    """Returns the tensors of the aggregator, and the preference of a static hub."""
+    parts: dict[str, nn.Module] = {"aggregator": hub.aggregator}
     if isinstance(hub.router, Preference):
         parts["router"] = hub.router
     tensors = {
@@ -244,130 +248,138 @@ def _own_tensors(hub: HubPathway) -> bytes:
     return safetensors.torch.save(tensors)
 
 
-def _below(place: str, part: str) -> str:
-    # Not "./part", which would be a path of the process and not of the store.
-    return part if place == "." else f"{place}/{part}"
+def _join(location: str, part: str) -> str:
+    # "./part" would be a path relative to the process, not a key of the store.
+    return part if location == "." else f"{location}/{part}"
 
 
-def read_description(store: ObjectStore, place: str) -> HubFile:
-    """What a stored hub consists of.
+def read_description(store: ObjectStore, location: str) -> HubFile:
+    """Reads the description of a stored hub.
 
     Raises:
-        ConfigError: there is no hub at `place`.
+        ConfigError: there is no hub at `location`, or its description is damaged.
     """
-    data = read_named_files(store, place, [HUB])[HUB]
+    data = read_named_files(store, location, [HUB])[HUB]
     try:
         return HubFile.model_validate_json(data)
     except ValueError as error:
-        raise ConfigError(f"{place}/{HUB} is damaged, or of another version: {error}") from None
+        raise ConfigError(f"{location}/{HUB} is damaged or of another version: {error}") from None
 
 
-def check_hub(store: ObjectStore, place: str) -> HubFile:
-    """What a stored hub consists of, all files being there; reads none of the weights.
+def check_hub(store: ObjectStore, location: str) -> HubFile:
+    """Reads the description of a stored hub and checks that its files exist; reads no weights.
 
     Raises:
-        ConfigError: there is no hub at `place`, or files of it are missing.
+        ConfigError: there is no hub at `location`, or files are missing.
     """
-    about = read_description(store, place)
-    parts = [f"experts/{name}" for name in about.experts]
-    parts += ["router"] if about.routes.by == "input" else []
+    description = read_description(store, location)
+    parts = [f"experts/{name}" for name in description.experts]
+    parts += ["router"] if description.routes.by == "input" else []
     for part in parts:
-        check_model_files(store, _below(place, part))
-    return about
+        check_model_files(store, _join(location, part))
+    return description
 
 
-def hub_fingerprint(store: ObjectStore, place: str) -> str:
-    """16 hexadecimal digits that another hub at the same place would not have.
+def hub_fingerprint(store: ObjectStore, location: str) -> str:
+    """Returns 16 hexadecimal digits that identify the hub at a location.
 
-    From what it consists of and its aggregator, which no two trainings share: cheap for any size.
+    Hashes the description and the aggregator, which differs between trainings: cheap at any size.
 
     Raises:
         ConfigError: files are missing.
     """
-    return files_fingerprint(read_named_files(store, place, [HUB, HUB_TENSORS]))
+    return files_fingerprint(read_named_files(store, location, [HUB, HUB_TENSORS]))
 
 
-def load_expert(store: ObjectStore, place: str, name: str) -> Network:
-    """One expert of a stored hub, in evaluation mode; reads no other's files.
+def load_expert(store: ObjectStore, location: str, name: str) -> Network:
+    """Loads one expert of a stored hub, in eval mode; reads no files of other experts.
 
     Raises:
         ConfigError: files are missing or damaged.
     """
-    about = read_description(store, place)
-    if name not in about.experts:
-        raise ConfigError(f"{place} has no expert {name}; it has {', '.join(about.experts)}")
-    return load_network(read_model_files(store, _below(place, f"experts/{name}"))).eval()
+    description = read_description(store, location)
+    if name not in description.experts:
+        raise ConfigError(
+            f"{location} has no expert {name}; it has {', '.join(description.experts)}"
+        )
+    return load_network(read_model_files(store, _join(location, f"experts/{name}"))).eval()
 
 
 class RouterAndAggregator(nn.Module):
-    """What of a hub is not its experts.
+    """A hub without its experts.
 
     Attributes:
-        router: images to (B, 2M); None where chance decides.
+        router: maps images to (B, 2M); None if routes are random.
     """
 
-    def __init__(self, about: HubFile, router: nn.Module | None, aggregator: nn.Linear) -> None:
+    def __init__(
+        self, description: HubFile, router: nn.Module | None, aggregator: nn.Linear
+    ) -> None:
         super().__init__()
-        self.about, self.router, self.aggregator = about, router, aggregator
+        self.description, self.router, self.aggregator = description, router, aggregator
 
 
-def load_router(store: ObjectStore, place: str) -> RouterAndAggregator:
-    """The router and the aggregator of a stored hub, in evaluation mode; reads no expert.
+def load_router(store: ObjectStore, location: str) -> RouterAndAggregator:
+    """Loads router and aggregator of a stored hub, in eval mode; reads no expert.
 
     Raises:
         ConfigError: files are missing or damaged.
     """
-    about = read_description(store, place)
-    count = len(about.experts)
+    description = read_description(store, location)
+    count = len(description.experts)
     router: nn.Module | None = None
-    if about.routes.by == "input":
-        router = load_network(read_model_files(store, _below(place, "router")))
-    elif about.routes.by == "static":
+    if description.routes.by == "input":
+        router = load_network(read_model_files(store, _join(location, "router")))
+    elif description.routes.by == "static":
         router = Preference(count)
     parts = RouterAndAggregator(
-        about, router, nn.Linear(count * about.num_classes, about.num_classes)
+        description, router, nn.Linear(count * description.num_classes, description.num_classes)
     )
     own = {"aggregator.weight", "aggregator.bias"}
-    own |= {"router.logits"} if about.routes.by == "static" else set()
-    data = read_named_files(store, place, [HUB_TENSORS])[HUB_TENSORS]
-    _take(parts, data, place, expected=own)
+    own |= {"router.logits"} if description.routes.by == "static" else set()
+    data = read_named_files(store, location, [HUB_TENSORS])[HUB_TENSORS]
+    _load_tensors(parts, data, location, expected=own)
     return parts.eval()
 
 
-def load_hub(store: ObjectStore, place: str) -> HubPathway:
-    """A stored hub in evaluation mode.
+def load_hub(store: ObjectStore, location: str) -> HubPathway:
+    """Loads a stored hub, in eval mode.
 
     Raises:
         ConfigError: files are missing or damaged.
     """
-    rest = load_router(store, place)
+    parts = load_router(store, location)
     hub = HubPathway(
-        {name: load_expert(store, place, name) for name in rest.about.experts},
-        rest.router,
-        num_classes=rest.about.num_classes,
-        routes=rest.about.routes,
-        batchnorm=rest.about.batchnorm,
+        {name: load_expert(store, location, name) for name in parts.description.experts},
+        parts.router,
+        num_classes=parts.description.num_classes,
+        routes=parts.description.routes,
+        batchnorm=parts.description.batchnorm,
     )
-    hub.aggregator = rest.aggregator
+    hub.aggregator = parts.aggregator
     return hub.eval()
 
 
-def _warm_up(module: nn.Module, store: ObjectStore, place: str) -> None:
-    """Take heads, and a hub's router and aggregator, from a warm start."""
+def _load_warm_start(module: nn.Module, store: ObjectStore, location: str) -> None:
+    """Loads heads, and the router and aggregator of a hub, from a warm start."""
     expected = {name for name in module.state_dict() if _WARM.match(name)}
-    data = read_named_files(store, place, [HUB_TENSORS])[HUB_TENSORS]
-    _take(module, data, place, expected=expected)
+    data = read_named_files(store, location, [HUB_TENSORS])[HUB_TENSORS]
+    _load_tensors(module, data, location, expected=expected)
 
 
-def _take(module: nn.Module, data: bytes, place: str, *, expected: set[str]) -> None:
+def _load_tensors(module: nn.Module, data: bytes, location: str, *, expected: set[str]) -> None:
     try:
         tensors = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
-        raise ConfigError(f"{place}/{HUB_TENSORS} is damaged: {error}") from None
+        raise ConfigError(f"{location}/{HUB_TENSORS} is damaged: {error}") from None
     own = module.state_dict(keep_vars=True)
-    wrong = sorted(set(tensors) ^ set(expected))
-    wrong += [name for name in set(tensors) & set(own) if tensors[name].shape != own[name].shape]
-    if wrong:
-        raise ConfigError(f"{place}/{HUB_TENSORS} belongs to another hub: {wrong[0]} differs")
+    mismatched = sorted(set(tensors) ^ set(expected))
+    mismatched += [
+        name for name in set(tensors) & set(own) if tensors[name].shape != own[name].shape
+    ]
+    if mismatched:
+        raise ConfigError(
+            f"{location}/{HUB_TENSORS} belongs to another hub: {mismatched[0]} differs"
+        )
     for name, tensor in tensors.items():
         own[name].data.copy_(tensor)

@@ -1,4 +1,4 @@
-"""The training loop: take a batch, take a step, remember where we are."""
+"""The training loop, and the record of its losses."""
 
 import json
 import math
@@ -30,15 +30,14 @@ def fit(
     checkpoints: Checkpoints,
     record: "StepRecord",
 ) -> TrainState:
-    """Train from `state` until `num_steps` optimizer steps are done; return the final state.
+    """Trains from `state` until `num_steps` optimizer steps are done; returns the final state.
 
-    Stopping at a checkpoint and calling again with its state gives the same weights, bit for
-    bit, as never having stopped.
+    Resuming from a checkpoint gives bit for bit the same weights as an uninterrupted run.
 
     Raises:
-        ShardTimeoutError: the generators fell further behind than the stream may wait.
-        NonFiniteLossError: the loss left the finite numbers.
-        NumericsError: the weights did. Neither is ever checkpointed.
+        ShardTimeoutError: a shard was not committed within the timeout of the stream.
+        NonFiniteLossError: the loss is NaN or infinite.
+        NumericsError: a weight is NaN or infinite. Such weights are never checkpointed.
     """
     steps = feed.read_from(state.cursor)
     while state.step < num_steps:
@@ -64,17 +63,19 @@ def _micro_step(
 
 
 class StepRecord:
-    """The loss of every step as the mean over ranks, gathered once in `every` steps and at first.
+    """Records the loss of every step, averaged over the ranks every `every` steps.
 
-    One collective for many steps keeps the log off the critical path, and makes all ranks see a
-    non-finite loss together, so that all of them stop. `flush` and `settle` are collectives.
+    One collective for many steps keeps logging off the critical path. All ranks see a non-finite
+    loss in the same collective, so all of them stop. The loss of the first step is checked at
+    once. `flush` and `settle` are collectives.
 
     Args:
-        metrics: where the rows go; None on all ranks but one.
-        started: Unix time at which the stage began, less what earlier attempts took.
-        position: the lowest shard that this rank still needs; None where it reads none.
-        on_progress: told the steps done, the latest known loss and the position, with every
-            flush, and as soon as the position moves: generators wait for it.
+        metrics: log of the rows on one rank; None on the others.
+        started: Unix time at which the stage started, minus the seconds of earlier attempts.
+        position: returns the lowest shard that this rank still needs; None if it reads no shards.
+        on_progress: called with the number of finished steps, the latest known loss and the
+            position: on every flush, and whenever the position changes, since generators wait
+            for it.
     """
 
     def __init__(
@@ -88,30 +89,30 @@ class StepRecord:
         on_progress: OnProgress = lambda step, loss, shard: None,
     ) -> None:
         self._metrics, self._stage, self._every = metrics, stage, every
-        self._started, self._position, self._on_progress = started, position, on_progress
+        self.started, self._position, self._on_progress = started, position, on_progress
         self._rows: list[_Row] = []
-        self._reported = position()
+        self._reported_position = position()
         self.first_step_at: float | None = None
         self.last_loss = float("nan")
 
     def add(
         self, step: int, parts: Sequence[tuple[Tensor, Figures]], seconds_starved: float
     ) -> None:
-        """Remember the micro-batches of one optimizer step."""
+        """Records the micro-batches of one optimizer step."""
         now = time.time()
         self.first_step_at = self.first_step_at or now
         self._rows.append(_Row(step, now, _mean_figures(parts), seconds_starved))
         is_first = math.isnan(self.last_loss)
         if is_first or len(self._rows) >= self._every:
             self.flush()
-        elif self._position() != self._reported:
+        elif self._position() != self._reported_position:
             self._report(step)
 
     def flush(self) -> None:
-        """Average over the ranks, check, and log.
+        """Averages the pending rows over the ranks, checks and logs them.
 
         Raises:
-            NonFiniteLossError: on every rank, naming the first bad step.
+            NonFiniteLossError: on every rank; names the first step with a non-finite loss.
         """
         if not self._rows:
             return
@@ -124,11 +125,11 @@ class StepRecord:
         self._report(rows[-1].step)
 
     def settle(self, engine: Engine) -> None:
-        """Flush, put all rows into the store, and make sure that the weights are worth keeping.
+        """Flushes, stores all rows, and checks that the weights are finite, before a checkpoint.
 
         Raises:
             NonFiniteLossError: a loss since the last flush is not finite.
-            NumericsError: a weight is not finite, though the losses before it were.
+            NumericsError: a weight is not finite, although all losses are.
         """
         self.flush()
         self._store()
@@ -140,17 +141,17 @@ class StepRecord:
 
     def _log(self, row: "_Row", figures: dict[str, float]) -> None:
         if not math.isfinite(figures["loss"]):
-            self._store()  # the rows that led here help to find out why
+            self._store()  # keeps the rows before the failure for diagnosis
             raise NonFiniteLossError(
                 f"stage {self._stage}: the loss is {figures['loss']} at step {row.step}; lower the "
-                "learning rate, or look at the batch of that step"
+                "learning rate, or check the batch of that step"
             )
         self.last_loss = figures["loss"]
         if self._metrics is not None:
             self._metrics.log(
                 step=row.step,
                 **figures,
-                elapsed_s=round(row.at - self._started, 3),
+                elapsed_s=round(row.at - self.started, 3),
                 starved_s=round(row.seconds_starved, 3),
             )
 
@@ -159,8 +160,8 @@ class StepRecord:
             self._metrics.flush()
 
     def _report(self, step: int) -> None:
-        self._reported = self._position()
-        self._on_progress(step, self.last_loss, self._reported)
+        self._reported_position = self._position()
+        self._on_progress(step, self.last_loss, self._reported_position)
 
 
 class _Row(NamedTuple):
@@ -176,5 +177,5 @@ def _mean_figures(parts: Sequence[tuple[Tensor, Figures]]) -> Figures:
 
 
 def read_rows(data: bytes | None) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; none where there is no file."""
+    """Returns the rows of a metrics.jsonl; an empty list if there is no file."""
     return [json.loads(line) for line in (data or b"").splitlines() if line.strip()]

@@ -1,6 +1,6 @@
-"""The model a stage starts from, and the files it leaves."""
+"""Builds the initial model of a stage, and reads and writes model files."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -35,24 +35,22 @@ class NewNetwork(StrictModel):
 
 
 class PretrainedTrunk(StrictModel):
-    """A trained trunk, kept bit for bit, under a fresh head."""
+    """A pretrained trunk, with unchanged weights, under a fresh head."""
 
     kind: Literal["pretrained_trunk"] = "pretrained_trunk"
-    model: str = Field(
-        description="Where the trained model's files are: a key of the run, or a URL."
-    )
+    model: str = Field(description="Location of the model files: a key of the run, or a URL.")
     num_classes: int = Field(ge=2)
 
 
 class Readout(StrictModel):
-    """A frozen trunk under a head without bias that starts at zero: only the head is learnt."""
+    """A frozen trunk under a trainable head without bias that starts at zero."""
 
     kind: Literal["readout"] = "readout"
     trunk: Annotated[NewNetwork | PretrainedTrunk, Field(discriminator="kind")]
 
     @property
     def num_classes(self) -> int:
-        """Width of the head."""
+        """Output width of the head."""
         return self.trunk.num_classes
 
 
@@ -80,10 +78,10 @@ ModelSpec = Annotated[
 def build_model(
     spec: ModelSpec, store: ObjectStore, *, image_shape: ImageShape, seed: int
 ) -> nn.Module:
-    """The module to train; its fresh weights follow from `seed` alone.
+    """Builds the module to train; `seed` alone determines its fresh weights.
 
     Raises:
-        ConfigError: the model's files are missing, or made for images of another shape.
+        ConfigError: the model files are missing, or expect another image shape.
     """
     match spec:
         case NewNetwork():
@@ -113,10 +111,11 @@ def build_model(
             return build_cached_hub(spec, seed=seed)
         case Readout():
             network = build_model(spec.trunk, store, image_shape=image_shape, seed=seed)
-            return _only_readout(network)
+            assert isinstance(network, Network), "both kinds of trunk are networks"
+            return _with_readout(network)
 
 
-def _only_readout(network: Network) -> Network:
+def _with_readout(network: Network) -> Network:
     network.head = nn.Linear(network.num_features, network.num_classes, bias=False)
     nn.init.zeros_(network.head.weight)
     network.trunk.requires_grad_(False)
@@ -124,43 +123,48 @@ def _only_readout(network: Network) -> Network:
 
 
 def load_classifier(
-    store: ObjectStore, place: str, *, image_shape: ImageShape | None = None
+    store: ObjectStore, location: str, *, image_shape: ImageShape | None = None
 ) -> Network:
-    """A trained network in training mode.
+    """Loads a trained network, in training mode.
 
     Raises:
-        ConfigError: its files are missing or damaged, or it takes images of another shape.
+        ConfigError: files are missing or damaged, or the network expects another image shape.
     """
-    network = load_network(read_model_files(store, place))
+    network = load_network(read_model_files(store, location))
     if image_shape is not None and network.image_shape != tuple(image_shape):
         raise ConfigError(
-            f"the model at {place} takes images of (channels, height, width) "
+            f"the model at {location} takes images of (channels, height, width) "
             f"{network.image_shape}, the data has {tuple(image_shape)}; set the data's size and "
             "channels to the model's"
         )
     return network
 
 
+@runtime_checkable
+class _WritesFiles(Protocol):
+    def to_files(self) -> dict[str, bytes]: ...
+
+
 def model_files(module: nn.Module) -> dict[str, bytes]:
-    """The files that stand for a trained module: file name to bytes."""
+    """Returns the files of a trained module: file name to bytes."""
     if isinstance(module, Network):
         return save_network(module)
-    if hasattr(module, "to_files"):
+    if isinstance(module, _WritesFiles):
         return module.to_files()
-    assert isinstance(module, HubPathway), "all other modules know their files"
+    assert isinstance(module, HubPathway), "all other modules have to_files"
     return hub_files(module)
 
 
 def load_weights(module: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
-    """`module` with the given weights and buffers (`Engine.full_weights`), in eval mode, frozen.
+    """Copies weights and buffers (`Engine.full_weights`) into `module`; frozen, in eval mode.
 
     Raises:
-        ValueError: they belong to another module.
+        ValueError: the weights belong to another module.
     """
-    # A state_dict names shared weights twice and leaves out buffers that are not saved.
+    # A state_dict names shared weights twice and omits non-persistent buffers.
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     if differing := sorted(own.keys() ^ weights.keys()):
-        raise ValueError(f"expected the weights of this module; {differing[0]} is on one side only")
+        raise ValueError(f"expected the weights of this module; only one side has {differing[0]}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])

@@ -1,7 +1,7 @@
-"""What a training step minimises. Small classes; the losses themselves live in `methods`.
+"""Training objectives: small classes around the losses in `methods`.
 
-An objective maps (module, batch, step) to a mean loss and figures worth logging. It holds what
-the loss needs beside the module under training: a teacher, a schedule, a seed.
+An objective maps (module, batch, step) to a mean loss and figures to log. It holds the other
+inputs of the loss: a teacher, a schedule, a seed.
 """
 
 from collections.abc import Callable
@@ -29,48 +29,50 @@ Objective = Callable[[nn.Module, Batch, int], tuple[Tensor, Figures]]
 
 
 class SupervisedSpec(StrictModel):
-    """Cross-entropy to the labels: scratch, fine-tuning, and pseudo pre-training."""
+    """Cross-entropy with the labels: scratch, fine-tuning and pseudo pre-training."""
 
     kind: Literal["supervised"] = "supervised"
 
 
 class PSSLSpec(StrictModel):
-    """Labelled target images and unlabelled pseudo samples together."""
+    """P-SSL on labelled target images and unlabelled pseudo samples."""
 
     kind: Literal["p_ssl"] = "p_ssl"
     p_ssl: PSSLConfig
 
 
 class DistillationSpec(StrictModel):
-    """Learn from the labels and from a teacher's logits."""
+    """Distillation from the labels and a teacher's logits."""
 
     kind: Literal["distillation"] = "distillation"
     distillation: DistillationConfig
     teacher: str | tuple[str, ...] = Field(
-        description="Where the teacher's model files are; of several, the mean is followed."
+        description="Location of the teacher's model files; several teachers are averaged."
     )
 
 
 class DiffusionSpec(StrictModel):
-    """Learn to denoise images under their class: how the demo's generator is made."""
+    """Class-conditional denoising, which trains the demo's generator."""
 
     kind: Literal["diffusion"] = "diffusion"
 
 
 class ReadoutSpec(StrictModel):
-    """Logistic regression of two classes on a frozen trunk, penalised: a convex problem.
+    """Penalised logistic regression of two classes on a frozen trunk: a convex problem.
 
-    With w = sqrt(K) (h_1 - h_0), h the rows of the head and K its inputs, the optimum is that of
-    sum log(1 + exp(-y w.v / sqrt(K))) + (penalty / 2) |w|^2, y being -1 and +1.
+    With w = sqrt(K) (h_1 - h_0), where h are the rows of the head and K is its input width, the
+    minimised function is sum log(1 + exp(-y w.v / sqrt(K))) + (penalty / 2) |w|^2 with y = -1, +1.
     """
 
     kind: Literal["readout"] = "readout"
-    penalty: float = Field(gt=0, description="Beside a loss summed over all rows.")
-    num_rows: int = Field(ge=1, description="All rows, which the sum runs over.")
+    penalty: float = Field(
+        gt=0, description="Weight of the L2 penalty, relative to the loss summed over all rows."
+    )
+    num_rows: int = Field(ge=1, description="Number of rows in that sum.")
 
 
 class HubSpec(StrictModel):
-    """The task, exploration of all experts, and the experts' own fit."""
+    """Task loss of the hub, exploration of all experts, and the experts' own loss."""
 
     kind: Literal["hub"] = "hub"
     loss: HubLossConfig
@@ -83,18 +85,19 @@ ObjectiveSpec = Annotated[
 
 
 def supervised(module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Figures]:
-    """Cross-entropy in nats, mean over the batch."""
+    """Returns the mean cross-entropy over the batch, in nats."""
     return supervised_loss(module, batch.images, batch.labels), {}
 
 
 class ReadoutFit:
-    """The penalty is in the loss, not in the optimizer, whose decay would change the optimum."""
+    """Loss of :class:`ReadoutSpec`. Weight decay in the optimizer would change the optimum."""
 
     def __init__(self, config: ReadoutSpec) -> None:
         self._config = config
 
     def __call__(self, module: nn.Module, batch: Batch, step: int) -> tuple[Tensor, Figures]:
         fit = supervised_loss(module, batch.images, batch.labels)
+        assert isinstance(module.head, nn.Linear), "a readout has a linear head"
         head_CK = module.head.weight
         weight_K = head_CK[1] - head_CK[0]
         penalty = self._config.penalty * len(weight_K) / (2 * self._config.num_rows)
@@ -102,7 +105,7 @@ class ReadoutFit:
 
 
 class PSSL:
-    """P-SSL with its warm-up."""
+    """P-SSL loss with a warm-up of its weight."""
 
     def __init__(self, config: PSSLConfig, num_steps: int) -> None:
         self._config, self._num_steps = config, num_steps
@@ -125,7 +128,7 @@ class PSSL:
 
 
 class Distillation:
-    """The student sees what the teacher sees: the same augmented images."""
+    """Distillation; teacher and student see the same augmented images."""
 
     def __init__(self, config: DistillationConfig, teacher: nn.Module) -> None:
         self._config, self._teacher = config, teacher.eval().requires_grad_(False)
@@ -147,7 +150,7 @@ class Distillation:
 
 
 class Hub:
-    """Hub-Pathway; the router's noise is drawn per lane, so it does not depend on the ranks."""
+    """Hub-Pathway loss. Router noise is drawn per lane, independent of the world size."""
 
     def __init__(self, config: HubLossConfig, seed: int, num_experts: int) -> None:
         self._config, self._seed, self._num_experts = config, seed, num_experts
@@ -171,7 +174,7 @@ class Hub:
 
 
 class Diffusion:
-    """Denoising; noise and times are drawn per lane, so they do not depend on the ranks."""
+    """Denoising loss. Noise and times are drawn per lane, independent of the world size."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -180,7 +183,7 @@ class Diffusion:
         images = batch.images.chunk(len(batch.lanes))
         labels = batch.labels.chunk(len(batch.lanes))
         losses = [
-            # By call, not by method: ZeRO-3 brings the weights together when a module is called.
+            # A call, not a method: ZeRO-3 gathers the weights in the hooks of a call.
             module(x, y, rng=torch_rng(self._seed, "diffusion", step, lane))
             for x, y, lane in zip(images, labels, batch.lanes, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""Which rows of which data set a stage learns from or is measured on."""
+"""Selects the rows of a data set that a stage trains or is evaluated on."""
 
 from functools import lru_cache
 from typing import Literal
@@ -12,12 +12,14 @@ from dist_tl.datasets.splits import folds, split_target
 
 
 class FoldSpec(StrictModel):
-    """One fold of a stratified cross-validation on the chosen rows."""
+    """One fold of a stratified cross-validation on the selected rows."""
 
     index: int = Field(ge=0)
     count: int = Field(ge=2)
     seed: int
-    held_out: bool = Field(description="The rows set aside by this fold, instead of the others.")
+    held_out: bool = Field(
+        description="Select the held-out rows of the fold, instead of the others."
+    )
 
 
 class SplitSpec(StrictModel):
@@ -25,24 +27,28 @@ class SplitSpec(StrictModel):
 
     labels_per_class: int = Field(ge=1)
     test_fraction: float = Field(gt=0, lt=1)
-    data_seed: int = Field(description="Fixes the test split.")
-    draw_seed: int = Field(description="Fixes which images are labelled.")
+    data_seed: int = Field(description="Seed of the test split.")
+    draw_seed: int = Field(description="Seed of the choice of labelled images.")
     part: Literal["train", "pool", "test"]
 
 
 class RowsSpec(StrictModel):
-    """Labelled rows: a whole data set, a part of it, or a fold of either."""
+    """Labelled rows: a data set, a part of it, or a fold of either."""
 
     data: DataConfig
-    split: SplitSpec | None = Field(default=None, description="Absent: all rows.")
-    fold: FoldSpec | None = Field(default=None, description="Absent: the whole part.")
+    split: SplitSpec | None = Field(
+        default=None, description="Part of the data; all rows if absent."
+    )
+    fold: FoldSpec | None = Field(
+        default=None, description="Fold of the part; all its rows if absent."
+    )
 
 
 def load_rows(spec: RowsSpec) -> LabelledImages:
-    """The rows in memory.
+    """Loads the rows into memory.
 
     Raises:
-        ConfigError: the split asks for more than the data has.
+        ConfigError: the split needs more rows than the data has.
         DataError: the data is damaged.
     """
     rows = _part(_load(spec.data), spec.split)
@@ -66,12 +72,12 @@ def _part(data: LabelledImages, split: SplitSpec | None) -> LabelledImages:
     return data.subset(getattr(parts, split.part))
 
 
-# A worker trains many stages on the same target data; configurations are frozen and hashable
-# unless they hold lists, so the text of the configuration is the key.
 def _load(config: DataConfig) -> LabelledImages:
-    return _load_text(type(config), config.model_dump_json())
+    return _load_cached(type(config), config.model_dump_json())
 
 
+# A worker trains many stages on the same data. The key is the configuration as JSON, since a
+# configuration that holds a list is not hashable.
 @lru_cache(maxsize=4)
-def _load_text(kind: type[StrictModel], text: str) -> LabelledImages:
+def _load_cached(kind: type[DataConfig], text: str) -> LabelledImages:
     return load_images(kind.model_validate_json(text))

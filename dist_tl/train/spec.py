@@ -1,4 +1,4 @@
-"""What a training stage is asked for, and what it comes to."""
+"""The specification and the result of a training stage."""
 
 from collections.abc import Iterable
 from typing import Self
@@ -21,20 +21,20 @@ from dist_tl.train.rows import RowsSpec
 
 
 class StageSpec(StrictModel):
-    """Everything that fixes what a stage computes."""
+    """All settings that determine the result of a stage."""
 
     name: str
-    seed: int = Field(description="Fixes initial weights, order of rows, views and noise.")
+    seed: int = Field(description="Seed of initial weights, row order, views and noise.")
     model: ModelSpec
     objective: ObjectiveSpec
     image_shape: ImageShape
-    labelled: RowsSpec | ShardPlan = Field(description="What is learnt from with labels.")
+    labelled: RowsSpec | ShardPlan = Field(description="Training rows with labels.")
     unlabelled: RowsSpec | ShardPlan | None = Field(
-        default=None, description="Seen without labels."
+        default=None, description="Training rows without labels."
     )
     views: ViewsConfig
     steps: int = Field(ge=1, description="Optimizer steps.")
-    batch_size: int = Field(ge=1, description="Labelled rows per step, over all workers.")
+    batch_size: int = Field(ge=1, description="Labelled rows per step, summed over all workers.")
     unlabelled_batch_size: int = Field(default=0, ge=0)
     lanes: int = Field(ge=1)
     optimizer: OptimizerConfig
@@ -43,39 +43,39 @@ class StageSpec(StrictModel):
         default=None,
         gt=0,
         lt=1,
-        description="Store the moving average of the weights instead of the last.",
+        description="Decay of a moving average of the weights; if set, the average is stored.",
     )
     evaluate: RowsSpec | None = Field(
-        default=None, description="What accuracy is measured on, at the end."
+        default=None, description="Rows to measure the final accuracy on."
     )
     checkpoints: CheckpointConfig
-    shard_timeout_s: float = Field(default=600.0, gt=0, description="How long to wait for a shard.")
+    shard_timeout_s: float = Field(default=600.0, gt=0, description="Seconds to wait for a shard.")
 
     @model_validator(mode="after")
-    def _readout_is_whole(self) -> Self:
+    def _check_readout(self) -> Self:
         if isinstance(self.objective, ReadoutSpec):
             if not isinstance(self.model, Readout) or self.model.num_classes != 2:
                 raise ValueError("objective readout: expected a model of kind readout, two classes")
             if self.engine.zero_stage == 3:
-                # Its penalty reads the head outside a forward pass, where stage 3 has it in pieces.
+                # The penalty reads the head outside a forward pass, where stage 3 partitions it.
                 raise ValueError("objective readout: works with engine.zero_stage 0 to 2, got 3")
         return self
 
     @model_validator(mode="after")
-    def _hub_is_whole(self) -> Self:
+    def _check_hub(self) -> Self:
         is_hub = isinstance(self.model, NewHub | CachedHub)
         if is_hub != isinstance(self.objective, HubSpec):
-            raise ValueError("objective hub goes with a model of kind hub, and only with it")
+            raise ValueError("objective hub requires a model of kind hub, and vice versa")
         return self
 
     @property
     def fingerprint(self) -> str:
-        """Changes with anything that changes the result."""
+        """Hash of all settings that change the result."""
         return fingerprint(self.model_dump(mode="json", exclude={"checkpoints", "shard_timeout_s"}))
 
 
 class StageResult(StrictModel):
-    """What a stage came to; written last. Times are Unix seconds."""
+    """The result of a stage; written last. Times are Unix seconds."""
 
     name: str
     fingerprint: str
@@ -83,32 +83,34 @@ class StageResult(StrictModel):
     started: float
     first_step_at: float | None
     ended: float
-    seconds: float = Field(description="Wall-clock seconds, over all attempts that were resumed.")
+    seconds: float = Field(description="Wall-clock seconds, summed over resumed attempts.")
     steps: int
-    samples: int = Field(description="Images seen, labelled and unlabelled, repeats counted.")
-    seconds_starved: float = Field(description="Waiting for shards, rank 0.")
-    seconds_saving: float = Field(description="Blocked in checkpoints, rank 0.")
+    samples: int = Field(
+        description="Number of images seen, labelled and unlabelled, with repeats."
+    )
+    seconds_starved: float = Field(description="Seconds spent waiting for shards on rank 0.")
+    seconds_saving: float = Field(description="Seconds blocked by checkpoint saves on rank 0.")
     final_loss: float
     predictions: tuple[int, ...] = Field(
-        default=(), description="Class of each evaluated row, in order."
+        default=(), description="Predicted class of each evaluated row, in order."
     )
-    correct: tuple[bool, ...] = Field(default=(), description="Whether each prediction is right.")
+    correct: tuple[bool, ...] = Field(default=(), description="Whether each prediction is correct.")
     last_step_correct: tuple[bool, ...] = Field(
         default=(),
-        description="The same for the last step's weights, where the model is their average.",
+        description="`correct` of the last step's weights, if their average is stored.",
     )
 
     @property
     def accuracy(self) -> float:
-        """Share of the evaluated rows that are right."""
+        """Fraction of the evaluated rows whose prediction is correct."""
         return sum(self.correct) / max(1, len(self.correct))
 
 
 def read_result(store: ObjectStore, spec: StageSpec) -> StageResult | None:
-    """The stage's result; None where it is not done.
+    """Returns the stage's result, or None if the stage is not finished.
 
     Raises:
-        CheckpointMismatchError: the result was made by another specification.
+        CheckpointMismatchError: another specification made the result.
     """
     data = store.read_or_none(layout.result_key(spec.name))
     if data is None:
@@ -123,10 +125,10 @@ def read_result(store: ObjectStore, spec: StageSpec) -> StageResult | None:
 
 
 def stored_results(store: ObjectStore, names: Iterable[str]) -> dict[str, StageResult]:
-    """Results of stages that are done, by name; for reports, so without comparing anything."""
-    found = {name: store.read_or_none(layout.result_key(name)) for name in names}
+    """Returns the results of finished stages by name, for reports: fingerprints are not checked."""
+    stored = {name: store.read_or_none(layout.result_key(name)) for name in names}
     return {
         name: StageResult.model_validate_json(data)
-        for name, data in found.items()
+        for name, data in stored.items()
         if data is not None
     }

@@ -1,14 +1,14 @@
-"""One training stage, start to end, as a function of its specification and the store.
+"""Runs one training stage from its specification, on every rank of the group.
 
-Every rank calls :func:`run_stage`; so does a lone trial with a world of one. What a stage leaves
-is its model, its metrics and, last, its result: a stage with a result is done.
+Every rank calls :func:`run_stage`; a trial calls it with a world size of 1. A stage stores its
+model, its metrics and, last, its result: a stage that has a result is finished.
 """
 
 import copy
-import logging
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +37,6 @@ from dist_tl.train.rows import RowsSpec, load_rows
 from dist_tl.train.spec import StageResult, StageSpec, read_result
 
 EVALUATION_BATCH = 512
-logger = logging.getLogger(__name__)
 
 
 def run_stage(
@@ -50,92 +49,89 @@ def run_stage(
     log_every: int = 10,
     attempt: Attempt | None = None,
 ) -> StageResult:
-    """Train, evaluate and store one stage; a collective of all ranks.
+    """Trains, evaluates and stores one stage. A collective of all ranks.
 
-    Goes on from the stage's last committed checkpoint; returns at once if the stage is done.
+    Resumes from the last committed checkpoint; returns at once if the stage is finished.
 
     Args:
-        on_progress: called on every rank with the steps done, the latest known loss, and the lowest
-            shard that this rank still needs for the first time (None where it reads no shards).
+        on_progress: called on every rank with the number of finished steps, the latest known loss,
+            and the lowest shard that this rank has not read yet (None if it reads no shards).
         log_every: steps between two collectives that average the loss over the ranks.
-        attempt: the start of the run that this belongs to; nothing is committed after a later one.
+        attempt: the attempt that runs the stage; a superseded attempt commits nothing.
 
     Raises:
-        DistTLError: a named error of the data, the store, the shards or the numbers.
+        DistTLError: a named error of the data, the store, the shards or the numerics.
     """
-    done = read_result(store, spec)
-    if done is not None:
-        return done
-    started = time.time()
-    module = build_model(spec.model, store, image_shape=spec.image_shape, seed=spec.seed)
-    # What is evaluated and stored; the module under training may be in pieces (ZeRO-3).
-    whole = copy.deepcopy(module)
-    with ExitStack() as stack:
-        engine = stack.enter_context(_engine(spec, module, world_size))
-        feed, streams = _feed(spec, store, rank, world_size, engine.device)
-        for stream in streams:
-            stack.callback(stream.close)
-        # Dropout takes no generator; without this it would depend on what the process did before.
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        torch.manual_seed(derive_seed(spec.seed, "dropout", rank))
-        checkpoints = _checkpoints(spec, store, rank, world_size, attempt)
-        state = checkpoints.restore(engine)
-        earlier = store.read_or_none(layout.metrics_key(spec.name)) or b""
-        seconds_before = _seconds_until(earlier, state.step)
-        record = StepRecord(
-            _metrics(spec, store, earlier, state.step) if rank == 0 else None,
-            stage=spec.name,
-            every=log_every,
-            started=started - seconds_before,
-            position=lambda: _position(streams),
-            on_progress=on_progress,
-        )
+    finished = read_result(store, spec)
+    if finished is not None:
+        return finished
+    with ExitStack() as resources:
+        stage = _build(spec, store, rank, world_size, attempt, resources)
+        state = stage.checkpoints.restore(stage.engine)
+        record = _step_record(stage, state.step, log_every, on_progress)
         fit(
-            engine,
-            _objective(spec, store, engine.device),
-            feed,
+            stage.engine,
+            _objective(spec, store, stage.engine.device),
+            stage.feed,
             state,
             num_steps=spec.steps,
-            checkpoints=checkpoints,
+            checkpoints=stage.checkpoints,
             record=record,
         )
-        whole = whole.to(engine.device)
-        last_step = _scores(spec, whole, engine, rank, world_size, averaged=False)
-        scores = last_step
-        if spec.ema_decay is not None:
-            scores = _scores(spec, whole, engine, rank, world_size, averaged=True)
-        starved = feed.seconds_starved
-    ended = time.time()
-    result = StageResult(
-        name=spec.name,
-        fingerprint=spec.fingerprint,
-        world_size=world_size,
-        started=started,
-        first_step_at=record.first_step_at,
-        ended=ended,
-        seconds=ended - started + seconds_before,
-        steps=spec.steps,
-        samples=spec.steps * (spec.batch_size + spec.unlabelled_batch_size),
-        seconds_starved=starved,
-        seconds_saving=checkpoints.seconds_blocked,
-        final_loss=record.last_loss,
-        predictions=scores[0],
-        correct=scores[1],
-        last_step_correct=last_step[1] if spec.ema_decay is not None else (),
-    )
-    if rank == 0:
-        if attempt is not None:
-            attempt.check()
-        for name, data in model_files(whole.cpu()).items():
-            store.write(f"{layout.stage_model_prefix(spec.name)}/{name}", data)
-        store.write(layout.result_key(spec.name), result.model_dump_json().encode())
-    dist.barrier()
-    checkpoints.clear()
+        scores = _score(stage)
+    result = _result(stage, record, scores)
+    _store(stage, result)
     return result
 
 
-@contextmanager
-def _engine(spec: StageSpec, module: nn.Module, world_size: int) -> Iterator[Engine]:
+@dataclass(frozen=True)
+class _Stage:
+    """The state that the steps of a running stage share.
+
+    Attributes:
+        replica: complete copy of the model, to evaluate and store; the ranks of ZeRO-3 hold only
+            partitions of the model under training.
+        streams: the shard streams that `feed` reads.
+        started: Unix time.
+    """
+
+    spec: StageSpec
+    store: ObjectStore
+    rank: int
+    world_size: int
+    attempt: Attempt | None
+    replica: nn.Module
+    engine: Engine
+    feed: Feed
+    streams: list[ShardStream]
+    checkpoints: Checkpoints
+    started: float
+
+    def position(self) -> int | None:
+        """Returns the lowest shard that this rank still needs, or None if it reads no shards."""
+        return self.streams[0].position if self.streams else None
+
+
+class _Scores(NamedTuple):
+    """Class of each evaluated row and whether it is correct; see :class:`StageResult`."""
+
+    predictions: tuple[int, ...]
+    correct: tuple[bool, ...]
+    last_step_correct: tuple[bool, ...] = ()
+
+
+def _build(
+    spec: StageSpec,
+    store: ObjectStore,
+    rank: int,
+    world_size: int,
+    attempt: Attempt | None,
+    resources: ExitStack,
+) -> _Stage:
+    """Builds model, engine, feed and checkpoints, and seeds dropout; `resources` undoes it."""
+    started = time.time()
+    module = build_model(spec.model, store, image_shape=spec.image_shape, seed=spec.seed)
+    replica = copy.deepcopy(module)
     engine = Engine(
         module,
         spec.engine,
@@ -144,16 +140,14 @@ def _engine(spec: StageSpec, module: nn.Module, world_size: int) -> Iterator[Eng
         num_steps=spec.steps,
         ema_decay=spec.ema_decay,
     )
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-def _checkpoints(
-    spec: StageSpec, store: ObjectStore, rank: int, world_size: int, attempt: Attempt | None
-) -> Checkpoints:
-    return Checkpoints(
+    resources.callback(engine.close)
+    feed, streams = _feed(spec, store, rank, world_size, engine.device)
+    for stream in streams:
+        resources.callback(stream.close)
+    # Dropout takes no generator; unseeded, it would depend on earlier work of this process.
+    resources.enter_context(torch.random.fork_rng(devices=[]))
+    torch.manual_seed(derive_seed(spec.seed, "dropout", rank))
+    checkpoints = Checkpoints(
         store,
         spec.name,
         spec.checkpoints,
@@ -161,6 +155,19 @@ def _checkpoints(
         rank=rank,
         world_size=world_size,
         attempt=attempt,
+    )
+    return _Stage(
+        spec,
+        store,
+        rank,
+        world_size,
+        attempt,
+        replica=replica,
+        engine=engine,
+        feed=feed,
+        streams=streams,
+        checkpoints=checkpoints,
+        started=started,
     )
 
 
@@ -206,22 +213,18 @@ def _feed(
     return feed, streams
 
 
-def _position(streams: list[ShardStream]) -> int | None:
-    return streams[0].position if streams else None
-
-
 def _objective(spec: StageSpec, store: ObjectStore, device: torch.device) -> objectives.Objective:
     match spec.objective:
         case objectives.SupervisedSpec():
             return objectives.supervised
         case objectives.PSSLSpec(p_ssl=config):
             return objectives.PSSL(config, spec.steps)
-        case objectives.DistillationSpec(distillation=config, teacher=place):
-            teacher = _teacher(spec, store, place, config.temperature)
+        case objectives.DistillationSpec(distillation=config, teacher=location):
+            teacher = _teacher(spec, store, location, config.temperature)
             return objectives.Distillation(config, teacher.to(device))
         case objectives.HubSpec(loss=config):
             hub = spec.model.hub if isinstance(spec.model, CachedHub) else spec.model
-            assert isinstance(hub, NewHub), "held by the specification"
+            assert isinstance(hub, NewHub), "StageSpec validates this"
             return objectives.Hub(config, spec.seed, len(hub.experts))
         case objectives.ReadoutSpec():
             return objectives.ReadoutFit(spec.objective)
@@ -230,46 +233,63 @@ def _objective(spec: StageSpec, store: ObjectStore, device: torch.device) -> obj
 
 
 def _teacher(
-    spec: StageSpec, store: ObjectStore, place: str | tuple[str, ...], temperature: float
+    spec: StageSpec, store: ObjectStore, location: str | tuple[str, ...], temperature: float
 ) -> nn.Module:
-    if isinstance(place, str):
-        return load_classifier(store, place, image_shape=spec.image_shape)
-    teachers = [load_classifier(store, one, image_shape=spec.image_shape) for one in place]
+    if isinstance(location, str):
+        return load_classifier(store, location, image_shape=spec.image_shape)
+    teachers = [load_classifier(store, one, image_shape=spec.image_shape) for one in location]
     return MeanTeacher(teachers, temperature)
 
 
-def _metrics(spec: StageSpec, store: ObjectStore, earlier: bytes, resume_step: int) -> MetricsLog:
-    key = layout.metrics_key(spec.name)
-    return MetricsLog(
-        lambda data: store.write(key, data), existing=earlier, resume_step=resume_step
+def _step_record(
+    stage: _Stage, resume_step: int, log_every: int, on_progress: OnProgress
+) -> StepRecord:
+    """Creates the record of the steps; rank 0 appends to the metrics of earlier attempts."""
+    key = layout.metrics_key(stage.spec.name)
+    stored = stage.store.read_or_none(key) or b""
+
+    def write(data: bytes) -> None:
+        stage.store.write(key, data)
+
+    metrics = None
+    if stage.rank == 0:
+        metrics = MetricsLog(write, existing=stored, resume_step=resume_step)
+    seconds_before = max(
+        (row["elapsed_s"] for row in read_rows(stored) if row["step"] <= resume_step), default=0.0
+    )
+    return StepRecord(
+        metrics,
+        stage=stage.spec.name,
+        every=log_every,
+        started=stage.started - seconds_before,
+        position=stage.position,
+        on_progress=on_progress,
     )
 
 
-def _seconds_until(metrics: bytes, step: int) -> float:
-    """Seconds that earlier attempts spent on the steps that this attempt does not repeat."""
-    return max((row["elapsed_s"] for row in read_rows(metrics) if row["step"] <= step), default=0.0)
+def _score(stage: _Stage) -> _Scores:
+    """Evaluates the trained model. Leaves the weights to store in `stage.replica`."""
+    stage.replica.to(stage.engine.device)
+    last_step = _evaluate(stage, averaged=False)
+    if stage.spec.ema_decay is None:
+        return last_step
+    averaged = _evaluate(stage, averaged=True)
+    return averaged._replace(last_step_correct=last_step.correct)
 
 
-def _scores(
-    spec: StageSpec,
-    whole: nn.Module,
-    engine: Engine,
-    rank: int,
-    world_size: int,
-    *,
-    averaged: bool,
-) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """Predictions and whether they are right; each rank predicts its share of the rows."""
-    load_weights(whole, engine.full_weights(averaged=averaged))
-    if spec.evaluate is None:
-        return (), ()
-    data = load_rows(spec.evaluate)
-    share = np.array_split(np.arange(len(data)), world_size)[rank]
-    gathered: list[list[int]] = [[] for _ in range(world_size)]
-    dist.all_gather_object(gathered, _predict(whole, data.images[share], engine.device))
+def _evaluate(stage: _Stage, *, averaged: bool) -> _Scores:
+    """Loads full weights into `stage.replica` and predicts; each rank predicts a share of rows."""
+    load_weights(stage.replica, stage.engine.full_weights(averaged=averaged))
+    if stage.spec.evaluate is None:
+        return _Scores((), ())
+    data = load_rows(stage.spec.evaluate)
+    share = np.array_split(np.arange(len(data)), stage.world_size)[stage.rank]
+    gathered: list[list[int]] = [[] for _ in range(stage.world_size)]
+    predicted = _predict(stage.replica, data.images[share], stage.engine.device)
+    dist.all_gather_object(gathered, predicted)
     predictions = tuple(prediction for part in gathered for prediction in part)
     pairs = zip(predictions, data.labels.tolist(), strict=True)
-    return predictions, tuple(prediction == label for prediction, label in pairs)
+    return _Scores(predictions, tuple(prediction == label for prediction, label in pairs))
 
 
 @torch.no_grad()
@@ -277,3 +297,38 @@ def _predict(network: nn.Module, images: np.ndarray, device: torch.device) -> li
     starts = range(0, len(images), EVALUATION_BATCH)
     batches = (to_float(images[i : i + EVALUATION_BATCH]).to(device) for i in starts)
     return [int(c) for batch in batches for c in network(batch).argmax(dim=1).cpu()]
+
+
+def _result(stage: _Stage, record: StepRecord, scores: _Scores) -> StageResult:
+    spec, ended = stage.spec, time.time()
+    return StageResult(
+        name=spec.name,
+        fingerprint=spec.fingerprint,
+        world_size=stage.world_size,
+        started=stage.started,
+        first_step_at=record.first_step_at,
+        ended=ended,
+        seconds=ended - record.started,
+        steps=spec.steps,
+        samples=spec.steps * (spec.batch_size + spec.unlabelled_batch_size),
+        seconds_starved=stage.feed.seconds_starved,
+        seconds_saving=stage.checkpoints.seconds_blocked,
+        final_loss=record.last_loss,
+        predictions=scores.predictions,
+        correct=scores.correct,
+        last_step_correct=scores.last_step_correct,
+    )
+
+
+def _store(stage: _Stage, result: StageResult) -> None:
+    """Stores model and result on rank 0, the result last; then removes the checkpoints."""
+    if stage.rank == 0:
+        if stage.attempt is not None:
+            stage.attempt.check()
+        prefix = layout.stage_model_prefix(stage.spec.name)
+        for name, data in model_files(stage.replica.cpu()).items():
+            stage.store.write(f"{prefix}/{name}", data)
+        key = layout.result_key(stage.spec.name)
+        stage.store.write(key, result.model_dump_json().encode())
+    dist.barrier()
+    stage.checkpoints.clear()

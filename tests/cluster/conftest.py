@@ -1,4 +1,4 @@
-"""One Ray for all tests of the cluster's parts."""
+"""Fixtures of the cluster tests; one Ray cluster is shared by all of them."""
 
 import os
 from pathlib import Path
@@ -10,27 +10,26 @@ import pytest
 import torch
 from small_stages import RayOfThreads
 
-from dist_tl.cluster import generators, pending
+from dist_tl.cluster import generators, pending, roles
 from dist_tl.cluster.config import SessionConfig
 from dist_tl.cluster.session import RaySession
 from dist_tl.storage.objects import ObjectStore
 
 HERE = Path(__file__).parent
 _open = []
-# Inherited by Ray's workers, which find the work of test_tasks.py by its module.
+# Inherited by Ray's workers, which import the task functions of test_tasks.py.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
 
 
 @pytest.fixture(scope="module")
 def ray_local():
-    """A Ray that the modules of this folder share."""
+    """The Ray cluster that the modules of this folder share."""
     if not _open:
         _open.append(RaySession(SessionConfig(num_cpus=8, object_store_mb=100)).__enter__())
     return _open[0]
 
 
-# Not a fixture of the whole run: RAY_ADDRESS is set meanwhile, and tests elsewhere start clusters
-# of their own.
+# Not a session fixture: it sets RAY_ADDRESS, and tests of other folders start their own clusters.
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item, nextitem):
     try:
@@ -47,7 +46,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def one_thread():
-    """Rounding depends on the number of threads; workers have one."""
+    """One torch thread, as in workers: rounding depends on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -56,9 +55,9 @@ def one_thread():
 
 @pytest.fixture
 def threads(monkeypatch):
-    """Generator pools whose actors are threads of this process."""
+    """Generator pools run their actors as threads of this process."""
     stand_in = RayOfThreads()
-    monkeypatch.setattr(generators, "ray", stand_in)
-    monkeypatch.setattr(pending, "ray", stand_in)
+    for module in (generators, pending, roles):
+        monkeypatch.setattr(module, "ray", stand_in)
     monkeypatch.setattr(generators, "POLL_S", 0.01)
     return stand_in

@@ -1,9 +1,9 @@
-"""A program that opens private clusters one after another and says what it sees. Run by a test.
+"""A program that opens private clusters in sequence and describes each. Run by a test.
 
     python session_life.py ENDING [ENDING ...]
 
-Each cluster ends in one way: `raise` (the body raises), `lose` (its head is killed) or `wait` (for
-this program to be killed). Prints one line of JSON a cluster.
+ENDING is `raise` (the body raises), `lose` (the head is killed) or `wait` (until this program is
+killed). Prints one line of JSON per cluster.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ def describe(session):
 
     ray.get(ray.remote(read_secret).remote())
     folder = str(session._folder)
-    family = psutil.Process().children(recursive=True)
+    children = psutil.Process().children(recursive=True)
     return {
         "folder": folder,
         "folder_mode": oct(os.stat(folder).st_mode & 0o777),
-        "processes": [[process.pid, process.create_time()] for process in family],
-        "commands": [process.cmdline() for process in family],
+        "processes": [[process.pid, process.create_time()] for process in children],
+        "commands": [process.cmdline() for process in children],
         "cpus": ray.cluster_resources()["CPU"],
         "others": ray.util.list_named_actors(all_namespaces=True),
         "secret_seen": ray.get(ray.remote(read_secret).remote()) == SECRET,
@@ -63,7 +63,7 @@ def lose_head(session):
         except WorkerError as error:
             return str(error)
         time.sleep(0.05)
-    return "nothing was noticed"
+    return "no error"
 
 
 def live(ending):
@@ -85,7 +85,7 @@ def main():
     for ending in sys.argv[1:]:
         with contextlib.suppress(KeyError):
             live(ending)
-        assert dict(os.environ) == before, "the environment is put back"
+        assert dict(os.environ) == before, "the environment is restored"
 
 
 if __name__ == "__main__":

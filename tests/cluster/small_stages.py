@@ -1,4 +1,4 @@
-"""The smallest stages that mean something, and how to watch Ray's processes at them."""
+"""Small stages, and helpers to observe Ray's processes."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -31,7 +31,7 @@ DIGITS = DigitsConfig(limit=200)
 
 
 def training_stage(name, **fields):
-    """A stage that trains a network of a few hundred weights on digits."""
+    """Specification of a stage that trains a network of a few hundred weights on digits."""
     fields = {
         "seed": 3,
         "model": NewNetwork(
@@ -54,7 +54,7 @@ def training_stage(name, **fields):
 
 
 def generating_stage(store, name="pp", *, num_shards=6, num_steps=2, **fields):
-    """A stage of pseudo samples of 4 to a shard, ready for a pool; `num_steps` makes it slow."""
+    """Opens a generate stage with 4 samples per shard; a large `num_steps` makes it slow."""
     generator = ClassDiffusion(
         DiffusionConfig(channels=(8,)),
         num_classes=3,
@@ -81,7 +81,7 @@ def generating_stage(store, name="pp", *, num_shards=6, num_steps=2, **fields):
 
 
 def make_shards(store, spec, indices):
-    """What the pool does, in a plain loop."""
+    """Generates shards in a plain loop."""
     generator = open_generator(store, spec.generator)
     for index in indices:
         order = spec.plan().order(index)
@@ -89,35 +89,35 @@ def make_shards(store, spec, indices):
 
 
 def contents(store, prefix):
-    """Key -> bytes of everything below `prefix`."""
+    """Returns key -> bytes of all objects below `prefix`."""
     return {key: store.read(f"{prefix}/{key}") for key in store.child(prefix).list()}
 
 
 def wait_until(condition, *, timeout_s=90.0, pause_s=0.05):
-    """The first true answer of `condition`."""
+    """Polls `condition` until it returns a true value; returns that value."""
     deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(pause_s)
-    return found
+    return value
 
 
 def workers_named(prefix):
-    """Ray's processes below this one that run a given actor or task."""
-    found = []
+    """Returns child processes in which Ray runs the named actor or task."""
+    processes = []
     for process in psutil.Process().children(recursive=True):
         try:
             if process.cmdline()[0].startswith(f"ray::{prefix}"):
-                found.append(process)
+                processes.append(process)
         except (psutil.Error, IndexError):
             continue
-    return found
+    return processes
 
 
 class RayOfThreads:
-    """As much of the `ray` module as a pool needs, each actor a thread of this process.
+    """A stand-in for the `ray` module in which each actor is a thread of this process.
 
-    For what a pool decides; that its decisions survive real processes is tested with real ones.
+    For tests of a pool's decisions; other tests use real processes.
     """
 
     def __init__(self):
@@ -136,12 +136,12 @@ class RayOfThreads:
         opening = SimpleNamespace(remote=lambda: thread.submit(instance.open))
         return SimpleNamespace(fulfil=fulfil, open=opening)
 
-    def wait(self, tickets, timeout, num_returns=1):
-        enough = "FIRST_COMPLETED" if num_returns == 1 else "ALL_COMPLETED"
-        return [list(found) for found in wait(tickets, timeout, enough)]
+    def wait(self, refs, timeout, num_returns=1):
+        return_when = "FIRST_COMPLETED" if num_returns == 1 else "ALL_COMPLETED"
+        return [list(futures) for futures in wait(refs, timeout, return_when)]
 
-    def get(self, ticket):
-        return ticket.result()
+    def get(self, ref):
+        return ref.result()
 
     def kill(self, actor):
         self.alive -= 1

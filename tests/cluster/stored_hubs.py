@@ -1,4 +1,4 @@
-"""A small stored hub with routes that vary, and rows for it to answer."""
+"""A small stored hub whose routes depend on the input, and rows to predict."""
 
 import torch
 
@@ -14,7 +14,7 @@ from dist_tl.train.hub_model import hub_files
 from dist_tl.train.rows import RowsSpec, load_rows
 
 NAMES, CLASSES, ROWS = ("first", "second", "third"), 10, 96
-PLACE = "models/hub"
+LOCATION = "models/hub"
 SOURCE = RowsInput(rows=RowsSpec(data=DigitsConfig(limit=ROWS)), samples_per_shard=16)
 
 
@@ -28,7 +28,7 @@ def network(classes, seed):
 
 
 def small_hub(**routes):
-    """In evaluation mode; each digit has its own routes and every expert is used."""
+    """A hub in eval mode; each digit has its own routes and every expert is used."""
     experts = {name: network(CLASSES, i) for i, name in enumerate(NAMES)}
     router = network(2 * len(NAMES), 9)
     for module in (*experts.values(), router):
@@ -43,11 +43,11 @@ def small_hub(**routes):
 
 def store_hub(store, hub):
     for name, data in hub_files(hub).items():
-        store.write(f"{PLACE}/{name}", data)
+        store.write(f"{LOCATION}/{name}", data)
 
 
 def predictions(store):
-    """The plan of the predictions, its manifest stored."""
+    """Stores the manifest of the predictions; returns their plan."""
     plan = ShardPlan(
         stage="predictions",
         fingerprint="0",

@@ -1,4 +1,4 @@
-"""A hub spread over actors answers like the hub in one piece, whatever dies meanwhile."""
+"""A hub distributed over actors predicts like the local module, even if actors die."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 import ray
 import torch
 from small_stages import workers_named
-from stored_hubs import NAMES, PLACE, ROWS, SOURCE, predictions, small_hub, store_hub
+from stored_hubs import LOCATION, NAMES, ROWS, SOURCE, predictions, small_hub, store_hub
 
 from dist_tl.cluster.config import ExpertsConfig
 from dist_tl.cluster.experts import ExpertPool
@@ -28,18 +28,18 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 
 def pool(store, *, degrade=False, attempt=0, **config):
     config = ExpertsConfig(**{"cpus": 0.5, "router_cpus": 0.5, "timeout_s": 60, **config})
-    return ExpertPool(config, store, PLACE, NAMES, degrade=degrade, attempt=attempt)
+    return ExpertPool(config, store, LOCATION, NAMES, degrade=degrade, attempt=attempt)
 
 
-def answers(store, plan):
-    """Every committed prediction, in order: each sample must be there once."""
+def predicted(store, plan):
+    """Returns all committed predictions in order; asserts that each sample occurs once."""
     samples = [s for i in range(plan.num_shards) for s in read_shard(store, plan.stage, i)]
     assert [sample.number for sample in samples] == list(range(ROWS))
     return samples
 
 
 @torch.no_grad()
-def whole(hub):
+def local(hub):
     return Paths(*hub(load_rows(SOURCE.rows).tensor(), detailed=True))
 
 
@@ -57,30 +57,30 @@ def stored(store):
 @pytest.mark.parametrize(
     "config", [{}, {"batch_size": 3, "routers": 2, "min": 2, "max": 2}], ids=["plain", "spread"]
 )
-def test_answers_equal_the_local_module_whatever_the_batches_and_replicas(stored, config):
+def test_predictions_equal_the_local_module_for_any_batch_size_and_replicas(stored, config):
     store, hub, plan = stored
     with pool(store, **config) as experts:
         experts.answer(SOURCE, plan)
         assert not experts.lost
-    found, expected = answers(store, plan), whole(hub)
-    assert torch.allclose(logits_of(found), expected.logits_BC, atol=1e-5)
-    assert [sample.label for sample in found] == expected.logits_BC.argmax(dim=1).tolist()
-    for sample, active in zip(found, expected.active_BM.tolist(), strict=True):
+    samples, expected = predicted(store, plan), local(hub)
+    assert torch.allclose(logits_of(samples), expected.logits_BC, atol=1e-5)
+    assert [sample.label for sample in samples] == expected.logits_BC.argmax(dim=1).tolist()
+    for sample, active in zip(samples, expected.active_BM.tolist(), strict=True):
         wanted = {name for name, is_active in zip(NAMES, active, strict=True) if is_active}
         assert set(sample.provenance["weights"]) == wanted
         assert not sample.provenance["rerouted"]
     labels = load_rows(SOURCE.rows).labels.tolist()
-    assert [sample.provenance["truth"] for sample in found] == labels
+    assert [sample.provenance["truth"] for sample in samples] == labels
 
 
-def test_what_is_committed_is_not_answered_again(stored):
+def test_committed_shards_are_not_predicted_again(stored):
     store, _, plan = stored
     with pool(store) as experts:
         experts.answer(SOURCE, plan)
         before = {key: store.read(key) for key in store.list("stages")}
-        told = []
-        experts.answer(SOURCE, plan, on_done=lambda done, total: told.append(done))
-    assert told == []
+        calls = []
+        experts.answer(SOURCE, plan, on_done=lambda done, total: calls.append(done))
+    assert calls == []
     assert {key: store.read(key) for key in store.list("stages")} == before
 
 
@@ -88,7 +88,7 @@ def process_of(actor):
     return ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
 
 
-def test_a_killed_expert_is_restarted_and_nothing_is_lost_or_doubled(stored):
+def test_a_killed_expert_is_restarted_and_no_sample_is_lost_or_duplicated(stored):
     store, hub, plan = stored
     with pool(store) as experts:
         experts.wait_until_up()
@@ -103,21 +103,21 @@ def test_a_killed_expert_is_restarted_and_nothing_is_lost_or_doubled(stored):
         experts.answer(SOURCE, plan, on_done=kill_in_the_middle)
         assert killed
         assert process_of(victim) != first
-    found = answers(store, plan)
-    assert torch.allclose(logits_of(found), whole(hub).logits_BC, atol=1e-5)
+    samples = predicted(store, plan)
+    assert torch.allclose(logits_of(samples), local(hub).logits_BC, atol=1e-5)
 
 
-def test_an_expert_that_stays_away_is_a_named_error_and_what_is_committed_stays(stored):
+def test_a_lost_expert_is_a_named_error_and_committed_shards_are_kept(stored):
     store, hub, plan = stored
     with pool(store, max_restarts=0) as experts:
         lose = _lose(experts, at=2)
-        with pytest.raises(WorkerError, match=r"second stayed away.*degrade: true"):
+        with pytest.raises(WorkerError, match=r"second is unavailable.*degrade: true"):
             experts.answer(SOURCE, plan, on_done=lose)
     done = len(store.list("stages/predictions/entries"))
     assert 2 <= done < plan.num_shards
-    with pool(store) as experts:  # another start goes on
+    with pool(store) as experts:  # another attempt resumes
         experts.answer(SOURCE, plan)
-    assert torch.allclose(logits_of(answers(store, plan)), whole(hub).logits_BC, atol=1e-5)
+    assert torch.allclose(logits_of(predicted(store, plan)), local(hub).logits_BC, atol=1e-5)
 
 
 def _lose(experts, *, at):
@@ -128,24 +128,24 @@ def _lose(experts, *, at):
     return kill
 
 
-def test_with_degrade_it_is_left_out_and_the_samples_that_miss_it_are_marked(stored):
+def test_with_degrade_a_lost_expert_is_left_out_and_rerouted_samples_are_marked(stored):
     store, hub, plan = stored
     with pool(store, degrade=True, max_restarts=0) as experts:
         experts.answer(SOURCE, plan, on_done=_lose(experts, at=2))
         assert experts.lost == {1}
-    found, expected = answers(store, plan), whole(hub)
-    marked = torch.tensor([sample.provenance["rerouted"] for sample in found])
+    samples, expected = predicted(store, plan), local(hub)
+    marked = torch.tensor([sample.provenance["rerouted"] for sample in samples])
     wanted = expected.active_BM[:, 1]
-    assert not marked[:32].any()  # answered before
+    assert not marked[:32].any()  # predicted before the loss
     assert torch.equal(marked[48:], wanted[48:])
     assert marked.any()
     kept = ~marked
-    assert torch.allclose(logits_of(found)[kept], expected.logits_BC[kept], atol=1e-5)
+    assert torch.allclose(logits_of(samples)[kept], expected.logits_BC[kept], atol=1e-5)
     with torch.no_grad():
         images = load_rows(SOURCE.rows).tensor()
         routes = choose(hub.route_logits(images), hub.routes, missing=frozenset({1}))
     for row in marked.nonzero().flatten().tolist():
-        weights = found[row].provenance["weights"]
+        weights = samples[row].provenance["weights"]
         assert "second" not in weights
         names = {n: float(w) for n, w in zip(NAMES, routes.weight_BM[row], strict=True) if w}
         assert weights == pytest.approx(names, abs=1e-5)
@@ -161,13 +161,13 @@ def test_too_few_experts_left_are_a_named_error_even_with_degrade(stored):
             experts.answer(SOURCE, plan)
 
 
-def await_new(experts):
-    """Small shards would be answered before a new replica is up."""
+def wait_for_pending(experts):
+    """Waits for pending replicas, which take longer to start than a small shard."""
     for actor in experts.pending.actors:
         ray.get(actor.open.remote(), timeout=60)
 
 
-def test_replicas_follow_the_load(store):
+def test_the_number_of_replicas_follows_the_load(store):
     hub = small_hub(k=1)
     with torch.no_grad():
         hub.router.head.weight.zero_()
@@ -175,25 +175,25 @@ def test_replicas_follow_the_load(store):
     store_hub(store, hub)
     plan = predictions(store)
     with pool(store, max=3) as experts:
-        experts.answer(SOURCE, plan, on_done=lambda done, total: await_new(experts))
+        experts.answer(SOURCE, plan, on_done=lambda done, total: wait_for_pending(experts))
         assert [replicas.most for replicas in experts.replicas] == [1, 1, 3]
         assert [replicas.pairs for replicas in experts.replicas] == [0, 0, ROWS]
 
 
-def test_replicas_that_find_no_room_are_not_waited_for(stored):
+def test_the_pool_does_not_wait_for_replicas_that_cannot_be_scheduled(stored):
     """The cluster has 8 CPUs: of 2 routers and 3 x 4 replicas of 1.5 each, some never start."""
     store, hub, plan = stored
     with pool(store, max=4, routers=2, cpus=1.5, timeout_s=30) as experts:
         experts.answer(SOURCE, plan)
         assert not experts.lost
         assert sum(replicas.most for replicas in experts.replicas) <= 4
-    assert torch.allclose(logits_of(answers(store, plan)), whole(hub).logits_BC, atol=1e-5)
+    assert torch.allclose(logits_of(predicted(store, plan)), local(hub).logits_BC, atol=1e-5)
 
 
-def test_an_expert_without_room_is_named_before_anything_is_answered(stored):
+def test_an_expert_that_cannot_be_scheduled_is_named_before_any_prediction(stored):
     store, _, plan = stored
     nowhere = {"second": {"no_such_node": 1}}
-    named = r"second stayed away \(not up after 8 s.*room"
+    named = r"second is unavailable \(not ready after 8 s.*resources"
     with (
         pytest.raises(WorkerError, match=named),
         pool(store, resources=nowhere, timeout_s=8) as experts,
@@ -202,29 +202,29 @@ def test_an_expert_without_room_is_named_before_anything_is_answered(stored):
     assert not store.list("stages/predictions/entries")
 
 
-def test_a_router_without_room_is_named_too(stored):
+def test_a_router_that_cannot_be_scheduled_is_named(stored):
     store, _, plan = stored
     with (
-        pytest.raises(WorkerError, match=r"no router: not up after 8 s.*room"),
+        pytest.raises(WorkerError, match=r"no router: not ready after 8 s.*resources"),
         pool(store, router_cpus=100, timeout_s=8) as experts,
     ):
         experts.answer(SOURCE, plan)
 
 
-def test_a_replica_that_does_not_come_up_costs_only_itself(stored):
+def test_a_replica_that_does_not_start_lowers_the_limit_only(stored):
     store, hub, plan = stored
     with pool(store, min=2, max=2, cpus=0.25) as experts:
         ray.kill(experts.pending.actors[0], no_restart=True)
         experts.answer(SOURCE, plan)
         assert not experts.lost
         assert experts.replicas[0].limit == 1
-    assert torch.allclose(logits_of(answers(store, plan)), whole(hub).logits_BC, atol=1e-5)
+    assert torch.allclose(logits_of(predicted(store, plan)), local(hub).logits_BC, atol=1e-5)
 
 
 @pytest.mark.parametrize("part", ["experts/second", "router"])
-def test_a_damaged_hub_is_a_named_error_and_no_expert_that_stays_away(stored, part):
+def test_a_damaged_hub_is_a_named_error_and_not_an_unavailable_expert(stored, part):
     store, _, plan = stored
-    store.write(f"{PLACE}/{part}/config.json", b"{}")
+    store.write(f"{LOCATION}/{part}/config.json", b"{}")
     with (
         pytest.raises(ConfigError, match=r"config\.json"),
         pool(store, degrade=True) as experts,
@@ -232,7 +232,7 @@ def test_a_damaged_hub_is_a_named_error_and_no_expert_that_stays_away(stored, pa
         experts.answer(SOURCE, plan)
 
 
-def test_a_killed_router_is_replaced_and_its_shard_answered(stored):
+def test_a_killed_router_is_replaced_and_its_shard_predicted(stored):
     store, hub, plan = stored
 
     def kill_a_router(done, total):
@@ -241,10 +241,10 @@ def test_a_killed_router_is_replaced_and_its_shard_answered(stored):
 
     with pool(store) as experts:
         experts.answer(SOURCE, plan, on_done=kill_a_router)
-    assert torch.allclose(logits_of(answers(store, plan)), whole(hub).logits_BC, atol=1e-5)
+    assert torch.allclose(logits_of(predicted(store, plan)), local(hub).logits_BC, atol=1e-5)
 
 
-def test_routers_that_die_over_one_shard_too_often_end_the_job_with_a_way_on(stored):
+def test_a_shard_that_kills_routers_too_often_ends_the_job_with_a_remedy(stored):
     store, _, plan = stored
     with (
         pytest.raises(WorkerLostError, match="start the same job again"),
@@ -255,7 +255,7 @@ def test_routers_that_die_over_one_shard_too_often_end_the_job_with_a_way_on(sto
         )
 
 
-def test_nothing_is_committed_after_a_later_start_has_the_run(stored):
+def test_a_superseded_attempt_commits_nothing(stored):
     store, _, plan = stored
     first, _ = begin_attempt(store), begin_attempt(store)
     with (
@@ -266,24 +266,24 @@ def test_nothing_is_committed_after_a_later_start_has_the_run(stored):
     assert not store.list("stages/predictions/entries")
 
 
-def test_while_the_load_swings_nothing_is_asked_of_a_replica_that_went(stored):
+def test_retired_replicas_get_no_requests_while_the_load_changes(stored):
     store, hub, plan = stored
     with pool(store, max=3, routers=2, cpus=0.25, batch_size=2, timeout_s=30) as experts:
 
-        def swing(done, total):
-            await_new(experts)
+        def change_load(done, total):
+            wait_for_pending(experts)
             for index, replicas in enumerate(experts.replicas):
                 replicas.load = 1.0 if index == done % len(NAMES) else 0.1
 
-        experts.answer(SOURCE, plan, on_done=swing)
+        experts.answer(SOURCE, plan, on_done=change_load)
         assert not experts.lost
         assert max(replicas.most for replicas in experts.replicas) > 1
-    assert torch.allclose(logits_of(answers(store, plan)), whole(hub).logits_BC, atol=1e-5)
+    assert torch.allclose(logits_of(predicted(store, plan)), local(hub).logits_BC, atol=1e-5)
 
 
 @pytest.fixture
 def second_node(ray_local):
-    """Another Ray node, as another machine would be: processes and resources of its own."""
+    """A second Ray node with its own processes and resources, like another machine."""
     ray_command = Path(sys.executable).with_name("ray")
     node = subprocess.Popen(
         [
@@ -313,19 +313,19 @@ def second_node(ray_local):
     node.wait()
 
 
-def test_what_a_lost_node_had_goes_on_elsewhere(stored, second_node):
-    """Experts spread over both nodes; the cluster takes a while to know that one is gone."""
+def test_experts_of_a_lost_node_restart_on_another(stored, second_node):
+    """Experts run on both nodes; the cluster notices the loss of one only after a while."""
     store, hub, plan = stored
     with pool(store, cpus=2, routers=2) as experts:
         experts.wait_until_up()
-        here = ray.get_runtime_context().get_node_id()
+        driver_node = ray.get_runtime_context().get_node_id()
         nodes = {
             ray.get(actor.__ray_call__.remote(_node_of))
             for replicas in experts.replicas
             for actor in replicas.actors
         }
         assert len(nodes) == 2
-        assert here in nodes
+        assert driver_node in nodes
 
         def lose_the_node(done, total):
             if done == 1:
@@ -333,11 +333,11 @@ def test_what_a_lost_node_had_goes_on_elsewhere(stored, second_node):
 
         experts.answer(SOURCE, plan, on_done=lose_the_node)
         assert not experts.lost
-    assert torch.allclose(logits_of(answers(store, plan)), whole(hub).logits_BC, atol=1e-5)
+    assert torch.allclose(logits_of(predicted(store, plan)), local(hub).logits_BC, atol=1e-5)
 
 
 @pytest.mark.usefixtures("second_node")
-def test_over_two_nodes_a_killed_expert_changes_nothing(stored):
+def test_a_killed_expert_on_a_second_node_does_not_change_predictions(stored):
     store, hub, plan = stored
     resources = {"second": {"second_node": 1}, "third": {"second_node": 1}}
     with pool(store, resources=resources) as experts:
@@ -356,7 +356,7 @@ def test_over_two_nodes_a_killed_expert_changes_nothing(stored):
         assert process_of(experts.replicas[2].actors[0]) != far
         assert not experts.lost
     assert nodes[1] != ray.get_runtime_context().get_node_id()
-    assert torch.allclose(logits_of(answers(store, plan)), whole(hub).logits_BC, atol=1e-5)
+    assert torch.allclose(logits_of(predicted(store, plan)), local(hub).logits_BC, atol=1e-5)
 
 
 def _node_of(actor):

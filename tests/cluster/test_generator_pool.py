@@ -1,4 +1,4 @@
-"""The generator pool: the same bytes as a plain loop, whatever happens to its workers."""
+"""The generator pool writes the same bytes as a plain loop, even if workers die."""
 
 import os
 
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("one_thread")]
 
 
 def open_pool(store, *, positions=None, **config):
-    """A pool of one worker to which readers do not say where they are."""
+    """A pool of one worker; readers report no positions."""
     config = GeneratorsConfig(**{"min": 1, "max": 1, "cpus": 0.5, **config})
     return GeneratorPool(config, store.url, positions=lambda: dict(positions or {}))
 
@@ -43,7 +43,7 @@ def shards(store, name="pp"):
 
 @pytest.fixture
 def plain_shards(tmp_path):
-    """The shards of the same stage, made one after the other in this process."""
+    """Generates the shards of the same stage in a plain loop in this process."""
 
     def make(**fields):
         store = ObjectStore(tmp_path / "plain")
@@ -54,11 +54,11 @@ def plain_shards(tmp_path):
     return make
 
 
-# In processes of Ray.
+# With Ray processes.
 
 
 @pytest.mark.ray
-def test_a_pool_whose_worker_is_killed_and_which_is_scaled_makes_the_bytes_of_a_plain_loop(
+def test_a_pool_with_a_killed_worker_and_new_bounds_writes_the_bytes_of_a_plain_loop(
     ray_local, store, plain_shards
 ):
     slow = {"num_shards": 60, "num_steps": 10}
@@ -69,7 +69,7 @@ def test_a_pool_whose_worker_is_killed_and_which_is_scaled_makes_the_bytes_of_a_
         wait_until(lambda: workers_named("GeneratorActor.fulfil"))[0].kill()
         pool.scale(1, 1)
         wait_until(lambda: len(workers_named("GeneratorActor")) == 1)
-        assert not progress.done, "it came too late to prove anything"
+        assert not progress.done, "scaled too late to test anything"
         finish(pool, progress)
         assert progress.committed == 60
         wait_until(lambda: not workers_named("GeneratorActor"))
@@ -78,27 +78,27 @@ def test_a_pool_whose_worker_is_killed_and_which_is_scaled_makes_the_bytes_of_a_
 
 
 @pytest.mark.ray
-def test_a_named_error_of_a_worker_reaches_the_driver_as_that_class(ray_local, store):
+def test_a_named_error_of_a_worker_reaches_the_driver_unwrapped(ray_local, store):
     spec = generating_stage(store)
     store.delete(f"generator/{layout.MODEL_TENSORS}")
     with open_pool(store) as pool:
         progress = pool.add(spec, batch_size=4)
         with pytest.raises(ConfigError, match=r"model\.safetensors not found") as caught:
             finish(pool, progress)
-    assert type(caught.value) is ConfigError  # and not Ray's own, which only looks like it
+    assert type(caught.value) is ConfigError  # not Ray's imitation of it
 
 
-class Stillborn:
+class DiesOnOpen:
     def open(self):
         os._exit(1)
 
 
 @pytest.mark.ray
-def test_workers_that_die_on_their_way_up_are_held_back_and_end_the_job(
+def test_workers_that_die_during_start_up_are_delayed_and_end_the_job(
     ray_local, store, monkeypatch
 ):
     monkeypatch.setattr(generators, "MAX_PAUSE_S", 0.2)
-    worker = ray.remote(Stillborn).options(num_cpus=0.1, max_restarts=0, max_task_retries=0)
+    worker = ray.remote(DiesOnOpen).options(num_cpus=0.1, max_restarts=0, max_task_retries=0)
     monkeypatch.setattr(GeneratorPool, "_new_worker", lambda self: worker.remote())
     spec = generating_stage(store, num_shards=3)
     with open_pool(store, max_restarts=2) as pool:
@@ -108,7 +108,7 @@ def test_workers_that_die_on_their_way_up_are_held_back_and_end_the_job(
 
 
 @pytest.mark.ray
-def test_a_worker_that_dies_too_often_ends_the_job_with_a_way_on(ray_local, store):
+def test_a_worker_that_dies_too_often_ends_the_job_with_a_remedy(ray_local, store):
     spec = generating_stage(store, num_shards=3, num_steps=500)
     with open_pool(store, max_restarts=0) as pool:
         progress = pool.add(spec, batch_size=4)
@@ -118,11 +118,11 @@ def test_a_worker_that_dies_too_often_ends_the_job_with_a_way_on(ray_local, stor
             finish(pool, progress)
 
 
-# In threads: what the pool decides.
+# With threads: the decisions of the pool.
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_pool_of_any_size_makes_the_bytes_of_a_plain_loop(threads, store, plain_shards, workers):
+def test_a_pool_of_any_size_writes_the_bytes_of_a_plain_loop(threads, store, plain_shards, workers):
     with open_pool(store, min=workers, max=workers) as pool:
         progress = pool.add(generating_stage(store, num_shards=7), batch_size=4)
         finish(pool, progress)
@@ -130,7 +130,7 @@ def test_a_pool_of_any_size_makes_the_bytes_of_a_plain_loop(threads, store, plai
     assert shards(store) == plain_shards(num_shards=7)
 
 
-def test_no_worker_is_kept_where_there_is_no_work(threads, store):
+def test_no_worker_runs_without_work(threads, store):
     with open_pool(store, min=2, max=2) as pool:
         pool.wait(0.2)
         assert (pool.num_workers, threads.alive) == (0, 0)
@@ -145,7 +145,7 @@ def test_no_worker_outlives_the_pool(threads, store):
     assert threads.alive == 0
 
 
-def test_the_pool_never_runs_further_ahead_of_its_readers_than_its_window(threads, store):
+def test_the_pool_stays_within_its_window_ahead_of_the_readers(threads, store):
     spec, positions = generating_stage(store, num_shards=16), {}
     with open_pool(store, positions=positions, window=5) as pool:
         progress = pool.add(spec, batch_size=4)
@@ -158,21 +158,21 @@ def test_the_pool_never_runs_further_ahead_of_its_readers_than_its_window(thread
         finish(pool, progress)
 
 
-def test_a_window_smaller_than_a_batch_is_widened_to_what_a_reader_needs(threads, store):
+def test_a_window_smaller_than_a_batch_is_widened_to_the_reach_of_the_batch(threads, store):
     with open_pool(store, window=1) as pool:
         progress = pool.add(generating_stage(store, num_shards=16), batch_size=12)
-        wait_until(lambda: progress.committed >= 4)  # the batch touches four shards at worst
+        wait_until(lambda: progress.committed >= 4)  # the batch spans at most four shards
 
 
-def test_readers_that_were_restarted_find_the_shards_behind_the_last_one_made(threads, store):
+def test_restarted_readers_get_the_shards_after_the_last_committed_one(threads, store):
     spec = generating_stage(store, num_shards=16)
     make_shards(store, spec, range(10))
-    with open_pool(store, window=5) as pool:  # no reader has said yet that it is at shard 9
+    with open_pool(store, window=5) as pool:  # no reader has reported shard 9 yet
         progress = pool.add(spec, batch_size=4)
         wait_until(lambda: progress.committed >= 12)
 
 
-def test_shards_that_exist_are_not_made_again(threads, store, plain_shards):
+def test_committed_shards_are_not_generated_again(threads, store, plain_shards):
     spec = generating_stage(store)
     make_shards(store, spec, [0, 1, 4])
     before = {index: read_entry(store, "pp", index) for index in (0, 1, 4)}
@@ -186,7 +186,7 @@ def test_shards_that_exist_are_not_made_again(threads, store, plain_shards):
     assert shards(store) == plain_shards()
 
 
-def test_a_finished_stage_needs_no_worker(threads, store):
+def test_a_finished_stage_starts_no_worker(threads, store):
     spec = generating_stage(store)
     make_shards(store, spec, range(6))
     with open_pool(store) as pool:
@@ -195,7 +195,7 @@ def test_a_finished_stage_needs_no_worker(threads, store):
         assert threads.alive == 0
 
 
-def test_stages_are_made_in_the_order_in_which_they_were_added(threads, store):
+def test_stages_are_generated_in_the_order_of_adding(threads, store):
     first, second = (generating_stage(store, name, num_shards=4) for name in ("first", "second"))
     with open_pool(store) as pool:
         earlier, later = (pool.add(spec, batch_size=4) for spec in (first, second))
@@ -203,7 +203,7 @@ def test_stages_are_made_in_the_order_in_which_they_were_added(threads, store):
         assert earlier.last_commit_at <= later.first_commit_at
 
 
-def test_a_stage_whose_window_is_full_does_not_hold_up_the_next(threads, store):
+def test_a_stage_with_a_full_window_does_not_block_the_next(threads, store):
     first, second = (generating_stage(store, name, num_shards=9) for name in ("first", "second"))
     with open_pool(store, window=4) as pool:
         held, progress = (pool.add(spec, batch_size=4) for spec in (first, second))
@@ -216,7 +216,7 @@ def test_the_pool_grows_to_its_maximum_while_readers_wait(threads, store):
         wait_until(lambda: threads.alive == 3)
 
 
-def test_the_pool_shrinks_to_its_minimum_while_readers_have_enough(threads, store, monkeypatch):
+def test_the_pool_shrinks_to_its_minimum_while_the_backlog_is_large(threads, store, monkeypatch):
     monkeypatch.setattr(generators, "IDLE_S", 0.2)
     with open_pool(store, min=1, max=2, window=6, low_backlog=4) as pool:
         progress = pool.add(generating_stage(store, num_shards=16), batch_size=4)
@@ -224,7 +224,7 @@ def test_the_pool_shrinks_to_its_minimum_while_readers_have_enough(threads, stor
         assert threads.most == 2
 
 
-def test_the_pool_is_scaled_while_it_works(threads, store):
+def test_a_running_pool_can_be_scaled(threads, store):
     with open_pool(store) as pool:
         progress = pool.add(generating_stage(store, num_shards=200), batch_size=4)
         for workers in (1, 3, 2):
@@ -233,7 +233,7 @@ def test_the_pool_is_scaled_while_it_works(threads, store):
         assert not progress.done
 
 
-def test_a_pool_scaled_to_nothing_rests_and_goes_on(threads, store):
+def test_a_pool_scaled_to_zero_pauses_and_resumes(threads, store):
     with open_pool(store) as pool:
         progress = pool.add(generating_stage(store, num_shards=30), batch_size=4)
         wait_until(lambda: progress.committed >= 1)

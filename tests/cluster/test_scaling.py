@@ -1,4 +1,4 @@
-"""A word in the run's store changes the size of a running pool; nodes that go hand orders back."""
+"""Scaling overrides resize a running pool; workers on draining nodes return their shards."""
 
 import pytest
 from small_stages import contents, generating_stage, make_shards, wait_until
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
     ("text", "bounds"),
     [("generators=4", (4, 4)), ("generators=1..8", (1, 8)), ("generators=0", (0, 0))],
 )
-def test_sizes_are_read(text, bounds):
+def test_sizes_are_parsed(text, bounds):
     assert parse_sizes([text]) == {"generators": Bounds(min=bounds[0], max=bounds[1])}
 
 
@@ -32,12 +32,12 @@ def test_sizes_are_read(text, bounds):
         ("trainers=4", "fixed size"),
     ],
 )
-def test_other_sizes_are_refused_with_what_would_do(text, message):
+def test_invalid_sizes_are_rejected_with_the_expected_form(text, message):
     with pytest.raises(ConfigError, match=message):
         parse_sizes([text])
 
 
-def test_what_was_said_is_kept_and_a_damaged_word_is_a_named_error(store):
+def test_an_override_is_stored_and_a_damaged_one_is_a_named_error(store):
     assert read_scale(store) is None
     scale = Scale(generators=Bounds(min=1, max=3))
     write_scale(store, scale)
@@ -47,8 +47,8 @@ def test_what_was_said_is_kept_and_a_damaged_word_is_a_named_error(store):
         read_scale(store)
 
 
-def test_a_running_pool_obeys(threads, store, monkeypatch):
-    monkeypatch.setattr(generators, "ASK_EVERY_S", 0.1)
+def test_a_running_pool_applies_an_override(threads, store, monkeypatch):
+    monkeypatch.setattr(generators, "OVERRIDE_POLL_S", 0.1)
     config = GeneratorsConfig(min=1, max=1, cpus=0.5)
     with GeneratorPool(config, store.url, positions=dict) as pool:
         pool.add(generating_stage(store, num_shards=300), batch_size=4)
@@ -58,36 +58,36 @@ def test_a_running_pool_obeys(threads, store, monkeypatch):
             wait_until(lambda low=low: threads.alive == low, timeout_s=10)
 
 
-def test_a_worker_whose_node_goes_hands_its_order_back(store, tmp_path, monkeypatch):
-    sign = tmp_path / "draining"
-    monkeypatch.setenv(DRAINING, str(sign))
+def test_a_worker_on_a_draining_node_returns_its_shard(store, tmp_path, monkeypatch):
+    marker = tmp_path / "draining"
+    monkeypatch.setenv(DRAINING, str(marker))
     spec, actor = generating_stage(store, num_shards=2), GeneratorActor(store.url, 1)
-    assert not actor.is_leaving()
+    assert not actor.is_draining()
     assert actor.fulfil(spec, 0).index == 0
-    sign.touch()
-    assert actor.is_leaving()
+    marker.touch()
+    assert actor.is_draining()
     assert actor.fulfil(spec, 1) is None
     assert len(store.list(layout.entries_prefix(spec.name))) == 1
 
 
-class LeavesOnce(GeneratorActor):
-    """Its node is drained while it has its third order."""
+class DrainsOnce(GeneratorActor):
+    """Its node starts to drain when it gets its third shard."""
 
-    left = False
+    drained = False
 
     def fulfil(self, spec, index):
-        if index == 2 and not LeavesOnce.left:
-            LeavesOnce.left = True
+        if index == 2 and not DrainsOnce.drained:
+            DrainsOnce.drained = True
             return None
         return super().fulfil(spec, index)
 
 
-def test_an_order_that_was_handed_back_is_done_by_another(threads, store, monkeypatch):
-    monkeypatch.setattr(generators, "GeneratorActor", LeavesOnce)
+def test_another_worker_generates_a_returned_shard(threads, store, monkeypatch):
+    monkeypatch.setattr(generators, "GeneratorActor", DrainsOnce)
     with GeneratorPool(GeneratorsConfig(cpus=0.5), store.url, positions=dict) as pool:
         progress = pool.add(generating_stage(store, num_shards=6), batch_size=4)
         wait_until(lambda: pool.check() or progress.done)
-    assert LeavesOnce.left
+    assert DrainsOnce.drained
     spec = progress.spec
     other = ObjectStore(f"{store.url}-plain")
     generating_stage(other, num_shards=6)

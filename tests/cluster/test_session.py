@@ -1,6 +1,6 @@
-"""Private clusters: alone, gone without a trace, and silent about secrets.
+"""Private clusters are isolated, clean up after themselves, and do not leak secrets.
 
-Those tested here are opened by programs of their own, beside the one that these tests share.
+These clusters belong to separate programs and run next to the shared one.
 """
 
 import json
@@ -32,7 +32,7 @@ def start(*endings):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # As where a user has strict warnings and no cluster.
+        # A user with strict warnings and without a cluster.
         env={
             **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
             "PYTHONWARNINGS": "error::DeprecationWarning",
@@ -41,20 +41,20 @@ def start(*endings):
 
 
 def still_running(facts):
-    found = []
+    commands = []
     for pid, created in facts["processes"]:
         try:
             process = psutil.Process(pid)
             if process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.cmdline())
+                commands.append(process.cmdline())
         except psutil.Error:
             continue
-    return found
+    return commands
 
 
 @pytest.fixture(scope="module")
 def neighbour(ray_local):
-    """Something in the cluster of this process that others could see, and do not."""
+    """A named actor in the shared cluster, which other clusters must not see."""
     actor = ray.remote(threading.Event).options(name="ours", num_cpus=0).remote()
     ray.get(actor.is_set.remote())
     yield
@@ -63,7 +63,7 @@ def neighbour(ray_local):
 
 @pytest.fixture(scope="module")
 def doomed(neighbour):
-    """A program that waits in its cluster; started early, so that it starts beside the others."""
+    """A program that waits in its cluster; starts in parallel to the others."""
     program = start("wait")
     yield program
     program.kill()
@@ -72,7 +72,7 @@ def doomed(neighbour):
 
 @pytest.fixture(scope="module")
 def lives(doomed):
-    """What a program saw that opened two clusters, one after the other; both have ended."""
+    """Facts about two clusters that a program opened in sequence; both have ended."""
     program = start("raise", "lose")
     out, err = program.communicate(timeout=200)
     assert program.returncode == 0, err[-3000:]
@@ -85,14 +85,14 @@ def life(lives):
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["body raised", "head was killed"])
-def test_a_session_leaves_no_process_and_no_folder_behind(lives, which):
+def test_a_session_leaves_no_process_and_no_folder(lives, which):
     facts = lives[which]
     assert len(facts["processes"]) > 3
     assert still_running(facts) == []
     assert not Path(facts["folder"]).exists()
 
 
-def test_a_session_dies_with_its_driver_even_on_kill_9(doomed):
+def test_a_session_stops_with_its_driver_even_on_kill_9(doomed):
     facts = json.loads(doomed.stdout.readline())
     assert len(still_running(facts)) > 3
     doomed.kill()
@@ -107,17 +107,17 @@ def test_sessions_on_one_machine_do_not_see_each_other(life, ray_local):
     assert [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)] == ["ours"]
 
 
-def test_a_session_needs_no_port_that_another_program_may_have(life):
-    # Ray's client server takes 10001 unless told otherwise, and where it cannot, Ray stops.
+def test_a_session_uses_no_fixed_port(life):
+    # Ray's client server uses port 10001 by default; if that is taken, Ray stops.
     assert not any("--port=10001" in command for command in life["commands"])
     assert any("ray.util.client.server" in command for command in life["commands"])
 
 
-def test_a_session_that_lost_its_head_says_so(lives):
+def test_a_session_that_lost_its_head_raises(lives):
     assert "start the same job again" in lives[1]["noticed"]
 
 
-def test_workers_have_the_secrets_of_the_environment_and_nobody_writes_them_down(life):
+def test_workers_have_the_secrets_of_the_environment_and_no_file_contains_them(life):
     assert life["secret_seen"]
     assert life["files_with_secrets"] == []
     assert "secret" not in life["runtime_env"].lower()
@@ -125,32 +125,32 @@ def test_workers_have_the_secrets_of_the_environment_and_nobody_writes_them_down
     assert not any("secret" in word for command in life["commands"] for word in command)
 
 
-def test_no_other_user_reaches_the_sockets(life):
+def test_other_users_cannot_access_the_sockets(life):
     assert life["folder_mode"] == "0o700"
 
 
-def test_a_cluster_out_of_reach_is_named_soon_and_what_runs_here_stays(ray_local, monkeypatch):
+def test_an_unreachable_cluster_is_a_quick_error_and_keeps_the_running_one(ray_local, monkeypatch):
     monkeypatch.setattr(session_module, "CONNECT_TIMEOUT_S", 0.5)
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # and does not listen
+        unused.bind(("127.0.0.1", 0))  # but does not listen
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", address)
         began = time.monotonic()
-        with pytest.raises(WorkerError, match=f"answers at {address}.*RAY_ADDRESS"):
+        with pytest.raises(WorkerError, match=f"no Ray cluster at {address}.*RAY_ADDRESS"):
             RaySession(SessionConfig()).__enter__()
     assert time.monotonic() - began < 5
     assert os.environ["RAY_ADDRESS"] == address
     assert ray.is_initialized()
 
 
-def test_ray_that_does_not_start_says_its_last_words(monkeypatch):
-    words = [sys.executable, "-c", "import sys; sys.exit('no room for shared memory')"]
+def test_if_ray_does_not_start_the_error_shows_its_log(monkeypatch):
+    command = [sys.executable, "-c", "import sys; sys.exit('no room for shared memory')"]
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(session_module, "_head_command", lambda *_: words)
+    monkeypatch.setattr(session_module, "_head_command", lambda *_: command)
     with pytest.raises(WorkerError, match="no room for shared memory"):
         RaySession(SessionConfig()).__enter__()
 
 
-def test_memory_is_watched_over_all_processes_of_the_session(ray_local):
+def test_peak_memory_includes_all_processes_of_the_session(ray_local):
     driver = psutil.Process().memory_info().rss
     wait_until(lambda: ray_local.peak_memory_bytes > driver)

@@ -1,6 +1,6 @@
-"""Handing in by Ray's Jobs API: what is said where the other side is not as it should be.
+"""Submission by Ray's Jobs API: behaviour if the cluster fails or differs.
 
-Against a stand-in that breaks when told to; tests/end_to_end/test_several_nodes.py has a real one.
+Uses a stand-in dashboard with scripted failures; tests/end_to_end/test_several_nodes.py uses Ray.
 """
 
 import json
@@ -31,11 +31,11 @@ def job(name, status="RUNNING", run=RUN, **more):
 
 
 class Dashboard:
-    """As much of Ray's dashboard as submitting needs."""
+    """The part of Ray's dashboard that submission needs."""
 
     def __init__(self, version=ray.__version__):
-        self.version, self.jobs, self.logs, self.is_silent = version, {}, {}, False
-        self.inputs = []
+        self.version, self.jobs, self.logs, self.failure = version, {}, {}, None
+        self.requests = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -45,7 +45,7 @@ class Dashboard:
         self._server.shutdown()
         self._server.server_close()
 
-    def answer(self, path):
+    def response(self, path):
         if path == "/api/version":
             return {
                 "version": "5",
@@ -64,16 +64,16 @@ class Dashboard:
 def _handler(board):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            board.inputs.append(self.path)
-            if board.is_silent == "closed":
+            board.requests.append(self.path)
+            if board.failure == "closed":
                 self.connection.close()
                 return
-            if board.is_silent:  # a proxy answers in its place
-                self.send_error(int(board.is_silent))
+            if board.failure:  # the status code of a proxy
+                self.send_error(int(board.failure))
                 return
-            found = board.answer(self.path)
-            data = json.dumps(found).encode() if found is not None else b"no such job"
-            self.send_response(200 if found is not None else 404)
+            response = board.response(self.path)
+            data = json.dumps(response).encode() if response is not None else b"no such job"
+            self.send_response(200 if response is not None else 404)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
@@ -92,28 +92,28 @@ def board(monkeypatch):
     dashboard.close()
 
 
-def test_another_version_of_ray_is_refused_with_both_versions(board):
+def test_another_version_of_ray_is_rejected_with_both_versions(board):
     board.version = "2.9.0"
     with pytest.raises(ConfigError, match=rf"runs Ray 2\.9\.0, this is {ray.__version__}; install"):
         RayJobs(board.address)
 
 
 @pytest.mark.parametrize("variable", ["RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"])
-def test_the_address_that_is_given_wins_over_the_environment(board, monkeypatch, variable):
-    """A job must never land on the cluster that happens to be in the environment."""
+def test_the_given_address_takes_precedence_over_the_environment(board, monkeypatch, variable):
+    """A job must never be submitted to the cluster of the environment instead."""
     monkeypatch.setenv(variable, "http://127.0.0.1:9")
     board.jobs["birds--1"] = job("birds--1")
     assert RayJobs(board.address).running(RUN) == ["birds--1"]
     assert os.environ[variable] == "http://127.0.0.1:9"
 
 
-def test_what_is_no_dashboard_is_said_to_be_none(board):
-    board.answer = lambda path: None
-    with pytest.raises(ConfigError, match="is no Ray dashboard"):
+def test_an_address_without_a_dashboard_is_a_named_error(board):
+    board.response = lambda path: None
+    with pytest.raises(ConfigError, match="is not a Ray dashboard"):
         RayJobs(board.address)
 
 
-def test_running_jobs_are_those_of_the_run_and_not_of_its_name(board):
+def test_running_jobs_are_selected_by_the_url_of_the_run_and_not_by_its_name(board):
     board.jobs = {
         "birds--1": job("birds--1", "FAILED"),
         "birds--2": job("birds--2", run="s3://other/birds"),
@@ -123,7 +123,7 @@ def test_running_jobs_are_those_of_the_run_and_not_of_its_name(board):
     assert RayJobs(board.address).running(RUN) == ["birds--3"]
 
 
-@pytest.mark.parametrize("silence", ["closed", "502", "429"])
+@pytest.mark.parametrize("failure", ["closed", "502", "429"])
 @pytest.mark.parametrize(
     ("ending", "code"),
     [
@@ -133,7 +133,7 @@ def test_running_jobs_are_those_of_the_run_and_not_of_its_name(board):
         ({"status": "STOPPED"}, LOST_EXIT),
     ],
 )
-def test_following_stands_a_connection_that_is_lost_for_a_while(board, ending, code, silence):
+def test_following_survives_a_temporary_loss_of_the_connection(board, ending, code, failure):
     board.jobs["birds--1"] = job("birds--1")
     board.logs["birds--1"] = "one\nhalf"
     lines = []
@@ -141,37 +141,37 @@ def test_following_stands_a_connection_that_is_lost_for_a_while(board, ending, c
     def on_line(line):
         lines.append(line)
         if line == "one":
-            board.is_silent, silent_since = silence, len(board.inputs)
+            board.failure, failed_at = failure, len(board.requests)
 
-            def come_back():
-                while len(board.inputs) < silent_since + 3:
+            def recover():
+                while len(board.requests) < failed_at + 3:
                     time.sleep(0.01)
                 board.jobs["birds--1"] = job("birds--1", **ending)
                 board.logs["birds--1"] = "one\nhalf a line\nlast"
-                board.is_silent = False
+                board.failure = None
 
-            threading.Thread(target=come_back, daemon=True).start()
+            threading.Thread(target=recover, daemon=True).start()
 
     assert RayJobs(board.address).follow("birds--1", on_line=on_line) == code
     assert lines == ["one", "half a line", "last"]
 
 
-def test_a_cluster_that_stays_away_is_a_named_error(board, monkeypatch):
-    monkeypatch.setattr(submission, "PATIENCE_S", 0.1)
+def test_an_unreachable_cluster_is_a_named_error(board, monkeypatch):
+    monkeypatch.setattr(submission, "UNREACHABLE_S", 0.1)
     board.jobs["birds--1"] = job("birds--1")
     jobs = RayJobs(board.address)
-    board.is_silent = "closed"
-    for question in (
+    board.failure = "closed"
+    for call in (
         lambda: jobs.follow("birds--1", on_line=print),
         lambda: jobs.state("birds--1"),
         lambda: jobs.running(RUN),
         lambda: jobs.submit("kind: transfer", RUN, "birds"),
     ):
-        with pytest.raises(WorkerError, match="gave no answer"):
-            question()
+        with pytest.raises(WorkerError, match="did not respond"):
+            call()
 
 
-def test_a_job_that_nobody_knows_is_said_at_once(board):
+def test_an_unknown_job_is_a_named_error_at_once(board):
     jobs = RayJobs(board.address)
-    with pytest.raises(WorkerError, match=r"refused: .*404"):
+    with pytest.raises(WorkerError, match=r"rejected the request: .*404"):
         jobs.follow("birds--9", on_line=print)

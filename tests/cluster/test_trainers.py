@@ -1,7 +1,6 @@
-"""The trainers' group: stages are done and stored, through deaths and up to the first named error.
+"""The trainers' worker group: trains stages, survives killed workers, stops on named errors.
 
-One group serves all tests here, since starting one takes longer than what they ask of it; the last
-test ends it.
+All tests share one group, since its start takes longer than its stages; the last test ends it.
 """
 
 import json
@@ -63,14 +62,14 @@ def test_a_stage_is_trained_by_all_workers_and_its_result_is_stored(store, undis
     }
 
 
-def test_stages_are_done_in_the_order_in_which_they_were_posted(group, store, undisturbed):
-    tickets = [group.post(training_stage(name)) for name in ("second", "third")]
-    third, second = group.wait(tickets[1]), group.wait(tickets[0])
+def test_stages_are_trained_in_the_order_of_posting(group, store, undisturbed):
+    indices = [group.post(training_stage(name)) for name in ("second", "third")]
+    third, second = group.wait(indices[1]), group.wait(indices[0])
     assert (second.name, third.name) == ("second", "third")
     assert second.ended <= third.started
 
 
-def test_a_killed_worker_costs_steps_but_not_a_bit_of_the_weights(group, store, undisturbed):
+def test_a_killed_worker_does_not_change_a_bit_of_the_weights(group, store, undisturbed):
     spec, killed = long_stage("disturbed"), []
 
     def kill_one(snapshot):
@@ -84,9 +83,9 @@ def test_a_killed_worker_costs_steps_but_not_a_bit_of_the_weights(group, store, 
     rows = [
         json.loads(line) for line in store.read(layout.metrics_key(spec.name)).decode().splitlines()
     ]
-    assert [row["step"] for row in rows] == list(range(1, 241)), "no row lost, none doubled"
+    assert [row["step"] for row in rows] == list(range(1, 241)), "no row is lost or duplicated"
     before = [row["step"] for row in rows if row["time"] < killed_at]
-    assert 20 <= len(before) < 240, "it went on from a checkpoint, and had to"
+    assert 20 <= len(before) < 240, "it had to resume from a checkpoint"
     assert pid not in {worker.pid for worker in workers_named("RayTrainWorker")}
     assert model(store, "disturbed") == model(store, "undisturbed")
     assert result.predictions == undisturbed.predictions
@@ -97,15 +96,15 @@ def model(store, stage):
     return contents(store, layout.stage_model_prefix(stage))
 
 
-def test_a_group_without_shards_to_read_holds_no_generator_back(mailbox, undisturbed):
+def test_a_group_that_reads_no_shards_reports_no_positions(mailbox, undisturbed):
     assert read_positions(mailbox) == {}
 
 
-def test_a_named_error_of_a_worker_reaches_the_driver_as_that_class_and_ends_the_group(group):
+def test_a_named_error_of_a_worker_reaches_the_driver_unwrapped_and_ends_the_group(group):
     doomed = training_stage("doomed", steps=30, optimizer=OptimizerConfig(learning_rate=1e30))
-    ticket, next_ticket = group.post(doomed), group.post(training_stage("never"))
+    index, next_index = group.post(doomed), group.post(training_stage("never"))
     with pytest.raises(NonFiniteLossError, match="stage doomed") as caught:
-        group.wait(ticket)
-    assert type(caught.value) is NonFiniteLossError  # and not Ray's own, which looks like it
+        group.wait(index)
+    assert type(caught.value) is NonFiniteLossError  # not Ray's imitation of it
     with pytest.raises(NumericsError):
-        group.wait(next_ticket)
+        group.wait(next_index)

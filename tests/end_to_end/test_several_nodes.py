@@ -132,7 +132,7 @@ def test_bad_ways_of_handing_in_are_named_errors(cluster, job):
         "submit", str(job), "--address", "http://127.0.0.1:1", f"run={cluster.run}"
     )
     assert refused.returncode == 2
-    assert "nobody answers at http://127.0.0.1:1;" in refused.stderr
+    assert "nothing listens at http://127.0.0.1:1;" in refused.stderr
     token = cluster.folder / "wrong"
     token.write_text("0" * 64)
     wrong = {**cluster.nodes.environment, "RAY_AUTH_TOKEN_PATH": str(token)}
@@ -140,7 +140,7 @@ def test_bad_ways_of_handing_in_are_named_errors(cluster, job):
         "submit", str(job), "--address", cluster.nodes.address, f"run={cluster.run}", env=wrong
     )
     assert refused.returncode == 2
-    assert "refused the token" in refused.stderr
+    assert "rejected the token" in refused.stderr
     assert "0000" not in refused.stderr
     refused = cluster.command(
         "submit", str(job), "--address", cluster.nodes.address, "run=runs/here"

@@ -186,7 +186,7 @@ def test_a_catalogue_by_its_path_is_the_list_itself(read, tmp_path):
         (hub_job(hub=[{"name": "a"}]), r"hub\.0: expert a: expected exactly one .*got none"),
         (hub_job(hub=[trained("a", model="x")]), "expert a: .*got model and train"),
         (hub_job(hub=[trained("A b")]), r"hub\.0\.name"),
-        (hub_job(hub=[trained("half")]), r"hub\.0\.name: half is a word that torch keeps"),
+        (hub_job(hub=[trained("half")]), r"hub\.0\.name: half is an attribute of torch's"),
         (hub_job(hub="nowhere.yaml"), r"hub: cannot read the catalogue nowhere\.yaml: No such"),
         (hub_job(hub="job.yaml"), r"job\.yaml: expected a list under the key hub"),
         (with_target(training={"steps": 2, "batch_size": 9}), r"target\.training: a batch of 9"),

@@ -1,4 +1,4 @@
-"""One rank in the test process, and two more in processes of their own, started once a session."""
+"""Fixtures: one rank in the test process, and two ranks in processes that the session shares."""
 
 import gc
 
@@ -21,17 +21,17 @@ from dist_tl.train.spec import StageSpec
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """More threads than cores only wait for each other, and rounding depends on their number."""
+    """One torch thread: rounding depends on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-# For the whole session: DeepSpeed keeps handles to the first group it sees.
+# One group per session, since DeepSpeed keeps handles to the first group.
 @pytest.fixture(scope="session")
 def alone():
-    """A world of one in the test process."""
+    """A process group of one rank in the test process."""
     join_on_cpu(0, 1)
     yield
     gc.unfreeze()
@@ -47,7 +47,7 @@ def two_ranks(tmp_path_factory):
 
 @pytest.fixture(params=[1, 2], ids=["one rank", "two ranks"])
 def ranks(request):
-    """Runs `function(rank, world_size, *arguments)` on every rank of worlds of one and of two."""
+    """Runs `function(rank, world_size, *arguments)` on every rank, at world sizes 1 and 2."""
     if request.param == 2:
         return request.getfixturevalue("two_ranks")
     request.getfixturevalue("alone")
@@ -55,8 +55,8 @@ def ranks(request):
 
 
 @pytest.fixture
-def place(tmp_path):
-    """Places of runs that hold the experts, by name."""
+def run_url(tmp_path):
+    """Returns the URL of a named run that holds the experts."""
 
     def with_experts(name, *, norm="group"):
         url = str(tmp_path / name)
@@ -98,11 +98,11 @@ def small_stage(*, norm="batch", steps=6, every_steps=2, engine=None, **fields):
 
 @pytest.fixture
 def stage_spec():
-    """Makes the specification of a stage of six steps on a few digits; fields can be replaced."""
+    """Builds the specification of a stage of six steps on a few digits; accepts other fields."""
     return small_stage
 
 
 @pytest.fixture
 def part_of_digits():
-    """The rows of a part of those digits: train, pool or test."""
+    """Builds the specification of a part of those digits: train, pool or test."""
     return rows_spec

@@ -1,6 +1,6 @@
-"""Two ranks in processes of their own, which stay and wait for work.
+"""Two ranks in long-lived processes.
 
-Not in conftest.py: there are several of that name, and a process finds its work by module.
+Not in conftest.py, since several modules have that name, and a process imports functions by module.
 """
 
 import gc
@@ -14,39 +14,39 @@ from torch import multiprocessing
 
 from dist_tl.train.engine import join_group
 
-PATIENCE_S = 120.0
+TIMEOUT_S = 120.0
 
 
 def join_on_cpu(rank, world_size, **fields):
-    """Join a group and get DeepSpeed ready, without a GPU where there is one: ranks share it."""
+    """Joins a group and imports DeepSpeed, on the CPU even if there is a GPU, which ranks share."""
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     with mock.patch.object(torch.cuda, "is_available", return_value=False):
         join_group(rank, world_size, **fields)
     with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):
         import deepspeed  # noqa: F401
-    # ZeRO-3 collects garbage for every engine: half a second among all that has been imported.
+    # ZeRO-3 collects garbage for every engine: half a second without the freeze.
     gc.collect()
     gc.freeze()
 
 
-def _serve(rank, rendezvous, orders, answers):
+def _serve(rank, rendezvous, calls, results):
     torch.set_num_threads(1)
-    join_on_cpu(rank, 2, rendezvous=rendezvous, timeout_s=PATIENCE_S)
-    while (order := orders.get()) is not None:
-        function, arguments = order
+    join_on_cpu(rank, 2, rendezvous=rendezvous, timeout_s=TIMEOUT_S)
+    while (call := calls.get()) is not None:
+        function, arguments = call
         try:
-            answers.put((function(rank, 2, *arguments), None))
+            results.put((function(rank, 2, *arguments), None))
         except BaseException:
-            answers.put((None, traceback.format_exc()))
+            results.put((None, traceback.format_exc()))
     dist.destroy_process_group()
 
 
 class TwoRanks:
-    """Two ranks that wait for work.
+    """Two ranks that run functions.
 
-    Calling it with a module-level function of a test file runs `function(rank, 2, *arguments)` on
-    both, and gives back their two results. What crosses must be plain values: a tensor would leave
-    its file behind when its process ends.
+    A call with a module-level function of a test file runs `function(rank, 2, *arguments)` on both
+    ranks and returns their results. Arguments and results must be plain values: a tensor's shared
+    memory is lost when its process ends.
     """
 
     def __init__(self, folder):
@@ -62,16 +62,16 @@ class TwoRanks:
             process.start()
 
     def __call__(self, function, *arguments):
-        for orders, _ in self._pipes:
-            orders.put((function, arguments))
-        results = [answers.get(timeout=PATIENCE_S) for _, answers in self._pipes]
-        for rank, (_, failure) in enumerate(results):
+        for calls, _ in self._pipes:
+            calls.put((function, arguments))
+        outcomes = [results.get(timeout=TIMEOUT_S) for _, results in self._pipes]
+        for rank, (_, failure) in enumerate(outcomes):
             assert failure is None, f"rank {rank}: {failure}"
-        return [result for result, _ in results]
+        return [result for result, _ in outcomes]
 
     def close(self):
-        for orders, _ in self._pipes:
-            orders.put(None)
+        for calls, _ in self._pipes:
+            calls.put(None)
         for process in self._processes:
             process.join(timeout=20)
             if process.is_alive():

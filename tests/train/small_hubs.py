@@ -1,6 +1,6 @@
-"""A few small experts as files, and hubs of them; shared by the tests of hubs.
+"""Small stored experts and hubs for the hub tests.
 
-Not in conftest.py: there are several of that name, and rank processes find it by module.
+Not in conftest.py, since several modules have that name, and rank processes import by module.
 """
 
 import safetensors.torch
@@ -21,9 +21,9 @@ MAKES = {
 }
 
 
-def put(store, place, files):
+def put(store, location, files):
     for name, data in files.items():
-        store.write(f"{place}/{name}", data)
+        store.write(f"{location}/{name}", data)
 
 
 def rng(seed):
@@ -35,7 +35,7 @@ def images(rows=20, seed=1):
 
 
 def pretrained(name, *, norm="group", shape=SHAPE):
-    """An expert that knows five other classes; its statistics are not those of a fresh one."""
+    """An expert for five other classes, with updated running statistics."""
     config = ResNetConfig(norm=norm, **MAKES[name])
     seed = EXPERTS.index(name)
     network = build_network(config, num_classes=5, image_shape=shape, rng=rng(seed))
@@ -67,8 +67,8 @@ def build(spec, url, seed=11):
     return build_model(spec, ObjectStore(url), image_shape=SHAPE, seed=seed)
 
 
-def stirred(module, seed=3):
-    """Weights away from where they start, where all routes are even."""
+def perturbed(module, seed=3):
+    """Adds noise to the initial weights, whose routes are uniform."""
     generator = rng(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -86,8 +86,8 @@ def assert_equal_states(one, two):
         assert torch.equal(value, two[name]), name
 
 
-def cached_twin(hub):
-    """The warm start that would leave the head, router and aggregator of `hub`."""
+def warm_start_files(hub):
+    """Returns warm-start files with the heads, router and aggregator of `hub`."""
     parts = ("router.", "aggregator.")
     own = {n: t for n, t in hub.state_dict().items() if n.startswith(parts) or ".head." in n}
     return {HUB_TENSORS: safetensors.torch.save({n: t.clone() for n, t in own.items()})}

@@ -1,4 +1,4 @@
-"""A checkpoint exists when COMMIT does, says what belongs to it, and is refused when it differs."""
+"""Checkpoints exist once COMMIT is written, list their files, and are rejected if they differ."""
 
 import json
 from collections import Counter
@@ -66,14 +66,14 @@ def engine(alone):
 
 @pytest.fixture
 def other(alone):
-    """An engine with other weights, into which a checkpoint can be restored."""
+    """An engine with other weights, to restore checkpoints into."""
     engine = new_engine(seed=1)
     yield engine
     engine.close()
 
 
 def save_steps(engine, checkpoints, *steps):
-    """Save at each of the steps; returns the weights then."""
+    """Saves a checkpoint at each step; returns the weights by step."""
     saved = {}
     for step in steps:
         take_step(engine)
@@ -83,7 +83,7 @@ def save_steps(engine, checkpoints, *steps):
 
 
 class DyingStore(ObjectStore):
-    """A machine that dies when a key that ends so is about to be written or deleted."""
+    """Raises before it writes a key with the suffix `dies_at`, or before it deletes a folder."""
 
     dies_at = "/COMMIT"
     dies_deleting = False
@@ -99,10 +99,10 @@ class DyingStore(ObjectStore):
         super().delete_all(prefix)
 
 
-# What exists.
+# Commit and restore.
 
 
-def test_a_stage_without_checkpoints_starts_at_the_beginning(store, engine):
+def test_a_stage_without_checkpoints_starts_at_step_0(store, engine):
     before = weights_of(engine)
     assert checkpoints_in(store).restore(engine) == TrainState(0, 0)
     assert weights_of(engine) == before
@@ -118,9 +118,7 @@ def test_the_last_committed_checkpoint_is_restored_with_its_cursor(store, engine
 
 
 @pytest.mark.parametrize("dies_at", ["/COMMIT", ".json", ".safetensors"])
-def test_a_machine_that_dies_before_commit_leaves_the_checkpoint_before(
-    store, engine, other, dies_at
-):
+def test_a_crash_before_commit_leaves_the_previous_checkpoint(store, engine, other, dies_at):
     saved = save_steps(engine, checkpoints_in(store), 4)
     dying = DyingStore(store.url)
     dying.dies_at = dies_at
@@ -131,7 +129,7 @@ def test_a_machine_that_dies_before_commit_leaves_the_checkpoint_before(
     assert weights_of(other) == saved[4]
 
 
-def test_remains_without_commit_are_ignored_and_swept_by_the_next_save(store, engine, other):
+def test_files_without_commit_are_ignored_and_removed_by_the_next_save(store, engine, other):
     with pytest.raises(StorageError):
         save_steps(engine, checkpoints_in(DyingStore(store.url)), 5)
     assert len(files_of(store, 5)) == 2
@@ -142,7 +140,7 @@ def test_remains_without_commit_are_ignored_and_swept_by_the_next_save(store, en
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_the_last_few_are_kept_and_the_rest_removed_with_their_files(store, engine, keep):
+def test_only_the_latest_checkpoints_are_kept(store, engine, keep):
     save_steps(engine, checkpoints_in(store, keep=keep), *range(10, 15))
     kept = list(range(10, 15))[-keep:]
     assert committed_steps(store) == kept
@@ -150,8 +148,8 @@ def test_the_last_few_are_kept_and_the_rest_removed_with_their_files(store, engi
     assert {layout.parse_checkpoint_step(key) for key in store.list(prefix)} == set(kept)
 
 
-def test_commit_goes_first_when_a_checkpoint_is_swept(store, engine):
-    """Half of a checkpoint must not pass for a whole one if the sweep is cut short."""
+def test_commit_is_deleted_first_when_a_checkpoint_is_removed(store, engine):
+    """An interrupted removal must not leave an incomplete checkpoint that looks committed."""
     save_steps(engine, checkpoints_in(store, keep=1), 1)
     dying = DyingStore(store.url)
     dying.dies_deleting = True
@@ -161,7 +159,7 @@ def test_commit_goes_first_when_a_checkpoint_is_swept(store, engine):
     assert len(files_of(store, 1)) == 2
 
 
-def test_clearing_leaves_nothing_and_no_other_stage_is_touched(store, engine):
+def test_clearing_removes_all_checkpoints_of_this_stage_only(store, engine):
     other_key = layout.commit_key("another", 1)
     store.write(other_key, b"{}")
     checkpoints = checkpoints_in(store)
@@ -170,14 +168,14 @@ def test_clearing_leaves_nothing_and_no_other_stage_is_touched(store, engine):
     assert store.list("stages") == [other_key]
 
 
-def test_saving_twice_at_a_step_is_harmless(store, engine, other):
+def test_a_step_can_be_saved_twice(store, engine, other):
     saved = save_steps(engine, checkpoints_in(store), 1)
     checkpoints_in(store).save(engine, TrainState(1, 1))
     checkpoints_in(store).restore(other)
     assert weights_of(other) == saved[1]
 
 
-def test_saves_are_due_at_multiples_and_never_if_so_asked(store):
+def test_saves_are_due_at_multiples_of_every_steps_and_never_if_disabled(store):
     assert [step for step in range(1, 8) if checkpoints_in(store, every_steps=3).is_due(step)] == [
         3,
         6,
@@ -185,7 +183,7 @@ def test_saves_are_due_at_multiples_and_never_if_so_asked(store):
     assert not any(checkpoints_in(store, every_steps=0).is_due(step) for step in range(1, 8))
 
 
-def test_the_time_that_training_is_held_up_is_counted(store, engine):
+def test_the_time_that_saves_block_training_is_counted(store, engine):
     checkpoints = checkpoints_in(store)
     save_steps(engine, checkpoints, 1)
     once = checkpoints.seconds_blocked
@@ -193,12 +191,12 @@ def test_the_time_that_training_is_held_up_is_counted(store, engine):
     assert 0 < once < checkpoints.seconds_blocked < 60
 
 
-# What is refused.
+# Rejected checkpoints.
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".json"])
 @pytest.mark.parametrize("damage", ["altered", "cut", "missing"])
-def test_a_damaged_file_is_refused_by_name(store, engine, other, suffix, damage):
+def test_a_damaged_file_is_rejected_by_name(store, engine, other, suffix, damage):
     save_steps(engine, checkpoints_in(store), 1, 2)
     [key] = [key for key in files_of(store, 2) if key.endswith(suffix)]
     data = bytearray(store.read(key))
@@ -207,32 +205,30 @@ def test_a_damaged_file_is_refused_by_name(store, engine, other, suffix, damage)
     if damage != "missing":
         store.write(key, bytes(data) if damage == "altered" else bytes(data[:-1]))
     before = weights_of(other)
-    with pytest.raises(CheckpointError, match=rf"{key} is .*delete .*step-00000002 to go on"):
+    with pytest.raises(CheckpointError, match=rf"{key} is .*delete .*step-00000002 to resume"):
         checkpoints_in(store).restore(other)
     assert weights_of(other) == before
-    store.delete_all(layout.checkpoint_prefix(STAGE, 2))  # the remedy that the message names
+    store.delete_all(layout.checkpoint_prefix(STAGE, 2))  # the remedy in the message
     assert checkpoints_in(store).restore(other) == TrainState(1, 1)
 
 
 @pytest.mark.parametrize(
     "damage", [b"{", b"[]", b'{"format": 2}', b'{"step": "x"}', b"\xff\xfe", b""]
 )
-def test_a_damaged_commit_is_refused_by_name(store, engine, other, damage):
+def test_a_damaged_commit_is_rejected_by_name(store, engine, other, damage):
     save_steps(engine, checkpoints_in(store), 1)
     store.write(layout.commit_key(STAGE, 1), damage)
     with pytest.raises(CheckpointError, match="step-00000001/COMMIT is damaged"):
         checkpoints_in(store).restore(other)
 
 
-def test_a_checkpoint_of_another_number_of_workers_is_refused_with_both_numbers(
-    store, engine, other
-):
+def test_a_checkpoint_of_another_world_size_is_rejected_with_both_sizes(store, engine, other):
     save_steps(engine, checkpoints_in(store), 1)
     with pytest.raises(CheckpointMismatchError, match=r"made by 1 workers, this job has 4; .*=1"):
         checkpoints_in(store, world_size=4).restore(other)
 
 
-def test_a_checkpoint_of_another_specification_is_refused_with_both_fingerprints(
+def test_a_checkpoint_of_another_specification_is_rejected_with_both_fingerprints(
     store, engine, other
 ):
     save_steps(engine, checkpoints_in(store), 1)
@@ -240,10 +236,10 @@ def test_a_checkpoint_of_another_specification_is_refused_with_both_fingerprints
         checkpoints_in(store, fingerprint="e" * 16).restore(other)
 
 
-def test_a_checkpoint_of_another_network_is_refused(store, engine):
+def test_a_checkpoint_of_another_network_is_rejected(store, engine):
     save_steps(engine, checkpoints_in(store), 1)
     wider = new_engine(width=8)
-    with pytest.raises(CheckpointMismatchError, match="other slices"):
+    with pytest.raises(CheckpointMismatchError, match="sharded differently"):
         checkpoints_in(store).restore(wider)
     wider.close()
 
@@ -263,7 +259,7 @@ def save_on(rank, world_size, url, zero_stage):
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_every_rank_writes_its_own_files_and_commit_names_them_all(two_ranks, store, zero_stage):
+def test_every_rank_writes_its_own_files_and_commit_lists_them_all(two_ranks, store, zero_stage):
     assert two_ranks(save_on, store.url, zero_stage) == [[1], [1]]
     folder = layout.checkpoint_prefix(STAGE, 1)
     written = {key.removeprefix(f"{folder}/") for key in files_of(store, 1)}
@@ -284,10 +280,10 @@ def test_the_files_of_all_ranks_cover_every_parameter_exactly_once(two_ranks, st
     for rank in (0, 1):
         index = json.loads(store.read(layout.rank_state_key(STAGE, 1, rank)))
         for name, part in index["slices"].items():
-            places = range(part["offset"], part["offset"] + part["length"])
-            held.update((name, place) for place in places)
+            elements = range(part["offset"], part["offset"] + part["length"])
+            held.update((name, element) for element in elements)
     sizes = {"0.weight": 35, "0.bias": 7, "2.weight": 21, "2.bias": 3}
-    assert held == Counter((name, place) for name, size in sizes.items() for place in range(size))
+    assert held == Counter((name, i) for name, size in sizes.items() for i in range(size))
 
 
 def restore_on(rank, world_size, url):
@@ -295,16 +291,16 @@ def restore_on(rank, world_size, url):
     try:
         return str(checkpoints_in(ObjectStore(url), rank=rank, world_size=2).restore(engine))
     except CheckpointError as error:
-        return f"refused: {error}"
+        return f"rejected: {error}"
     finally:
         engine.close()
 
 
-def test_ranks_refuse_a_damaged_commit_together(two_ranks, store):
-    """Were only one of them to raise, the others would wait for it."""
+def test_all_ranks_reject_a_damaged_commit(two_ranks, store):
+    """If only one rank raised, the others would wait for it."""
     two_ranks(save_on, store.url, 1)
     assert two_ranks(restore_on, store.url) == ["TrainState(step=1, cursor=1)"] * 2
     store.write(layout.commit_key(STAGE, 1), b"{")
     one, two = two_ranks(restore_on, store.url)
     assert one == two
-    assert one.startswith("refused:")
+    assert one.startswith("rejected:")

@@ -1,4 +1,4 @@
-"""One engine, whatever the ZeRO stage and the number of ranks: the same training, bit for bit."""
+"""The engine trains the same, bit for bit, at every ZeRO stage and after a restore."""
 
 import hashlib
 import math
@@ -30,7 +30,7 @@ STAGES = [0, 1, 2, 3]
 
 
 def network(seed=0, *, plain=False):
-    """Odd sizes, which no number of ranks divides; batch norm and dropout unless `plain`."""
+    """Odd sizes, not divisible by the world size; batch norm and dropout unless `plain`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         middle = [] if plain else [nn.BatchNorm2d(7), nn.Dropout(0.2)]
@@ -81,7 +81,7 @@ def checkpoints_in(url, rank, world_size):
 
 
 def continue_and_resume(rank, world_size, url, zero_stage, precision, offload):
-    """What the last steps came to without a stop, and after a stop in another process's place."""
+    """Returns losses and state of the last steps, uninterrupted and after a restore."""
     config = {"zero_stage": zero_stage, "precision": precision, "offload": offload}
     checkpoints = checkpoints_in(url, rank, world_size)
     torch.manual_seed(rank)
@@ -101,8 +101,8 @@ def continue_and_resume(rank, world_size, url, zero_stage, precision, offload):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("zero_stage", STAGES)
-def test_a_restored_run_goes_on_as_if_it_had_never_stopped(ranks, tmp_path, zero_stage, precision):
-    """Weights, moments, average, buffers, dropout and every later loss, bit for bit."""
+def test_a_restored_run_equals_an_uninterrupted_one(ranks, tmp_path, zero_stage, precision):
+    """Weights, moments, average, buffers, dropout and later losses are equal bit for bit."""
     for continued, resumed, state in ranks(
         continue_and_resume, str(tmp_path), zero_stage, precision, "none"
     ):
@@ -110,7 +110,7 @@ def test_a_restored_run_goes_on_as_if_it_had_never_stopped(ranks, tmp_path, zero
         assert resumed == continued
 
 
-def test_a_restored_run_with_offloaded_moments_goes_on_as_if_it_had_never_stopped(ranks, tmp_path):
+def test_a_restored_run_with_offloaded_moments_equals_an_uninterrupted_one(ranks, tmp_path):
     for zero_stage in (1, 2, 3):
         url = f"{tmp_path}/{zero_stage}"
         for continued, resumed, _ in ranks(continue_and_resume, url, zero_stage, "fp32", "cpu"):
@@ -135,7 +135,7 @@ def test_the_state_holds_weights_moments_average_buffers_and_generator(alone):
 
 
 class PartlyIdle(nn.Module):
-    """A frozen layer, a layer that nothing uses, and a buffer that is never saved."""
+    """A frozen layer, an unused layer, and a non-persistent buffer."""
 
     def __init__(self, seed=0):
         super().__init__()
@@ -176,7 +176,7 @@ def test_frozen_and_unused_parameters_are_kept_and_restored(ranks, zero_stage):
         assert resumed == continued
 
 
-def test_a_state_of_another_network_is_refused(alone):
+def test_a_state_of_another_network_is_rejected(alone):
     engine = engine_of(network())
     train(engine, 0, 1, 0)
     state = engine.local_state()
@@ -189,11 +189,11 @@ def test_a_state_of_another_network_is_refused(alone):
     averaging.close()
 
 
-# The same training as without an engine.
+# Comparison with a plain torch loop.
 
 
 def compare_with_plain_torch(rank, world_size, zero_stage, precision, clip_norm):
-    """Losses and final weights of the engine, and of a hand-written loop."""
+    """Returns losses and weight difference of the engine and a plain torch loop."""
     torch.manual_seed(rank)
     config = {"zero_stage": zero_stage, "precision": precision, "clip_norm": clip_norm}
     engine = engine_of(network(), **config)
@@ -222,8 +222,8 @@ def compare_with_plain_torch(rank, world_size, zero_stage, precision, clip_norm)
         optimizer.step()
         plain.append(loss.item())
     difference = max(
-        (mine - theirs.detach()).abs().max().item()
-        for mine, theirs in zip(weights, module.parameters(), strict=True)
+        (weight - parameter.detach()).abs().max().item()
+        for weight, parameter in zip(weights, module.parameters(), strict=True)
     )
     return losses, plain, difference
 
@@ -237,13 +237,13 @@ def test_training_equals_a_plain_torch_loop_bit_for_bit(ranks, zero_stage, preci
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)
-def test_clipping_equals_that_of_plain_torch_up_to_rounding(two_ranks, zero_stage):
+def test_clipping_equals_plain_torch_up_to_rounding(two_ranks, zero_stage):
     for losses, plain, _ in two_ranks(compare_with_plain_torch, zero_stage, "fp32", 0.05):
         assert losses == pytest.approx(plain, rel=1e-5)
 
 
 def with_small_buckets(config, batch_per_rank):
-    """Gradients are reduced while the backward pass goes on, as those of a large model are."""
+    """Small buckets: gradients are reduced during the backward pass, as in a large model."""
     settings = deepspeed_config(config, batch_per_rank)
     settings["zero_optimization"]["reduce_bucket_size"] = 8
     return settings
@@ -274,7 +274,7 @@ def losses_of_micro_batches(rank, world_size, zero_stage, offload, accumulation)
     ("zero_stage", "offload"),
     [*((stage, "none") for stage in STAGES), *((stage, "cpu") for stage in STAGES[1:])],
 )
-def test_two_accumulated_halves_equal_one_whole_batch(two_ranks, zero_stage, offload):
+def test_two_accumulated_halves_equal_one_full_batch(two_ranks, zero_stage, offload):
     whole = two_ranks(losses_of_micro_batches, zero_stage, "none", 1)
     halves = two_ranks(losses_of_micro_batches, zero_stage, offload, 2)
     for (one, updates), (two, updates_of_two) in zip(whole, halves, strict=True):
@@ -283,7 +283,7 @@ def test_two_accumulated_halves_equal_one_whole_batch(two_ranks, zero_stage, off
         assert one[-1] < 0.9 * one[0]
 
 
-def test_bf16_is_the_arithmetic_and_not_the_weights(alone):
+def test_bf16_changes_the_arithmetic_and_not_the_weights(alone):
     engine = engine_of(network(), precision="bf16")
     with engine.autocast():
         assert engine.module(batch(0, 0)[0]).dtype == torch.bfloat16
@@ -292,11 +292,11 @@ def test_bf16_is_the_arithmetic_and_not_the_weights(alone):
     engine.close()
 
 
-# The whole model out of its slices.
+# Gathering the full model.
 
 
 def gather(rank, world_size, zero_stage):
-    """The weights by `full_weights`, and those that the forward pass uses."""
+    """Returns the weights of `full_weights` and of the forward pass, and the buffers."""
     import deepspeed
 
     engine = engine_of(network(), zero_stage=zero_stage)
@@ -313,8 +313,8 @@ def gather(rank, world_size, zero_stage):
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)
-def test_full_weights_are_those_in_use_and_full_buffers_the_mean_over_ranks(ranks, zero_stage):
-    """So a model is the same on every rank, though each normalised its own share of a batch."""
+def test_full_weights_equal_the_forward_weights_and_buffers_are_means_over_ranks(ranks, zero_stage):
+    """The model is the same on every rank, although each rank normalises its own share."""
     results = ranks(gather, zero_stage)
     seen = [torch.tensor(buffers["1.running_mean"]) for _, _, buffers in results]
     for weights, used, buffers in results:
@@ -327,7 +327,7 @@ def test_full_weights_are_those_in_use_and_full_buffers_the_mean_over_ranks(rank
     assert len({tuple(mean.tolist()) for mean in seen}) == len(results)
 
 
-def follow(rank, world_size, zero_stage, decay):
+def average_on(rank, world_size, zero_stage, decay):
     engine = engine_of(network(), zero_stage=zero_stage, ema_decay=decay)
     names = [name for name, _ in engine.module.named_parameters()]
     weights = engine.full_weights()
@@ -347,12 +347,12 @@ def follow(rank, world_size, zero_stage, decay):
 @pytest.mark.parametrize("zero_stage", STAGES)
 def test_the_average_follows_its_recurrence(two_ranks, zero_stage):
     """e <- d e + (1 - d) w with d = min(decay, (1 + t) / (10 + t)) after step t."""
-    for off, far in two_ranks(follow, zero_stage, 0.28):  # the ramp passes it at step 3
+    for off, far in two_ranks(average_on, zero_stage, 0.28):  # the ramp exceeds it at step 3
         assert off < 1e-6
         assert far > 1e-3
 
 
-def look_for_nan(rank, world_size, zero_stage):
+def check_finite_on(rank, world_size, zero_stage):
     engine = engine_of(network(), zero_stage=zero_stage)
     before = engine.is_finite()
     if rank == world_size - 1:
@@ -363,14 +363,14 @@ def look_for_nan(rank, world_size, zero_stage):
 
 
 @pytest.mark.parametrize("zero_stage", STAGES)
-def test_all_ranks_hear_of_one_weight_that_is_not_finite(two_ranks, zero_stage):
-    assert two_ranks(look_for_nan, zero_stage) == [(True, False), (True, False)]
+def test_all_ranks_detect_a_non_finite_weight_on_one_rank(two_ranks, zero_stage):
+    assert two_ranks(check_finite_on, zero_stage) == [(True, False), (True, False)]
 
 
 # Learning rate, configuration, groups.
 
 
-def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
+def test_the_learning_rate_rises_linearly_and_falls_by_a_half_cosine():
     config = OptimizerConfig(learning_rate=2.0, warmup=0.2)
     rates = [learning_rate(config, step, 10) for step in range(10)]
     assert rates[:3] == [1.0, 2.0, 2.0]
@@ -380,23 +380,23 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
     assert rates[1:] == sorted(rates[1:], reverse=True)
 
 
-def test_a_constant_schedule_stays_and_no_warmup_starts_at_the_top():
+def test_a_constant_schedule_is_constant_and_no_warmup_starts_at_the_peak():
     constant = OptimizerConfig(learning_rate=2.0, warmup=0.0, schedule="constant")
     assert {learning_rate(constant, step, 7) for step in range(7)} == {2.0}
     assert learning_rate(OptimizerConfig(learning_rate=2.0, warmup=0.0), 0, 7) == 2.0
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 1.0])
-def test_a_stage_of_one_step_has_a_learning_rate(warmup):
+def test_a_stage_of_one_step_uses_the_peak_learning_rate(warmup):
     assert learning_rate(OptimizerConfig(learning_rate=2.0, warmup=warmup), 0, 1) == 2.0
 
 
-def test_offload_without_sharding_is_refused():
+def test_offload_without_sharding_is_rejected():
     with pytest.raises(ValidationError, match="offload cpu needs zero_stage >= 1, got 0"):
         EngineConfig(zero_stage=0, offload="cpu")
 
 
-def test_ranks_without_a_meeting_place_are_refused(monkeypatch):
+def test_ranks_without_a_rendezvous_are_rejected(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     with pytest.raises(ConfigError, match="2 ranks need a rendezvous"):
         join_group(0, 2)

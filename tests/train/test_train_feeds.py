@@ -1,4 +1,4 @@
-"""Which images are seen at which step, through which views: never a matter of the ranks."""
+"""Feeds: images and views of every step, independent of the number of ranks."""
 
 import itertools
 import re
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def images_of(numbers):
-    """An 8x8 grey image for each number, which can be told from all others."""
+    """A unique 8x8 grey image for each number."""
     rows = [np.random.default_rng(number).integers(0, 256, (8, 8, 1)) for number in numbers]
     return np.array(rows, dtype=np.uint8).reshape(-1, 8, 8, 1)
 
@@ -102,7 +102,7 @@ def feed_of(labelled, unlabelled=None, *, accumulation=1, seed=9):
 
 @pytest.mark.parametrize("size", [5, 8, 22, 64])
 def test_an_epoch_drops_no_row_and_repeats_none(size):
-    """Also where the batch is larger than the data, and where it does not divide it."""
+    """Also if the batch is larger than the data or does not divide it."""
     steps = steps_of(memory_rows(size), 3 * size)
     numbers = [number for step in steps for number in numbers_of(step)]
     epochs = [numbers[i : i + size] for i in range(0, 10 * size, size)]
@@ -110,13 +110,13 @@ def test_an_epoch_drops_no_row_and_repeats_none(size):
     assert len({tuple(epoch) for epoch in epochs}) == 10
 
 
-def test_rows_bring_their_own_images_and_labels():
+def test_rows_hold_the_images_and_labels_of_their_numbers():
     for lane in steps_of(memory_rows(), 1)[0]:
         np.testing.assert_array_equal(lane.images, images_of(lane.numbers))
         np.testing.assert_array_equal(lane.labels, lane.numbers % 3)
 
 
-def test_order_follows_seed_and_purpose():
+def test_seed_and_purpose_determine_the_order():
     def read(**fields):
         return [numbers_of(step) for step in steps_of(memory_rows(**fields), 6)]
 
@@ -126,8 +126,8 @@ def test_order_follows_seed_and_purpose():
 
 
 @pytest.mark.parametrize("cursor", [1, 5, 40])
-def test_rows_from_a_cursor_are_those_that_follow_it(shards, cursor):
-    """Also for a reader that has been elsewhere before."""
+def test_reading_from_a_cursor_equals_skipping_to_it(shards, cursor):
+    """Also for a reader that has read other steps before."""
     for make in (memory_rows, lambda: shard_rows(shards, "labelled")):
         rows = make()
         skipped = [numbers_of(step) for step in steps_of(rows, cursor + 3)][cursor:]
@@ -135,7 +135,7 @@ def test_rows_from_a_cursor_are_those_that_follow_it(shards, cursor):
         assert [numbers_of(step) for step in steps_of(rows, 3, cursor=cursor)] == skipped
 
 
-def test_no_rows_are_refused():
+def test_an_empty_data_set_is_rejected():
     with pytest.raises(ConfigError, match="at least one training image"):
         memory_rows(0)
 
@@ -143,7 +143,7 @@ def test_no_rows_are_refused():
 @pytest.mark.parametrize(
     ("batch_size", "named"), [(9, [8, 12]), (3, [4]), (0, [4]), (21, [20, 24])]
 )
-def test_a_batch_that_lanes_cannot_share_is_answered_with_sizes_that_work(batch_size, named):
+def test_an_indivisible_batch_is_rejected_with_valid_sizes(batch_size, named):
     with pytest.raises(ConfigError) as error:
         memory_rows(batch_size=batch_size)
     sizes = re.search(r"use a batch of (.*)", str(error.value))[1]
@@ -153,7 +153,7 @@ def test_a_batch_that_lanes_cannot_share_is_answered_with_sizes_that_work(batch_
 
 
 @pytest.mark.parametrize(("lanes", "world_size"), [(8, 3), (4, 8), (6, 4)])
-def test_lanes_that_ranks_cannot_share_are_answered_with_sizes_that_work(lanes, world_size):
+def test_indivisible_lanes_are_rejected_with_valid_numbers(lanes, world_size):
     with pytest.raises(ConfigError, match=f"{lanes} lanes .* {world_size} workers") as error:
         own_lanes(lanes, 0, world_size)
     workers, more = re.search(r"in \[(.*)\], or lanes=(\d+)", str(error.value)).groups()
@@ -171,7 +171,7 @@ def test_every_lane_belongs_to_one_rank(world_size):
 # Rows of shards.
 
 
-def test_rows_of_shards_are_those_of_the_order(shards):
+def test_rows_of_shards_follow_the_data_order(shards):
     for step, lanes in enumerate(steps_of(shard_rows(shards, "labelled"), 14)):
         expected = DataOrder(shards.labelled, seed=5).batch_numbers(step, 8)
         assert numbers_of(lanes) == expected.tolist()
@@ -180,7 +180,7 @@ def test_rows_of_shards_are_those_of_the_order(shards):
             assert set(lane.labels.tolist()) == {1}
 
 
-def test_shards_without_labels_cannot_be_learnt_from_as_if_they_had_some(shards):
+def test_shards_without_labels_are_rejected_as_labelled_rows(shards):
     feed = feed_of(shard_rows(shards, "soft"))
     with pytest.raises(ConfigError, match="no class labels"):
         next(feed.read_from(0))
@@ -189,8 +189,8 @@ def test_shards_without_labels_cannot_be_learnt_from_as_if_they_had_some(shards)
 # Batches.
 
 
-def whole_steps(make_rows, make_unlabelled, world_size, count=7, cursor=0):
-    """What all ranks together see at each step, in order of the lanes."""
+def global_steps(make_rows, make_unlabelled, world_size, count=7, cursor=0):
+    """Returns the batches of all ranks per step, concatenated in the order of the lanes."""
     readings = []
     for rank in range(world_size):
         labelled = make_rows(rank=rank, world_size=world_size)
@@ -226,7 +226,7 @@ def equal(one, two):
 
 
 @pytest.mark.parametrize("source", ["memory", "shards"])
-def test_any_number_of_ranks_sees_the_same_images_views_and_labels(shards, source):
+def test_images_views_and_labels_do_not_depend_on_the_number_of_ranks(shards, source):
     def labelled(**fields):
         return (
             memory_rows(**fields)
@@ -241,17 +241,17 @@ def test_any_number_of_ranks_sees_the_same_images_views_and_labels(shards, sourc
             else shard_rows(shards, "soft", **fields)
         )
 
-    alone = whole_steps(labelled, unlabelled, 1)
-    assert equal(whole_steps(labelled, unlabelled, 2), alone)
-    assert equal(whole_steps(labelled, unlabelled, 4), alone)
+    alone = global_steps(labelled, unlabelled, 1)
+    assert equal(global_steps(labelled, unlabelled, 2), alone)
+    assert equal(global_steps(labelled, unlabelled, 4), alone)
 
 
 def test_batches_from_a_cursor_equal_those_after_skipping(shards):
     def unlabelled(**fields):
         return shard_rows(shards, "soft", **fields)
 
-    from_start = whole_steps(memory_rows, unlabelled, 1, count=9)
-    assert equal(whole_steps(memory_rows, unlabelled, 1, count=4, cursor=5), from_start[5:])
+    from_start = global_steps(memory_rows, unlabelled, 1, count=9)
+    assert equal(global_steps(memory_rows, unlabelled, 1, count=4, cursor=5), from_start[5:])
 
 
 def test_a_batch_holds_weak_views_of_its_rows_and_two_views_of_the_unlabelled():
@@ -281,7 +281,7 @@ def test_views_change_from_step_to_step_and_with_the_seed():
     assert torch.equal(one.images, two.images)
 
 
-def test_lanes_draw_views_of_their_own():
+def test_lanes_draw_independent_views():
     def twelve_times(**fields):
         return memory_rows(1, batch_size=12, lanes=12, **fields)
 
@@ -291,7 +291,7 @@ def test_lanes_draw_views_of_their_own():
     assert not torch.equal(batch.images, batch.weak)
 
 
-def test_unlabelled_rows_do_not_change_what_is_seen_of_the_labelled():
+def test_unlabelled_rows_do_not_change_the_labelled_batches():
     with_them = feed_of(memory_rows(), memory_unlabelled()).read_from(0)
     without = feed_of(memory_rows()).read_from(0)
     for _ in range(6):
@@ -304,20 +304,20 @@ def test_unlabelled_rows_do_not_change_what_is_seen_of_the_labelled():
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
-def test_micro_batches_together_are_the_batch(accumulation):
-    [whole] = next(feed_of(memory_rows(), memory_unlabelled()).read_from(2))
+def test_micro_batches_concatenate_to_the_batch(accumulation):
+    [full] = next(feed_of(memory_rows(), memory_unlabelled()).read_from(2))
     feed = feed_of(memory_rows(), memory_unlabelled(), accumulation=accumulation)
     parts = next(feed.read_from(2))
     assert len(parts) == accumulation
     for name in ("images", "labels", "weak", "strong"):
         together = torch.cat([getattr(part, name) for part in parts])
-        assert torch.equal(together, getattr(whole, name))
-    assert sum((part.numbers for part in parts), ()) == whole.numbers
-    assert sum((part.lanes for part in parts), ()) == whole.lanes
+        assert torch.equal(together, getattr(full, name))
+    assert sum((part.numbers for part in parts), ()) == full.numbers
+    assert sum((part.lanes for part in parts), ()) == full.lanes
 
 
-def test_unlabelled_rows_may_lie_on_another_number_of_lanes(shards):
-    """No row is lost where the shards were packed for more lanes than the stage has."""
+def test_unlabelled_rows_may_have_another_number_of_lanes(shards):
+    """No row is lost if the shards have more lanes than the stage."""
     rows = memory_rows(batch_size=8, lanes=2)
     [batch] = next(feed_of(rows, shard_rows(shards, "soft", batch_size=16)).read_from(0))
     expected = DataOrder(shards.soft, seed=5).batch_numbers(0, 16)
@@ -325,12 +325,13 @@ def test_unlabelled_rows_may_lie_on_another_number_of_lanes(shards):
     assert len(batch.weak) == 16
 
 
-def test_lanes_that_micro_batches_cannot_share_are_refused():
-    with pytest.raises(ConfigError, match=r"4 lanes a worker .* 3 micro-batches; .* workers \* 3"):
+def test_lanes_not_divisible_by_micro_batches_are_rejected():
+    message = r"4 lanes per worker .* 3 micro-batches; .* workers \* 3"
+    with pytest.raises(ConfigError, match=message):
         next(feed_of(memory_rows(), accumulation=3).read_from(0))
 
 
-def test_waiting_is_counted_over_both_kinds_of_rows():
+def test_seconds_starved_sums_both_kinds_of_rows():
     waits = [SimpleNamespace(seconds_starved=seconds) for seconds in (1.5, 2.0)]
     assert feed_of(*waits).seconds_starved == 3.5
     assert feed_of(waits[0]).seconds_starved == 1.5

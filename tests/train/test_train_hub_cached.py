@@ -1,4 +1,4 @@
-"""Learning on cached features is learning on frozen trunks; the hub takes over what is learnt."""
+"""Training on cached features equals training on frozen trunks, and initialises the hub."""
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ from small_hubs import (
     build,
     images,
     new_hub,
+    perturbed,
     put,
     rng,
     source,
     state_of,
-    stirred,
 )
 
 from dist_tl.errors import ConfigError
@@ -30,34 +30,34 @@ from dist_tl.train.hub_model import NewExpert, build_expert
 from dist_tl.train.models import model_files
 
 
-def columns(networks):
-    offset, found = SHAPE[1] * SHAPE[2], []
+def cached_features(networks):
+    offset, columns = SHAPE[1] * SHAPE[2], []
     for name, network in networks.items():
-        found.append(CachedFeatures(name=name, offset=offset, width=network.num_features))
+        columns.append(CachedFeatures(name=name, offset=offset, width=network.num_features))
         offset += network.num_features
-    return tuple(found)
+    return tuple(columns)
 
 
 def rows_of(networks, x):
-    """Images with what every frozen trunk makes of them, as cached rows are."""
+    """Returns rows: images and the features of every frozen trunk, as in the cache."""
     with torch.no_grad():
         parts = [network.eval().features(x) for network in networks.values()]
     return torch.cat([x.flatten(1), *parts], dim=1)[:, :, None, None]
 
 
 def cached(url, seed=11, **routes):
-    """A hub on cached features, and the experts whose features they are."""
+    """Returns a hub on cached features, and the experts that computed them."""
     store = ObjectStore(url)
     networks = {
         name: build_expert(source(name), store, num_classes=CLASSES, image_shape=SHAPE, seed=seed)
         for name in EXPERTS
     }
-    spec = CachedHub(hub=new_hub(**routes), features=columns(networks), image_shape=SHAPE)
+    spec = CachedHub(hub=new_hub(**routes), features=cached_features(networks), image_shape=SHAPE)
     return build(spec, url, seed), networks
 
 
 def learn(module, x, y, draws, steps=4):
-    """Plain gradient descent on what can be learnt, by the whole loss."""
+    """Plain gradient descent on the trainable parameters, with the full hub loss."""
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.5)
     losses = []
     for _ in range(steps):
@@ -71,8 +71,8 @@ def learn(module, x, y, draws, steps=4):
 
 
 @pytest.mark.parametrize("by", ["input", "static", "random"])
-def test_learning_on_cached_features_is_learning_with_frozen_trunks(place, by):
-    url, x = place("run"), images(24)
+def test_training_on_cached_features_equals_training_with_frozen_trunks(run_url, by):
+    url, x = run_url("run"), images(24)
     y, draws = torch.arange(24) % CLASSES, torch.randn(24, 3, generator=rng(4))
     light, networks = cached(url, k=2, by=by)
     rows = rows_of(networks, x)
@@ -89,10 +89,10 @@ def test_learning_on_cached_features_is_learning_with_frozen_trunks(place, by):
 
 
 @pytest.mark.parametrize("by", ["input", "static", "random"])
-def test_a_hub_takes_its_warm_start_over_bit_for_bit_and_keeps_the_trunks(place, by):
-    url = place("run")
+def test_a_hub_loads_its_warm_start_bit_for_bit_and_keeps_the_trunks(run_url, by):
+    url = run_url("run")
     light, _ = cached(url, k=2, by=by)
-    put(ObjectStore(url), "warm", model_files(stirred(light)))
+    put(ObjectStore(url), "warm", model_files(perturbed(light)))
     hub, cold = (build(new_hub(k=2, by=by, warm=warm), url) for warm in ("warm", None))
     trained = {n.replace("router.router", "router"): t for n, t in light.state_dict().items()}
     for name, value in hub.state_dict().items():
@@ -102,22 +102,22 @@ def test_a_hub_takes_its_warm_start_over_bit_for_bit_and_keeps_the_trunks(place,
         assert fixed or not torch.equal(value, cold.state_dict()[name]), name
 
 
-def test_an_expert_takes_its_warm_head_over_bit_for_bit(place):
-    url, x = place("run"), images()
+def test_an_expert_loads_its_warm_head_bit_for_bit(run_url):
+    url, x = run_url("run"), images()
     spec = NewExpert(expert=source("wide"), num_classes=CLASSES)
     alone = build(spec, url)
-    features = columns({"wide": alone})[0]
+    features = cached_features({"wide": alone})[0]
     head = build(CachedExpert(features=features, num_classes=CLASSES), url)
     rows = rows_of({"wide": alone}, x)
     torch.testing.assert_close(head(rows), alone.eval()(x), atol=1e-5, rtol=0)
-    put(ObjectStore(url), "warm", model_files(stirred(head)))
+    put(ObjectStore(url), "warm", model_files(perturbed(head)))
     warm = build(spec.model_copy(update={"warm": "warm"}), url)
     assert_equal_states(state_of(warm.head), state_of(head.head))
     assert_equal_states(state_of(warm.trunk), state_of(alone.trunk))
 
 
-def test_a_warm_start_of_another_hub_is_refused(place):
-    url = place("run")
+def test_a_warm_start_of_another_hub_is_rejected(run_url):
+    url = run_url("run")
     store = ObjectStore(url)
     light, _ = cached(url, k=2)
     put(store, "warm", model_files(light))
@@ -136,7 +136,7 @@ def test_a_warm_start_of_another_hub_is_refused(place):
 
 
 class Unusual(torch.nn.Module):
-    """A trunk as libraries make them: a part called head, a buffer not saved, a weight shared."""
+    """A trunk with a part named head, a non-persistent buffer and a shared weight."""
 
     def __init__(self, trunk):
         super().__init__()
@@ -150,8 +150,8 @@ class Unusual(torch.nn.Module):
         return self.head(x)
 
 
-def test_a_warm_start_knows_heads_from_parts_of_trunks_that_are_called_so(place, monkeypatch):
-    url = place("run")
+def test_a_warm_start_ignores_parts_of_trunks_that_are_named_head(run_url, monkeypatch):
+    url = run_url("run")
     make = hub_model.build_network
 
     def unusual(*arguments, **fields) -> Network:
@@ -167,7 +167,7 @@ def test_a_warm_start_knows_heads_from_parts_of_trunks_that_are_called_so(place,
     monkeypatch.setattr(hub_model, "build_network", unusual)
     monkeypatch.setattr(hub_model, "load_network", unusual_load)
     light, _ = cached(url, k=2)
-    put(ObjectStore(url), "warm", model_files(stirred(light)))
+    put(ObjectStore(url), "warm", model_files(perturbed(light)))
     hub = build(new_hub(k=2, warm="warm"), url)
     assert isinstance(hub, HubPathway)
     for name in EXPERTS:

@@ -1,4 +1,4 @@
-"""A hub as files: what comes back, what is read alone, and experts that cannot be used."""
+"""Files of a hub: round trip, partial reads, and invalid experts."""
 
 import pytest
 import torch
@@ -8,10 +8,10 @@ from small_hubs import (
     build,
     images,
     new_hub,
+    perturbed,
     pretrained,
     put,
     source,
-    stirred,
 )
 from torch.nn import functional
 
@@ -32,7 +32,7 @@ from dist_tl.train.models import model_files
 
 
 def some_hub(url, **routes):
-    """A hub of a plain expert, one for coloured larger images, and one cut open at a block."""
+    """A hub with a plain expert, one for larger RGB images, one with a tap, one of a library."""
     coloured = pretrained("wide", shape=(3, 10, 10))
     put(ObjectStore(url), "coloured", model_files(coloured))
     inputs = InputConfig(resize=10, grey_to_rgb=True)
@@ -42,12 +42,12 @@ def some_hub(url, **routes):
         source("cut", model="experts/deep", tap=0),
         source("library", model=None, network=ResNetConfig(width=2, blocks=(1,))),
     )
-    return stirred(build(new_hub(sources=sources, **routes), url))
+    return perturbed(build(new_hub(sources=sources, **routes), url))
 
 
 @pytest.mark.parametrize("by", ["input", "static", "random"])
-def test_a_stored_hub_comes_back_with_the_same_routes_and_logits_bit_for_bit(place, by):
-    url = place("run")
+def test_a_loaded_hub_has_the_same_routes_and_logits_bit_for_bit(run_url, by):
+    url = run_url("run")
     hub = some_hub(url, k=2, by=by).eval()
     put(ObjectStore(url), "hub", hub_files(hub))
     again = load_hub(ObjectStore(url), "hub")
@@ -64,8 +64,8 @@ def test_a_stored_hub_comes_back_with_the_same_routes_and_logits_bit_for_bit(pla
     assert hub_files(again) == hub_files(hub)
 
 
-def test_preprocessing_and_the_tap_do_what_they_say(place):
-    hub = some_hub(place("run"), k=2).eval()
+def test_preprocessing_and_tap_equal_a_manual_computation(run_url):
+    hub = some_hub(run_url("run"), k=2).eval()
     x = images(5)
     wanted = functional.interpolate(x, size=(10, 10), mode="bilinear", antialias=True)
     coloured, cut = hub.experts["coloured"], hub.experts["cut"]
@@ -75,7 +75,7 @@ def test_preprocessing_and_the_tap_do_what_they_say(place):
     assert cut.num_features == block.shape[1]
     fresh = build_expert(
         source("cut", model="experts/deep", tap=0),
-        ObjectStore(place("run")),
+        ObjectStore(run_url("run")),
         num_classes=CLASSES,
         image_shape=SHAPE,
         seed=0,
@@ -83,8 +83,8 @@ def test_preprocessing_and_the_tap_do_what_they_say(place):
     torch.testing.assert_close(fresh.features(x), functional.normalize(block))
 
 
-def test_one_expert_is_read_without_the_others_and_the_router_without_any(place):
-    url = place("run")
+def test_an_expert_is_read_without_the_others_and_the_router_without_experts(run_url):
+    url = run_url("run")
     hub, store = some_hub(url, k=2).eval(), ObjectStore(url)
     put(store, "hub", hub_files(hub))
     for name in ("plain", "coloured", "library"):
@@ -93,33 +93,33 @@ def test_one_expert_is_read_without_the_others_and_the_router_without_any(place)
     assert not cut.training
     assert torch.equal(cut(images()), hub.experts["cut"](images()))
     store.delete_all("hub/experts/cut/")
-    rest = load_router(store, "hub")
-    assert torch.equal(rest.router(images()), hub.router(images()))
-    assert torch.equal(rest.aggregator.weight, hub.aggregator.weight)
+    parts = load_router(store, "hub")
+    assert torch.equal(parts.router(images()), hub.router(images()))
+    assert torch.equal(parts.aggregator.weight, hub.aggregator.weight)
     with pytest.raises(ConfigError, match="no expert tree; it has plain, coloured, cut, library"):
         load_expert(store, "hub", "tree")
     with pytest.raises(ConfigError, match="no model at"):
         load_hub(store, "hub")
 
 
-@pytest.mark.parametrize("where", [".", "url", "relative"])
-def test_a_hub_is_found_in_the_folder_itself_and_by_url(place, tmp_path, monkeypatch, where):
-    """As the card beside every exported hub says: load_hub(ObjectStore(FOLDER), '.')."""
-    url = place("run")
+@pytest.mark.parametrize("kind", [".", "url", "relative"])
+def test_a_hub_is_loaded_from_its_own_folder_and_by_url(run_url, tmp_path, monkeypatch, kind):
+    """The card of an exported hub documents: load_hub(ObjectStore(FOLDER), '.')."""
+    url = run_url("run")
     hub = build(new_hub(k=2), url).eval()
     put(ObjectStore(tmp_path), "hub", hub_files(hub))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    store, at = {
+    store, location = {
         ".": (ObjectStore(tmp_path / "hub"), "."),
         "url": (ObjectStore(url), f"file://{tmp_path}/hub"),
         "relative": (ObjectStore(url), "../hub"),
-    }[where]
-    assert torch.equal(load_hub(store, at)(images()), hub(images()))
+    }[kind]
+    assert torch.equal(load_hub(store, location)(images()), hub(images()))
 
 
-def test_a_hub_that_is_damaged_or_another_is_refused_by_name(place):
-    store = ObjectStore(place("run"))
+def test_a_damaged_or_mixed_hub_is_rejected_by_name(run_url):
+    store = ObjectStore(run_url("run"))
     hub = build(new_hub(k=2), store.url)
     put(store, "hub", hub_files(hub))
     small = build(new_hub(("plain", "wide"), k=2), store.url)
@@ -134,11 +134,11 @@ def test_a_hub_that_is_damaged_or_another_is_refused_by_name(place):
         load_hub(store, "hub")
 
 
-# Experts that cannot be used.
+# Invalid experts.
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"model": "experts/none"}, "no model at .*experts/none"),
         ({"model": None}, "exactly one of model"),
@@ -153,8 +153,8 @@ def test_a_hub_that_is_damaged_or_another_is_refused_by_name(place):
         ({"model": None, "network": ResNetConfig(blocks=(1, 1, 1, 1, 1))}, "fewer stages"),
     ],
 )
-def test_an_expert_that_cannot_be_used_is_named_with_the_reason(place, fields, told):
-    url = place("run")
+def test_an_invalid_expert_is_named_with_the_reason(run_url, fields, message):
+    url = run_url("run")
     hub = some_hub(url, k=2)
     for name, kind in (("coloured", "adapted"), ("cut", "cut")):
         put(ObjectStore(url), kind, model_files(hub.experts[name]))
@@ -163,11 +163,11 @@ def test_an_expert_that_cannot_be_used_is_named_with_the_reason(place, fields, t
         new_hub(sources=(source("wide"), bad), k=1),
         NewExpert(expert=bad, num_classes=CLASSES),
     ):
-        with pytest.raises(ConfigError, match=rf"expert plain: .*{told}"):
+        with pytest.raises(ConfigError, match=rf"expert plain: .*{message}"):
             build(spec, url)
 
 
 @pytest.mark.parametrize("name", ["values", "half", "cpu", "train", "training", "pop"])
-def test_a_name_that_torch_keeps_for_itself_is_refused(name):
+def test_a_name_of_a_torch_attribute_is_rejected(name):
     with pytest.raises(ValueError, match=f"{name}.*another name"):
         source(name)

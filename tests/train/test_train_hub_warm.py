@@ -1,4 +1,4 @@
-"""A hub job's warm start, task by task and stage by stage, as workers do it but in one process."""
+"""The warm start of a hub job: all its tasks and stages, run in one process."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def job():
 
 @pytest.fixture(scope="module")
 def plan(job, alone, tmp_path_factory):
-    """After the experts' own trainings, their features, and the shards of rows."""
+    """The plan after pretraining, feature computation and row shards."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     plan = HubPlan(job, ObjectStore(tmp_path_factory.mktemp("run")))
@@ -104,7 +104,7 @@ def train(plan, specs):
     return [run_stage(spec, plan.store, rank=0, world_size=1) for spec in specs]
 
 
-def test_rows_are_images_and_what_each_expert_makes_of_them(plan):
+def test_rows_hold_images_and_the_features_of_each_expert(plan):
     [task, pick] = warm_plan(plan).cached_rows()
     data = load_rows(task.inputs.rows)
     assert len(committed_indices(plan.store, task.inputs.plan.stage)) == 5  # of 24 rows
@@ -135,7 +135,7 @@ def test_rows_are_images_and_what_each_expert_makes_of_them(plan):
     assert {i.tobytes() for i in kept.images} < {i.tobytes() for i in data.images}
 
 
-def test_what_the_warm_start_learnt_is_where_the_arms_begin(plan):
+def test_the_arms_start_from_the_weights_of_the_warm_start(plan):
     starts = {spec.name: spec for spec in warm_plan(plan).starts(0)}
     assert set(starts) == {
         f"warm-{name}-seed0"
@@ -164,25 +164,25 @@ def test_what_the_warm_start_learnt_is_where_the_arms_begin(plan):
 
 
 def test_all_arms_are_trained_evaluated_and_timed(plan):
-    """What the page says of a hub is what the stored hub does to the test rows."""
+    """The reported figures of a hub equal those of the stored hub on the test rows."""
     train(plan, [*warm_plan(plan).starts(0), *plan.picks(0), *plan.singles(0)])
     specs = [plan.arm(arm, 0, best="large") for arm in plan.model_arms()]
     results = dict(zip((spec.name for spec in specs), train(plan, specs), strict=True))
-    answers = {task.name: evaluate(task.inputs, plan.store) for task in plan.evaluations()}
-    assert set(answers) == {
+    outputs = {task.name: evaluate(task.inputs, plan.store) for task in plan.evaluations()}
+    assert set(outputs) == {
         "evaluate-ensemble-seed0",
         "evaluate-hub_k1-seed0",
         "evaluate-random_k1-seed0",
     }
     for name in ("hub_k1", "random_k1"):
-        found = answers[f"evaluate-{name}-seed0"]
-        assert found.predictions == results[f"{name}-seed0"].predictions
-        assert found.correct == results[f"{name}-seed0"].correct
-        assert all(sum(weight > 0 for weight in row) == 1 for row in found.weights)
+        output = outputs[f"evaluate-{name}-seed0"]
+        assert output.predictions == results[f"{name}-seed0"].predictions
+        assert output.correct == results[f"{name}-seed0"].correct
+        assert all(sum(weight > 0 for weight in row) == 1 for row in output.weights)
         hub = load_hub(plan.store, layout.stage_model_prefix(f"{name}-seed0"))
         with torch.no_grad():
             paths = Paths(*hub(load_rows(plan.rows(0, "test")).tensor(), detailed=True))
-        assert torch.equal(torch.tensor(found.weights), paths.weight_BM)
+        assert torch.equal(torch.tensor(output.weights), paths.weight_BM)
 
     members = [
         load_network(read_model_files(plan.store, layout.stage_model_prefix(spec.name))).eval()
@@ -191,12 +191,12 @@ def test_all_arms_are_trained_evaluated_and_timed(plan):
     with torch.no_grad():
         x = load_rows(plan.rows(0, "test")).tensor()
         mean = sum(member(x).softmax(dim=1) for member in members) / 2
-    assert answers["evaluate-ensemble-seed0"].predictions == tuple(mean.argmax(dim=1).tolist())
+    assert outputs["evaluate-ensemble-seed0"].predictions == tuple(mean.argmax(dim=1).tolist())
 
     student = load_network(
         read_model_files(plan.store, layout.stage_model_prefix("distilled-seed0"))
     )
-    assert student.config.kind == "adapted"  # of the make of the best one, `large`
+    assert student.config.kind == "adapted"  # the architecture of the best expert, `large`
     times = measure_time(plan.timing("large").inputs, plan.store)
     assert set(times.microseconds) == {arm.name for arm in plan.job.arms}
     assert set(times.multiply_adds) == {"best_single", "distilled"}

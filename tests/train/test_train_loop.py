@@ -1,4 +1,4 @@
-"""The record of a training run: means over ranks, early warnings, and nothing lost at a stop."""
+"""The training loop and its record: means over ranks, non-finite losses, checkpoints."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from dist_tl.train.loop import StepRecord, fit, read_rows
 
 
 class Sink:
-    """Where metric rows go: what a store would hold."""
+    """Keeps the stored metric rows in memory."""
 
     data = b""
 
@@ -55,7 +55,7 @@ def test_every_step_has_a_row_with_the_mean_of_its_micro_batches(sink):
     assert record.last_loss == 7.5
 
 
-def test_rows_tell_the_seconds_since_the_stage_began(sink, monkeypatch):
+def test_rows_hold_the_seconds_since_the_start_of_the_stage(sink, monkeypatch):
     clock = iter([103.0, 104.5])
     record = StepRecord(MetricsLog(sink), stage="s", every=9, started=100.0)
     monkeypatch.setattr("dist_tl.train.loop.time", SimpleNamespace(time=lambda: next(clock)))
@@ -66,8 +66,8 @@ def test_rows_tell_the_seconds_since_the_stage_began(sink, monkeypatch):
     assert record.first_step_at == 103.0
 
 
-def test_settling_puts_all_rows_into_the_store(sink):
-    """Or a stage that is killed after a checkpoint would go on with a hole in its curve."""
+def test_settle_stores_all_rows(sink):
+    """Otherwise a stage killed after a checkpoint would resume with a gap in its curve."""
     record = record_into(sink, every=100)
     for step in (1, 2, 3):
         record.add(step, [part(1.0)], 0.0)
@@ -79,7 +79,7 @@ def test_settling_puts_all_rows_into_the_store(sink):
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_stops_with_stage_and_step_and_keeps_what_led_there(sink, loss):
+def test_a_non_finite_loss_raises_with_stage_and_step_and_stores_the_rows_before(sink, loss):
     record = record_into(sink)
     for step, value in enumerate([1.0, 2.0, loss, 3.0], start=1):
         record.add(step, [part(value)], 0.0)
@@ -88,7 +88,7 @@ def test_a_loss_that_is_not_finite_stops_with_stage_and_step_and_keeps_what_led_
     assert [row["loss"] for row in sink.rows] == [1.0, 2.0]
 
 
-def test_the_first_loss_is_looked_at_once_and_later_ones_together(sink):
+def test_the_first_loss_is_checked_at_once_and_later_ones_together(sink):
     with pytest.raises(NonFiniteLossError, match="step 1"):
         record_into(sink).add(1, [part(math.nan)], 0.0)
     record = record_into(sink, every=3)
@@ -99,7 +99,7 @@ def test_the_first_loss_is_looked_at_once_and_later_ones_together(sink):
         record.add(4, [part(1.0)], 0.0)
 
 
-def test_weights_that_are_not_finite_are_never_worth_keeping(sink):
+def test_non_finite_weights_are_rejected_before_a_checkpoint(sink):
     record = record_into(sink)
     record.add(6, [part(1.0)], 0.0)
     broken = SimpleNamespace(is_finite=lambda: False, num_updates=6)
@@ -107,18 +107,21 @@ def test_weights_that_are_not_finite_are_never_worth_keeping(sink):
         record.settle(broken)
 
 
-def test_progress_is_told_with_every_flush_and_as_soon_as_the_position_moves(sink):
-    told, at = [], SimpleNamespace(shard=0)
+def test_progress_is_reported_on_every_flush_and_position_change(sink):
+    reports, stream = [], SimpleNamespace(shard=0)
     record = record_into(
-        sink, every=3, position=lambda: at.shard, on_progress=lambda *news: told.append(news)
+        sink,
+        every=3,
+        position=lambda: stream.shard,
+        on_progress=lambda *report: reports.append(report),
     )
     for step, shard in enumerate([0, 0, 4, 4, 4, 5, 5], start=1):
-        at.shard = shard
+        stream.shard = shard
         record.add(step, [part(10.0 * step)], 0.0)
-    assert told == [(1, 10.0, 0), (3, 10.0, 4), (4, 40.0, 4), (6, 40.0, 5), (7, 70.0, 5)]
+    assert reports == [(1, 10.0, 0), (3, 10.0, 4), (4, 40.0, 4), (6, 40.0, 5), (7, 70.0, 5)]
 
 
-def lose_on_rank_one(rank, world_size):
+def diverge_on_rank_one(rank, world_size):
     rows = Sink()
     record = StepRecord(MetricsLog(rows), stage="s", every=2, started=0.0)
     record.add(1, [part(1.0 + 2.0 * rank)], 0.0)
@@ -129,15 +132,15 @@ def lose_on_rank_one(rank, world_size):
         return str(error), [row["loss"] for row in rows.rows]
 
 
-def test_losses_are_means_over_ranks_and_one_bad_rank_stops_them_all(two_ranks):
-    one, two = two_ranks(lose_on_rank_one)
+def test_losses_are_means_over_ranks_and_a_non_finite_one_stops_all_ranks(two_ranks):
+    one, two = two_ranks(diverge_on_rank_one)
     assert one == two
     assert "the loss is nan at step 3" in one[0]
     assert one[1] == [2.0, 4.0]
 
 
-class Script:
-    """An engine, a feed and checkpoints that write down what is asked of them."""
+class Recorder:
+    """An engine, a feed and checkpoints in one that record their calls."""
 
     module = None
 
@@ -173,41 +176,41 @@ class Script:
         return torch.tensor(1.0), {}
 
 
-def run(script, state, num_steps, sink):
+def run(recorder, state, num_steps, sink):
     return fit(
-        script,
-        script.objective,
-        script,
+        recorder,
+        recorder.objective,
+        recorder,
         state,
         num_steps=num_steps,
-        checkpoints=script,
+        checkpoints=recorder,
         record=record_into(sink),
     )
 
 
-def test_each_micro_batch_goes_back_and_the_last_step_is_not_saved(sink):
-    script = Script(micro_batches=2)
-    assert run(script, TrainState(), 4, sink) == TrainState(4, 4)
-    assert [call for call in script.calls if isinstance(call, tuple)] == [
+def test_every_micro_batch_is_backpropagated_and_the_last_step_is_not_saved(sink):
+    recorder = Recorder(micro_batches=2)
+    assert run(recorder, TrainState(), 4, sink) == TrainState(4, 4)
+    assert [call for call in recorder.calls if isinstance(call, tuple)] == [
         (step, (step, part)) for step in range(4) for part in range(2)
     ]
-    assert script.calls.count("backward") == script.calls.count("step") == 8
-    assert [call for call in script.calls if "save" in call] == ["save 2 at 2"]
+    assert recorder.calls.count("backward") == recorder.calls.count("step") == 8
+    assert [call for call in recorder.calls if "save" in call] == ["save 2 at 2"]
 
 
-def test_training_goes_on_where_the_state_says(sink):
-    script = Script(every=100)
-    assert run(script, TrainState(3, 5), 5, sink) == TrainState(5, 7)
-    assert [c for c in script.calls if isinstance(c, tuple)] == [(3, (5, 0)), (4, (6, 0))]
+def test_training_resumes_at_the_given_state(sink):
+    recorder = Recorder(every=100)
+    assert run(recorder, TrainState(3, 5), 5, sink) == TrainState(5, 7)
+    assert [c for c in recorder.calls if isinstance(c, tuple)] == [(3, (5, 0)), (4, (6, 0))]
     assert [row["step"] for row in sink.rows] == [4, 5]
 
 
 def test_a_finished_state_takes_no_step(sink):
-    script = Script()
-    assert run(script, TrainState(4, 4), 4, sink) == TrainState(4, 4)
-    assert script.calls == []
+    recorder = Recorder()
+    assert run(recorder, TrainState(4, 4), 4, sink) == TrainState(4, 4)
+    assert recorder.calls == []
 
 
-def test_rows_of_no_file_are_none():
+def test_a_missing_or_empty_file_has_no_rows():
     assert read_rows(None) == read_rows(b"") == read_rows(b"\n") == []
     assert read_rows(json.dumps({"step": 1}).encode()) == [{"step": 1}]

@@ -1,4 +1,4 @@
-"""Where a stage's model comes from: fresh, handed over bit for bit, or refused."""
+"""Initial models of a stage: fresh, pretrained, or rejected; and their files."""
 
 import pytest
 import torch
@@ -30,13 +30,15 @@ def trained_network(num_classes=5, seed=3):
         image_shape=SHAPE,
         rng=torch.Generator().manual_seed(seed),
     )
-    network(torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(0)))  # moves statistics
+    network(
+        torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(0))
+    )  # updates running statistics
     return network
 
 
-def store_network(store, place, network):
+def store_network(store, location, network):
     for name, data in model_files(network).items():
-        store.write(f"{place}/{name}", data)
+        store.write(f"{location}/{name}", data)
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def equal(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_fresh_weights_follow_from_the_seed_alone(store):
+def test_the_seed_alone_determines_fresh_weights(store):
     spec = NewNetwork(network=CONFIG, num_classes=5)
     one, again, other = (
         state_of(build_model(spec, store, image_shape=SHAPE, seed=seed)) for seed in (1, 1, 2)
@@ -61,12 +63,13 @@ def test_fresh_weights_follow_from_the_seed_alone(store):
     assert not equal(one, other)
 
 
-@pytest.mark.parametrize("place", ["stages/pp-trunk/model", "elsewhere"])
-def test_handover_keeps_the_trunk_bit_for_bit_under_a_fresh_head(store, tmp_path, place):
+@pytest.mark.parametrize("location", ["stages/pp-trunk/model", "elsewhere"])
+def test_a_pretrained_trunk_is_unchanged_under_a_fresh_head(store, tmp_path, location):
     source = trained_network()
-    own = place.startswith("stages")
-    store_network(store if own else ObjectStore(tmp_path), place, source)
-    spec = PretrainedTrunk(model=place if own else f"{tmp_path}/{place}", num_classes=40)
+    is_key = location.startswith("stages")
+    store_network(store if is_key else ObjectStore(tmp_path), location, source)
+    model = location if is_key else f"{tmp_path}/{location}"
+    spec = PretrainedTrunk(model=model, num_classes=40)
     network = build_model(spec, store, image_shape=SHAPE, seed=0)
     assert equal(state_of(network.trunk), state_of(source.trunk))
     assert network.head.weight.shape == (40, source.num_features)
@@ -76,7 +79,7 @@ def test_handover_keeps_the_trunk_bit_for_bit_under_a_fresh_head(store, tmp_path
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_a_handed_over_model_starts_with_an_empty_optimizer(store, alone):
+def test_a_pretrained_model_starts_with_an_empty_optimizer(store, alone):
     store_network(store, "m", trained_network())
     network = build_model(
         PretrainedTrunk(model="m", num_classes=3), store, image_shape=SHAPE, seed=0
@@ -87,7 +90,7 @@ def test_a_handed_over_model_starts_with_an_empty_optimizer(store, alone):
     engine.close()
 
 
-def test_a_model_that_is_not_there_is_named_with_what_is_missing(store):
+def test_a_missing_model_is_named_with_its_missing_files(store):
     with pytest.raises(ConfigError, match=r"no model at .*/m: model\.safetensors and config\.json"):
         load_classifier(store, "m")
     store_network(store, "m", trained_network())
@@ -96,7 +99,7 @@ def test_a_model_that_is_not_there_is_named_with_what_is_missing(store):
         load_classifier(store, "m")
 
 
-def test_a_model_for_images_of_another_shape_is_refused_with_both_shapes(store):
+def test_a_model_for_another_image_shape_is_rejected_with_both_shapes(store):
     store_network(store, "m", trained_network())
     with pytest.raises(ConfigError, match=r"\(1, 8, 8\), the data has \(3, 8, 8\)"):
         load_classifier(store, "m", image_shape=(3, 8, 8))
@@ -104,7 +107,7 @@ def test_a_model_for_images_of_another_shape_is_refused_with_both_shapes(store):
 
 
 class Tied(nn.Module):
-    """One weight under two names, and a buffer that no state_dict holds."""
+    """A shared weight and a non-persistent buffer."""
 
     def __init__(self):
         super().__init__()
@@ -113,7 +116,7 @@ class Tied(nn.Module):
         self.register_buffer("passing", torch.zeros(2), persistent=False)
 
 
-def test_weights_are_loaded_by_name_also_shared_ones_and_unsaved_buffers():
+def test_weights_are_loaded_by_name_with_shared_weights_and_all_buffers():
     module = Tied()
     names = ["one.weight", "one.bias", "two.bias", "passing"]
     own = dict(module.named_parameters()) | dict(module.named_buffers())
@@ -126,7 +129,7 @@ def test_weights_are_loaded_by_name_also_shared_ones_and_unsaved_buffers():
 
 
 @pytest.mark.parametrize("change", ["missing", "extra"])
-def test_weights_of_another_module_are_refused(change):
+def test_weights_of_another_module_are_rejected(change):
     module = Tied()
     weights = {n: p.detach() for n, p in [*module.named_parameters(), *module.named_buffers()]}
     if change == "missing":
@@ -134,19 +137,19 @@ def test_weights_of_another_module_are_refused(change):
     else:
         weights["three.bias"] = torch.zeros(3)
     name = "two.bias" if change == "missing" else "three.bias"
-    with pytest.raises(ValueError, match=f"{name} is on one side only"):
+    with pytest.raises(ValueError, match=f"only one side has {name}"):
         load_weights(module, weights)
 
 
-def test_a_readout_learns_its_head_alone_from_zero_and_without_bias():
+def test_a_readout_trains_only_its_head_without_bias_from_zero():
     store = ObjectStore("memory://readout")
-    taught = trained_network()
-    store_network(store, "taught", taught)
-    spec = Readout(trunk=PretrainedTrunk(model="taught", num_classes=2))
+    source = trained_network()
+    store_network(store, "source", source)
+    spec = Readout(trunk=PretrainedTrunk(model="source", num_classes=2))
     network = build_model(spec, store, image_shape=SHAPE, seed=0)
     learnable = [name for name, p in network.named_parameters() if p.requires_grad]
     assert learnable == ["head.weight"]
     assert network.head.bias is None
     assert not network.head.weight.any()
     for name, parameter in network.trunk.named_parameters():
-        assert torch.equal(parameter, dict(taught.trunk.named_parameters())[name])
+        assert torch.equal(parameter, dict(source.trunk.named_parameters())[name])

@@ -1,4 +1,4 @@
-"""Objectives hand batches to the losses of `methods`, and add nothing of their own."""
+"""Objectives pass batches to the losses of `methods` unchanged."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def network(seed=0):
         return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 3))
 
 
-def test_supervised_is_the_cross_entropy_of_the_labelled_rows():
+def test_the_supervised_objective_is_the_cross_entropy_of_the_labelled_rows():
     batch = batch_of()
     loss, figures = supervised(network(), batch, 0)
     expected = functional.cross_entropy(network()(batch.images), batch.labels)
@@ -57,7 +57,7 @@ def test_p_ssl_warms_up_over_a_tenth_of_the_steps():
         assert set(figures) == {"loss_supervised", "loss_unsupervised", "unmasked"}
 
 
-def test_p_ssl_passes_its_options_on():
+def test_p_ssl_passes_its_options_to_the_loss():
     options = {"algorithm": "uda", "batchnorm": "separate", "threshold": 0.1, "sharpening": 0.7}
     batch = batch_of()
     loss, _ = PSSL(PSSLConfig(weight=2.0, **options), num_steps=1)(network(), batch, 0)
@@ -79,7 +79,7 @@ def test_a_teacher_is_frozen_in_eval_mode_and_gets_no_gradient(kind):
     assert all(parameter.grad is not None for parameter in student.parameters())
 
 
-def test_matching_a_teacher_means_looking_at_the_same_images():
+def test_student_and_teacher_see_the_same_images():
     teacher, batch = network(seed=1), batch_of()
     objective = Distillation(DistillationConfig(kind="logit_matching"), teacher)
     student = network(seed=1).eval()
@@ -87,7 +87,7 @@ def test_matching_a_teacher_means_looking_at_the_same_images():
 
 
 class Denoiser(nn.Module):
-    """Stands in for a diffusion model: a loss that tells which noise it drew."""
+    """Stands in for a diffusion model; its loss depends on the noise."""
 
     def __init__(self):
         super().__init__()
@@ -98,11 +98,11 @@ class Denoiser(nn.Module):
         return (self.weight * noise - images).square().mean() + labels.sum()
 
 
-def test_diffusion_draws_belong_to_lanes_so_that_ranks_do_not_matter():
+def test_diffusion_noise_is_drawn_per_lane_independent_of_ranks():
     def part(lanes):
-        whole = batch_of(lanes=(0, 1, 2, 3))
+        full = batch_of(lanes=(0, 1, 2, 3))
         rows = slice(lanes[0] * 2, (lanes[-1] + 1) * 2)
-        return Batch(whole.images[rows], whole.labels[rows], None, None, (), lanes)
+        return Batch(full.images[rows], full.labels[rows], None, None, (), lanes)
 
     objective, module = Diffusion(seed=5), Denoiser()
     alone, _ = objective(module, part((0, 1, 2, 3)), 7)
@@ -113,7 +113,7 @@ def test_diffusion_draws_belong_to_lanes_so_that_ranks_do_not_matter():
     assert Diffusion(seed=6)(module, part((0, 1, 2, 3)), 7)[0] != alone
 
 
-def test_lanes_draw_noise_of_their_own():
+def test_lanes_draw_independent_noise():
     images, labels = torch.zeros(4, 1, 4, 4), torch.zeros(4, dtype=torch.int64)
     losses = {
         Diffusion(seed=5)(Denoiser(), Batch(images, labels, None, None, (), (lane,)), 0)[0].item()
@@ -123,7 +123,7 @@ def test_lanes_draw_noise_of_their_own():
 
 
 def test_diffusion_calls_the_module_itself():
-    """ZeRO-3 brings weights together in the hooks of a call."""
+    """ZeRO-3 gathers weights in the hooks of a call."""
     called = []
     module = Denoiser()
     module.register_forward_pre_hook(lambda *_: called.append(1))
@@ -131,7 +131,7 @@ def test_diffusion_calls_the_module_itself():
     assert len(called) == 2
 
 
-def test_the_penalty_of_a_readout_is_that_of_the_summed_problem():
+def test_the_readout_loss_is_proportional_to_the_summed_problem():
     torch.manual_seed(0)
     num, hidden, penalty = 12, 5, 0.7
     features = torch.randn(num, hidden)

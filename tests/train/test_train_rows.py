@@ -1,4 +1,4 @@
-"""Rows by specification: parts and folds of a data set that do not overlap."""
+"""Row specifications: disjoint parts and folds of a data set."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def keys(rows):
     return [image.tobytes() for image in rows.images]
 
 
-def test_without_a_split_all_rows_come_in_their_own_order():
+def test_without_a_split_all_rows_are_in_the_order_of_the_data():
     rows = load_rows(RowsSpec(data=DATA))
     np.testing.assert_array_equal(rows.images, load_images(DATA).images)
     assert len(rows) == 60
@@ -46,7 +46,7 @@ def test_the_draw_changes_the_labelled_rows_and_not_the_test_rows():
     assert keys(rows_of("test", data_seed=1)) != keys(rows_of("test"))
 
 
-def test_folds_are_cut_out_of_the_part_and_hold_every_row_out_once():
+def test_folds_divide_the_part_and_hold_out_every_row_once():
     held = []
     for index in range(4):
         fold = FoldSpec(index=index, count=4, seed=9, held_out=True)
@@ -57,6 +57,6 @@ def test_folds_are_cut_out_of_the_part_and_hold_every_row_out_once():
     assert sorted(held) == sorted(keys(rows_of("train")))
 
 
-def test_more_labels_than_there_are_is_refused():
+def test_more_labels_than_rows_are_rejected():
     with pytest.raises(ConfigError, match="labels_per_class: 11"):
         rows_of("train", labels_per_class=11)

@@ -1,4 +1,4 @@
-"""Stages that learn from pseudo samples, also while those are still being made."""
+"""Stages that train on pseudo samples, also while these are still being generated."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ K = 3
 
 
 class Painter:
-    """A generator whose images are dark, grey or bright by class, under noise."""
+    """A generator of noisy images that are dark, grey or bright by class."""
 
     num_classes, image_shape = K, (1, 8, 8)
 
@@ -63,7 +63,7 @@ def make_shards(store, spec, indices=None):
 
 
 class Killed(BaseException):
-    """The machine went away."""
+    """The machine died."""
 
 
 def run_on(rank, world_size, spec, url, killed_after=None, log_every=1):
@@ -95,14 +95,14 @@ def model_in(url, spec):
 
 
 @pytest.fixture
-def place(tmp_path):
-    """Places of runs that know nothing of each other, by name."""
+def run_url(tmp_path):
+    """Returns the URL of a named run."""
     return lambda name: str(tmp_path / name)
 
 
 @pytest.fixture
 def pp_stage(stage_spec):
-    """Makes a stage of pseudo pre-training on the shards of a generate stage."""
+    """Builds a stage of pseudo pre-training on the shards of a generate stage."""
 
     def make(generate, **fields):
         fields.setdefault("evaluate", None)
@@ -113,7 +113,7 @@ def pp_stage(stage_spec):
 
 @pytest.fixture
 def p_ssl_stage(stage_spec):
-    """Makes a stage of P-SSL on digits and the shards of a generate stage."""
+    """Builds a stage of P-SSL on digits and the shards of a generate stage."""
 
     def make(generate, *, weight=1.0, **fields):
         config = PSSLConfig(weight=weight, threshold=0.3)
@@ -130,31 +130,31 @@ def p_ssl_stage(stage_spec):
 # Pseudo pre-training.
 
 
-def test_a_network_learns_the_classes_that_the_generator_was_asked_for(alone, pp_stage, place):
-    make_shards(ObjectStore(place("run")), generate_spec())
+def test_a_network_learns_the_classes_of_the_pseudo_samples(alone, pp_stage, run_url):
+    make_shards(ObjectStore(run_url("run")), generate_spec())
     spec = pp_stage(generate_spec(), steps=30, every_steps=0)
-    result = run_on(0, 1, spec, place("run"))
-    assert result.final_loss < 0.5 < 0.9 < curve_in(place("run"), spec)[0]["loss"]
+    result = run_on(0, 1, spec, run_url("run"))
+    assert result.final_loss < 0.5 < 0.9 < curve_in(run_url("run"), spec)[0]["loss"]
     assert result.samples == 240
 
 
 @pytest.mark.parametrize("window", [1, 2])
-def test_the_first_epoch_of_stored_samples_gives_the_curve_of_fresh_ones(
-    alone, pp_stage, place, window
+def test_the_first_epoch_of_stored_samples_has_the_curve_of_fresh_ones(
+    alone, pp_stage, run_url, window
 ):
-    """Fresh: exactly as many samples as the steps take. Stored: more, of which those are the first.
+    """Fresh: exactly as many samples as the steps consume. Stored: more; those are the first.
 
-    True to the bit as long as whole windows are read: a lane's last window is shuffled among
-    fewer samples where the stage ends inside it.
+    Exact if complete windows are read: if the stage ends inside the last window of a lane, the
+    window is shuffled over fewer samples.
     """
     fresh = generate_spec(num_samples=64, window=window)
     stored = generate_spec(num_samples=100, window=window)
     curves = {}
     for name, generate in (("fresh", fresh), ("stored", stored)):
-        make_shards(ObjectStore(place(name)), generate)
+        make_shards(ObjectStore(run_url(name)), generate)
         spec = pp_stage(generate, steps=8)
-        run_on(0, 1, spec, place(name))
-        curves[name] = curve_in(place(name), spec)
+        run_on(0, 1, spec, run_url(name))
+        curves[name] = curve_in(run_url(name), spec)
     assert len(curves["fresh"]) == 8
     assert curves["stored"] == curves["fresh"]
     read = DataOrder(stored.plan(), seed=11)
@@ -162,83 +162,81 @@ def test_the_first_epoch_of_stored_samples_gives_the_curve_of_fresh_ones(
     assert sorted(seen.tolist()) == list(range(64))
 
 
-def test_one_worker_and_two_learn_from_the_same_pseudo_samples(alone, two_ranks, pp_stage, place):
+def test_one_and_two_workers_train_on_the_same_pseudo_samples(alone, two_ranks, pp_stage, run_url):
     spec = pp_stage(generate_spec(), norm="group")
     for name in ("one", "two"):
-        make_shards(ObjectStore(place(name)), generate_spec())
-    run_on(0, 1, spec, place("one"))
-    two_ranks(run_on, spec, place("two"))
-    one, two = (curve_in(place(name), spec) for name in ("one", "two"))
+        make_shards(ObjectStore(run_url(name)), generate_spec())
+    run_on(0, 1, spec, run_url("one"))
+    two_ranks(run_on, spec, run_url("two"))
+    one, two = (curve_in(run_url(name), spec) for name in ("one", "two"))
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-4)
 
 
-def test_shards_without_labels_cannot_be_pre_trained_on(alone, pp_stage, place):
-    make_shards(ObjectStore(place("run")), P_SSL)
+def test_shards_without_labels_are_rejected_for_pre_training(alone, pp_stage, run_url):
+    make_shards(ObjectStore(run_url("run")), P_SSL)
     with pytest.raises(ConfigError, match="no class labels"):
-        run_on(0, 1, pp_stage(P_SSL), place("run"))
+        run_on(0, 1, pp_stage(P_SSL), run_url("run"))
 
 
-def test_shards_that_never_come_end_the_stage_by_name_and_leave_nothing(alone, pp_stage, place):
-    store = ObjectStore(place("run"))
+def test_a_missing_shard_is_a_named_error_and_leaves_no_result_or_thread(alone, pp_stage, run_url):
+    store = ObjectStore(run_url("run"))
     make_shards(store, generate_spec(), indices=range(7))
     spec = pp_stage(generate_spec(), shard_timeout_s=0.3)
     with pytest.raises(ShardTimeoutError, match="shard 7 of stage 'pp-shards'"):
-        run_on(0, 1, spec, place("run"))
+        run_on(0, 1, spec, run_url("run"))
     assert not store.exists(layout.result_key(spec.name))
     assert [t for t in threading.enumerate() if t.name.startswith("shards-")] == []
 
 
-def test_a_stage_that_lost_its_generators_goes_on_when_they_are_back(alone, pp_stage, place):
-    store = ObjectStore(place("broken"))
+def test_a_stage_without_generators_resumes_once_they_are_back(alone, pp_stage, run_url):
+    store = ObjectStore(run_url("broken"))
     make_shards(store, generate_spec(), indices=range(10))
     spec = pp_stage(generate_spec(), shard_timeout_s=0.3)
     with pytest.raises(ShardTimeoutError):
-        run_on(0, 1, spec, place("broken"))
-    for name in ("broken", "whole"):
-        make_shards(ObjectStore(place(name)), generate_spec())
-        run_on(0, 1, spec, place(name))
-    assert model_in(place("broken"), spec) == model_in(place("whole"), spec)
-    assert curve_in(place("broken"), spec) == curve_in(place("whole"), spec)
+        run_on(0, 1, spec, run_url("broken"))
+    for name in ("broken", "uninterrupted"):
+        make_shards(ObjectStore(run_url(name)), generate_spec())
+        run_on(0, 1, spec, run_url(name))
+    assert model_in(run_url("broken"), spec) == model_in(run_url("uninterrupted"), spec)
+    assert curve_in(run_url("broken"), spec) == curve_in(run_url("uninterrupted"), spec)
 
 
-def test_generators_that_are_held_back_and_trainers_never_wait_for_each_other(
-    alone, pp_stage, place
-):
-    """Generators make a shard only when it lies within a window of what readers still need, so
-    readers must say how far they are even while no loss is due."""
-    store, told = ObjectStore(place("run")), [0]
+def test_throttled_generators_and_trainers_do_not_deadlock(alone, pp_stage, run_url):
+    """Generators stay within a window ahead of the readers, so readers must report their
+    position even between two losses."""
+    store, positions = ObjectStore(run_url("run")), [0]
     generate = generate_spec(num_samples=160)
     spec = pp_stage(generate, steps=20, every_steps=0, shard_timeout_s=20.0)
     window = 2 * DataOrder(generate.plan()).reach(spec.batch_size)
     done = threading.Event()
 
-    def make_when_needed():
+    def generate_shards():
         for order in orders(generate.plan()):
-            while order.index >= told[-1] + window:
+            while order.index >= positions[-1] + window:
                 if done.wait(0.005):
                     return
             write_shard(order, draw_samples(order, generate, Painter(), Q), store)
 
     with ThreadPoolExecutor(1) as generators:
-        making = generators.submit(make_when_needed)
+        making = generators.submit(generate_shards)
         try:
             run_stage(
                 spec,
                 store,
                 rank=0,
                 world_size=1,
-                on_progress=lambda step, loss, shard: told.append(shard),
+                on_progress=lambda step, loss, shard: positions.append(shard),
                 log_every=1000,
             )
         finally:
             done.set()
         making.result()
-    assert told == sorted(told)
-    assert told[-1] == generate.plan().num_shards
+    assert positions == sorted(positions)
+    assert positions[-1] == generate.plan().num_shards
 
 
-def test_time_spent_waiting_for_shards_is_reported(alone, pp_stage, place):
-    store = ObjectStore(place("run"))
+def test_time_spent_waiting_for_shards_is_reported(alone, pp_stage, run_url):
+    store = ObjectStore(run_url("run"))
     make_shards(store, generate_spec(), indices=range(4))
 
     def make_the_rest():
@@ -247,7 +245,7 @@ def test_time_spent_waiting_for_shards_is_reported(alone, pp_stage, place):
 
     with ThreadPoolExecutor(1) as generators:
         generators.submit(make_the_rest)
-        result = run_on(0, 1, pp_stage(generate_spec()), place("run"))
+        result = run_on(0, 1, pp_stage(generate_spec()), run_url("run"))
     assert 0.1 < result.seconds_starved < 20
 
 
@@ -255,38 +253,38 @@ def test_time_spent_waiting_for_shards_is_reported(alone, pp_stage, place):
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])
-def test_a_killed_p_ssl_stage_goes_on_to_the_very_same_end(ranks, p_ssl_stage, place, zero_stage):
-    """Both streams, real and pseudo, follow from one cursor."""
+def test_a_killed_p_ssl_stage_resumes_to_identical_results(ranks, p_ssl_stage, run_url, zero_stage):
+    """One cursor determines both streams, labelled and unlabelled."""
     spec = p_ssl_stage(P_SSL, engine={"zero_stage": zero_stage})
-    for name in ("whole", "killed"):
-        make_shards(ObjectStore(place(name)), P_SSL)
-    ranks(run_on, spec, place("whole"))
-    assert set(ranks(run_on, spec, place("killed"), 5)) == {None}
-    ranks(run_on, spec, place("killed"))
-    assert model_in(place("killed"), spec) == model_in(place("whole"), spec)
-    assert curve_in(place("killed"), spec) == curve_in(place("whole"), spec)
+    for name in ("uninterrupted", "killed"):
+        make_shards(ObjectStore(run_url(name)), P_SSL)
+    ranks(run_on, spec, run_url("uninterrupted"))
+    assert set(ranks(run_on, spec, run_url("killed"), 5)) == {None}
+    ranks(run_on, spec, run_url("killed"))
+    assert model_in(run_url("killed"), spec) == model_in(run_url("uninterrupted"), spec)
+    assert curve_in(run_url("killed"), spec) == curve_in(run_url("uninterrupted"), spec)
     assert {"loss_supervised", "loss_unsupervised", "unmasked"} < set(
-        curve_in(place("whole"), spec)[0]
+        curve_in(run_url("uninterrupted"), spec)[0]
     )
 
 
-def test_the_loss_grows_with_the_weight_of_the_pseudo_samples(alone, p_ssl_stage, place):
-    store = ObjectStore(place("run"))
+def test_the_loss_is_the_weighted_sum_of_its_parts(alone, p_ssl_stage, run_url):
+    store = ObjectStore(run_url("run"))
     make_shards(store, P_SSL)
     for weight in (0.5, 2.0):
         spec = p_ssl_stage(P_SSL, weight=weight, steps=1, name=f"w{weight}")
-        run_on(0, 1, spec, place("run"))
-        [row] = curve_in(place("run"), spec)
+        run_on(0, 1, spec, run_url("run"))
+        [row] = curve_in(run_url("run"), spec)
         parts = row["loss_supervised"] + weight * row["loss_unsupervised"]
         assert row["loss"] == pytest.approx(parts, rel=1e-5)
         assert row["loss_unsupervised"] > 0
 
 
-def test_pseudo_samples_without_weight_leave_supervised_training_bit_for_bit(
-    alone, p_ssl_stage, stage_spec, place
+def test_pseudo_samples_with_zero_weight_do_not_change_training_bit_for_bit(
+    alone, p_ssl_stage, stage_spec, run_url
 ):
-    make_shards(ObjectStore(place("zero")), P_SSL)
+    make_shards(ObjectStore(run_url("zero")), P_SSL)
     zero = p_ssl_stage(P_SSL, weight=0.0)
-    run_on(0, 1, zero, place("zero"))
-    run_on(0, 1, stage_spec(), place("supervised"))
-    assert model_in(place("zero"), zero) == model_in(place("supervised"), stage_spec())
+    run_on(0, 1, zero, run_url("zero"))
+    run_on(0, 1, stage_spec(), run_url("supervised"))
+    assert model_in(run_url("zero"), zero) == model_in(run_url("supervised"), stage_spec())
