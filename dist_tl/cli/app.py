@@ -214,7 +214,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check this machine: what works here, what does not, and why."""
-    from dist_tl.jobs.doctor import examine
+    from dist_tl.cli.doctor import examine
 
     checks = examine(store)
     if as_json:

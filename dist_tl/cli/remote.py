@@ -17,7 +17,7 @@ from dist_tl.errors import ConfigError, DistTLError
 if TYPE_CHECKING:  # these take seconds to import, and --help needs none of them
     from dist_tl.cluster.scaling import Bounds
     from dist_tl.deploy.kube import Kube, KubeJob
-    from dist_tl.jobs.submissions import Submission
+    from dist_tl.deploy.submissions import Submission
 
 INTERRUPTED = 130
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -55,8 +55,8 @@ def status(
     run: Run, kube: OnKube = False, namespace: Namespace = None, as_json: AsJson = False
 ) -> None:
     """Show the status of a run: attempts, progress of its stages, state of its job."""
-    from dist_tl.jobs.status import age, run_status
-    from dist_tl.jobs.submissions import read_submission
+    from dist_tl.deploy.submissions import read_submission
+    from dist_tl.report.status import age, run_status
     from dist_tl.storage.objects import ObjectStore
 
     if kube:
@@ -172,8 +172,8 @@ def scale(
     the generators' worker group change too.
     """
     from dist_tl.cluster.scaling import Scale, parse_sizes, write_scale
-    from dist_tl.jobs.status import check_has_generators
-    from dist_tl.jobs.submissions import read_submission
+    from dist_tl.deploy.submissions import read_submission
+    from dist_tl.report.status import check_has_generators
     from dist_tl.storage.objects import ObjectStore
 
     bounds, store = parse_sizes(sizes), ObjectStore(run)
@@ -199,7 +199,7 @@ def _scale_pods(run: str, submission: "Submission", workers: "Bounds") -> None:
 
 
 def _submission(run: str, kube: bool, namespace: str | None) -> "Submission":
-    from dist_tl.jobs.submissions import Submission, read_submission
+    from dist_tl.deploy.submissions import Submission, read_submission
     from dist_tl.storage.objects import ObjectStore
 
     if kube:

@@ -12,9 +12,9 @@ from dist_tl.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:  # these take seconds to import, and --help needs none of them
     from dist_tl.deploy.options import KubeOptions
+    from dist_tl.deploy.submissions import Submission
     from dist_tl.deploy.summary import KubeRow
     from dist_tl.jobs.job_file import Job
-    from dist_tl.jobs.submissions import Submission
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="Job file.")]
 Overrides = Annotated[
@@ -92,7 +92,7 @@ def cluster_options(path: Path | None) -> "KubeOptions":
 def _submit_ray(spec: "Job", address: str, dry_run: bool, detach: bool, take_over: bool) -> None:
     from dist_tl.cluster.submission import ENTRYPOINT, RayJobs
     from dist_tl.deploy.manifests import check_no_secret, run_label
-    from dist_tl.jobs.submissions import Submission
+    from dist_tl.deploy.submissions import Submission
 
     _check_reachable(spec)
     check_no_secret(spec)
@@ -121,7 +121,7 @@ def _submit_kube(
 ) -> None:
     from dist_tl.deploy.kube import connect, follow_with_retries
     from dist_tl.deploy.manifests import as_yaml, render
-    from dist_tl.jobs.submissions import Submission
+    from dist_tl.deploy.submissions import Submission
 
     if dry_run:
         print(as_yaml(render(_with_scale(spec), options)), end="")
@@ -174,7 +174,7 @@ def _with_scale(spec: "Job") -> "Job":
 
 def _record(spec: "Job", submission: "Submission", remedy: str) -> None:
     """Stores the submission in the run, if possible: only the cluster may reach the store."""
-    from dist_tl.jobs.submissions import write_submission
+    from dist_tl.deploy.submissions import write_submission
     from dist_tl.storage.objects import ObjectStore
 
     try:

@@ -59,7 +59,7 @@ class JobConfig(StrictModel):
     session: SessionConfig = Field(default_factory=SessionConfig)
 
     def identity(self) -> Self:
-        """This job with the run folder and all fields of MAY_CHANGE reset: what fixes its results."""
+        """This job with its run folder and the fields of MAY_CHANGE reset to their defaults."""
         fields = type(self).model_fields
         defaults = {
             name: fields[name].get_default(call_default_factory=True)

@@ -5,9 +5,9 @@ import time
 import pytest
 
 from dist_tl.cluster.scaling import Bounds, Scale, write_scale
+from dist_tl.deploy.submissions import Submission, read_submission, write_submission
 from dist_tl.errors import ConfigError
-from dist_tl.jobs.status import age, check_has_generators, run_status
-from dist_tl.jobs.submissions import Submission, read_submission, write_submission
+from dist_tl.report.status import age, check_has_generators, run_status
 from dist_tl.shards.manifest import StageManifest, open_stage
 from dist_tl.shards.order import ShardPlan
 from dist_tl.storage import layout

@@ -8,7 +8,6 @@ from pydantic import Field
 from dist_tl.cluster.scaling import Bounds, read_scale
 from dist_tl.config import StrictModel
 from dist_tl.errors import ConfigError
-from dist_tl.jobs.source.plan import PHASE
 from dist_tl.shards.manifest import read_manifest
 from dist_tl.storage import layout
 from dist_tl.storage.attempts import latest_attempt
@@ -53,7 +52,7 @@ def run_status(store: ObjectStore) -> RunStatus:
     return RunStatus(
         run=store.url,
         kind=job["kind"],
-        state="done" if _is_done(store, job["kind"]) else "unfinished",
+        state="done" if store.exists(layout.RESULTS) else "unfinished",
         attempts=number,
         last_started=attempt.get("started"),
         last_host=attempt.get("host"),
@@ -80,12 +79,6 @@ def _read_job(store: ObjectStore) -> dict[str, Any]:
             "started"
         )
     return dict(store.read_json(layout.JOB)["job"])
-
-
-def _is_done(store: ObjectStore, kind: str) -> bool:
-    if kind == "source":  # produces models, no results.json
-        return store.exists(layout.result_key(PHASE))
-    return store.exists(layout.RESULTS)
 
 
 def _stages(store: ObjectStore) -> list[StageStatus]:
