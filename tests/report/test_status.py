@@ -86,10 +86,11 @@ def test_status_reports_the_progress_of_each_stage(store):
     assert run_status(store).state == "done"
 
 
-def test_a_source_job_is_done_once_its_phase_is(store):
+def test_a_source_job_is_done_once_it_has_results_like_any_other(store):
     store.write_json(layout.JOB, {"job": {"kind": "source"}})
-    assert run_status(store).state == "unfinished"
     store.write(layout.result_key("source"), b"{}")
+    assert run_status(store).state == "unfinished"
+    store.write(layout.RESULTS, b"{}")
     assert run_status(store).state == "done"
 
 
