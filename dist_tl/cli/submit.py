@@ -38,7 +38,10 @@ def submit(
     overrides: Overrides = None,
     kube: Annotated[
         bool,
-        typer.Option("--kube", help="Submit a RayJob to the cluster of your kubectl context."),
+        typer.Option(
+            "--kube",
+            help="Submit a RayJob to the cluster of your kubectl context; requires --options.",
+        ),
     ] = False,
     address: Annotated[
         str | None,
@@ -62,7 +65,7 @@ def submit(
         bool, typer.Option("--take-over", help="Stop an active attempt of the same run first.")
     ] = False,
 ) -> None:
-    """Submit a job to a cluster, stream its log, and exit with its exit code.
+    """Submit a job to Kubernetes or a Ray cluster, stream its log, and exit with its exit code.
 
     Submitting the same run again resumes it from the last checkpoint. Ctrl-C leaves the job
     running.

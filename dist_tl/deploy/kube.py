@@ -279,7 +279,7 @@ class Kube:
                 raise
 
     def _ensure_stopped(self, ray_job: Object, namespace: str) -> None:
-        """Deletes whatever may still run of an attempt: two drivers must never write one run."""
+        """Deletes an attempt that may still be running: two drivers must never write one run."""
         name, status = ray_job["metadata"]["name"], status_of(ray_job)
         if not has_ended(ray_job):
             self._delete_and_wait(RAY_JOBS, namespace, name)

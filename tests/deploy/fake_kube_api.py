@@ -160,8 +160,8 @@ class FakeKubeApi:
         wanted = dict(part.split("=", 1) for part in selector.split(",") if part)
         items = [
             copy.deepcopy(found)
-            for (kind, place, _), found in self.objects.items()
-            if (kind, place) == (plural, namespace)
+            for (kind, space, _), found in self.objects.items()
+            if (kind, space) == (plural, namespace)
             and wanted.items() <= found["metadata"].get("labels", {}).items()
         ]
         return {"kind": "List", "metadata": {"resourceVersion": "1"}, "items": items}
@@ -218,12 +218,12 @@ class FakeKubeApi:
         changed = copy.deepcopy(found)
         for step in steps:
             *path, last = step["path"].strip("/").split("/")
-            place = changed
+            target = changed
             for part in path:
-                place = place[int(part) if isinstance(place, list) else part]
-            if step["op"] == "test" and place.get(last) != step["value"]:
+                target = target[int(part) if isinstance(target, list) else part]
+            if step["op"] == "test" and target.get(last) != step["value"]:
                 raise ApiError(422, "Invalid", f"test failed at {step['path']}")
-            place[last] = step["value"]
+            target[last] = step["value"]
         if found_problems := _problems(changed):
             raise ApiError(422, "Invalid", "; ".join(found_problems))
         metadata = found["metadata"]
