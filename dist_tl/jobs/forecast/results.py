@@ -11,18 +11,22 @@ from dist_tl.methods.hidden_manifold.forecast import Forecast, crossing, samples
 from dist_tl.methods.hidden_manifold.forecast_checks import Check, curve_of
 from dist_tl.report.results import Chart, Series, Study, Table
 
-Checks = Mapping[str, tuple[Check, ...]]
-
 
 def results(outcome: ForecastOutcome) -> Study:
     """Returns curves, checks and crossings, for the terminal and the report."""
+    job = outcome.job
     curves = {name: curve_of(output.curve) for name, output in outcome.maps.items()}
     return Study(
         findings=tuple(_findings(outcome, curves)),
         verdict=_verdict(outcome, curves),
         tables=(_labels_needed(outcome, curves), *_check_tables(outcome)),
         charts=(_chart(outcome),),
-        facts=tuple(_facts(outcome)),
+        facts=(
+            ("Labels seen", f"{job.labelled}"),
+            ("Components", f"{job.components}"),
+            ("Draws of a measured size", f"{job.draws}"),
+            ("Bootstrap samples", f"{job.bootstrap}"),
+        ),
     )
 
 
@@ -51,10 +55,9 @@ def _labels_needed(outcome: ForecastOutcome, curves: dict[str, Forecast]) -> Tab
         cells = ["never" if count is None else f"{count:.0f}" for count in needed]
         check = "agrees" if _is_reliable(output) else "unreliable"
         rows.append((name, str(output.num_features), *cells, check))
-    header = ("map", "features", *(f"labels for MSE {m:g}" for m in job.target_mse), "check")
     return Table(
         title="Labelled samples that each feature map needs",
-        header=header,
+        header=("map", "features", *(f"labels for MSE {m:g}" for m in job.target_mse), "check"),
         rows=tuple(rows),
         note=f"Forecast from {job.labelled} labels, on {job.components} principal "
         "components. MSE: of one-vs-rest labels -1 and +1, averaged over classes; the check is the "
@@ -74,12 +77,12 @@ def _check_tables(outcome: ForecastOutcome) -> Iterator[Table]:
     if job.verify:
         yield _check_table(
             "Forecast against all labels of the data",
-            "What a user could not measure: ridge on n labels drawn from all, tested on the rest.",
+            "A user cannot measure this: ridge on n labels drawn from all, tested on the rest.",
             {name: output.verification for name, output in outputs},
         )
 
 
-def _check_table(title: str, note: str, checks: Checks) -> Table:
+def _check_table(title: str, note: str, checks: Mapping[str, tuple[Check, ...]]) -> Table:
     rows = [
         (
             name,
@@ -138,11 +141,3 @@ def _findings(outcome: ForecastOutcome, curves: dict[str, Forecast]) -> Iterator
             f"{name}: the forecast is off by {100 * float(np.mean(gaps)):.1f} % of the error on "
             f"average, {100 * max(gaps):.1f} % at worst, over {len(gaps)} measured sizes."
         )
-
-
-def _facts(outcome: ForecastOutcome) -> Iterator[tuple[str, str]]:
-    job = outcome.job
-    yield "Labels seen", f"{job.labelled}"
-    yield "Components", f"{job.components}"
-    yield "Draws of a measured size", f"{job.draws}"
-    yield "Bootstrap samples", f"{job.bootstrap}"

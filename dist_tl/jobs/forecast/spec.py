@@ -35,8 +35,7 @@ class NetworkMap(StrictModel):
     kind: Literal["network"]
     name: str = Field(pattern=NAME)
     model: str | None = Field(
-        default=None,
-        description="Folder or URL with the network's files; absent: the job's teacher.",
+        default=None, description="Folder or URL of the network; absent: the job's teacher."
     )
     block: int = Field(
         default=-1, description="Index among all blocks in depth order; -1: the head's input."
@@ -56,15 +55,11 @@ class ForecastJob(JobConfig):
         description="Target data; labels beyond `labelled` are only read if `verify` is set."
     )
     maps: tuple[MapConfig, ...] = Field(min_length=1, description="Candidates with unique names.")
-    teacher: AnyTeacher | None = Field(
-        default=None, description="Network of the maps without a `model`."
-    )
+    teacher: AnyTeacher | None = Field(default=None, description="Network of maps without a model.")
     components: int = Field(
         default=40, ge=1, description="Leading principal components kept of each map's features, K."
     )
-    labelled: int = Field(
-        default=200, ge=10, description="Labelled items used by the forecast, >= 5 K."
-    )
+    labelled: int = Field(default=200, ge=10, description="Labels used by the forecast, >= 5 K.")
     samples: tuple[int, ...] = Field(
         default=(20, 40, 60, 100, 200, 400, 1000, 3000),
         min_length=1,
@@ -74,9 +69,7 @@ class ForecastJob(JobConfig):
         default=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), min_length=1, description="Candidate L2 penalties."
     )
     checked: tuple[int, ...] = Field(
-        default=(20, 40, 60),
-        min_length=1,
-        description="Sizes to also measure, a third of `labelled` at most.",
+        default=(20, 40, 60), min_length=1, description="Sizes to measure, `labelled` / 3 at most."
     )
     draws: int = Field(default=20, ge=10, description="Labelled sets drawn for each measured size.")
     bootstrap: int = Field(
@@ -86,9 +79,7 @@ class ForecastJob(JobConfig):
         default=(0.25, 0.2, 0.15), description="Errors for which the labels needed are reported."
     )
     verify: bool = Field(
-        default=False,
-        description="Measure every size with all labels of the data: for benchmarks with known "
-        "labels.",
+        default=False, description="Measure every size with all labels of the data, as a benchmark."
     )
     trials: TrialsConfig = Field(
         default_factory=TrialsConfig, description="Resources and retries of the tasks."

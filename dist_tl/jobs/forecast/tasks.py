@@ -13,11 +13,7 @@ from dist_tl.jobs.forecast.plan import MapInputs
 from dist_tl.jobs.forecast.spec import ForecastJob, MapConfig, NetworkMap, PixelMap
 from dist_tl.jobs.teacher import teacher_location
 from dist_tl.methods.hidden_manifold.feature_maps import pooled_block, random_map
-from dist_tl.methods.hidden_manifold.forecast import (
-    Array,
-    forecast_curve,
-    principal_components,
-)
+from dist_tl.methods.hidden_manifold.forecast import Array, forecast_curve, principal_components
 from dist_tl.methods.hidden_manifold.forecast_checks import (
     Check,
     CurvePoint,
