@@ -4,7 +4,7 @@ import pytest
 
 from dist_tl.errors import ConfigError
 from dist_tl.jobs.job_file import read_job
-from dist_tl.jobs.manifold.plan import ManifoldPlan
+from dist_tl.jobs.manifold.plan import ManifoldPlan, moment_parts
 from dist_tl.jobs.manifold.spec import ManifoldJob
 from dist_tl.jobs.plan import plan_job
 
@@ -76,12 +76,11 @@ def test_sources_do_not_depend_on_knobs_and_baselines_not_on_sources():
 @pytest.mark.parametrize("tasks", [1, 2, 5])
 def test_moment_tasks_share_every_chunk_once(tasks):
     plan = ManifoldPlan(manifold(moment_samples=30_000, moment_tasks=tasks, instances=1))
-    parts = [task.inputs for task in plan.moments()]
-    assert sum(sum(part.chunks) for part in parts) == 30_000
-    first = 0
-    for part in parts:
-        assert part.first_chunk == first
-        first += len(part.chunks)
+    parts = moment_parts(plan.job)
+    assert [task.inputs.part for task in plan.moments()] == list(range(len(parts)))
+    chunks = [chunk for part in parts for chunk in part]
+    assert sum(size for _, size in chunks) == 30_000
+    assert [index for index, _ in chunks] == list(range(len(chunks)))
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
-"""Plans a forecast: a teacher if the job trains one, then one task for each feature map."""
+"""Plans a forecast: the training of a teacher if needed, then one task for each feature map."""
 
 from dataclasses import dataclass
 
 from dist_tl.cluster.config import Task
+from dist_tl.config import StrictModel
 from dist_tl.errors import ConfigError
-from dist_tl.jobs.forecast.spec import ForecastJob, MapConfig, NetworkMap
-from dist_tl.jobs.forecast.tasks import MapInputs
+from dist_tl.jobs.forecast.spec import ForecastJob
 from dist_tl.jobs.plan import PlanTable, TaskRow, plan_table
-from dist_tl.jobs.teacher import teacher_location, teacher_stages
+from dist_tl.jobs.teacher import teacher_stages
 from dist_tl.methods.hidden_manifold.forecast import POOL_PER_FEATURE
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.rows import RowsSpec, load_rows
@@ -15,7 +15,7 @@ from dist_tl.train.spec import StageSpec
 
 
 def plan(job: ForecastJob, store: ObjectStore) -> "ForecastPlan":
-    """The stages and tasks of a job.
+    """Returns the stages and tasks of a job.
 
     Raises:
         ConfigError: the data has fewer images than the job needs.
@@ -31,6 +31,13 @@ def plan(job: ForecastJob, store: ObjectStore) -> "ForecastPlan":
     return ForecastPlan(job)
 
 
+class MapInputs(StrictModel):
+    """Task inputs: one feature map of the job."""
+
+    job: ForecastJob
+    index: int
+
+
 @dataclass(frozen=True)
 class ForecastPlan:
     """The stages and tasks of one job."""
@@ -38,35 +45,20 @@ class ForecastPlan:
     job: ForecastJob
 
     def table(self) -> PlanTable:
-        """The teacher's training and the tasks."""
+        """Returns the teacher's training and the number of tasks."""
         job = self.job
         work = f"{len(job.sizes)} sizes, {len(job.lambdas)} penalties, {job.labelled} labels"
-        row = TaskRow(phase="feature maps", tasks=len(self.maps()), work=work)
+        row = TaskRow(phase="feature maps", tasks=len(job.maps), work=work)
         return plan_table(job, tasks=(row,), train=self.teachers())
 
     def teachers(self) -> list[StageSpec]:
-        """The training of the teacher, if the job trains one."""
+        """Returns the training of the teacher, if the job trains one."""
         return teacher_stages(self.job.teacher, seed=self.job.seed)
 
     def maps(self) -> list[Task[MapInputs]]:
-        """One task for each feature map."""
-        return [Task(f"forecast-{chosen.name}", self._inputs(chosen)) for chosen in self.job.maps]
-
-    def _inputs(self, chosen: MapConfig) -> MapInputs:
-        job, model = self.job, None
-        if isinstance(chosen, NetworkMap):
-            model = chosen.model or (teacher_location(job.teacher) if job.teacher else None)
-        return MapInputs(
-            seed=job.seed,
-            data=job.data,
-            map=chosen,
-            model=model,
-            components=job.components,
-            labelled=job.labelled,
-            sizes=job.sizes,
-            lambdas=job.lambdas,
-            checked=job.checked,
-            draws=job.draws,
-            bootstrap=job.bootstrap,
-            verify=job.verify,
-        )
+        """Returns one task for each feature map."""
+        job = self.job.identity()
+        return [
+            Task(f"forecast-{candidate.name}", MapInputs(job=job, index=index))
+            for index, candidate in enumerate(job.maps)
+        ]

@@ -17,12 +17,12 @@ class ForecastOutcome:
 
 
 def run(plan: ForecastPlan, workers: Workers) -> ForecastOutcome:
-    """Trains the teacher if the job has one to train, then forecasts every map.
+    """Trains the teacher if the job defines one, then forecasts every map.
 
     Raises:
         DistTLError: the named error of a task; finished tasks are kept.
     """
     workers.train_apart("teacher", plan.teachers())
     outputs = workers.run_tasks("feature maps", forecast_map, plan.maps(), MapOutput)
-    names = [chosen.name for chosen in plan.job.maps]
+    names = [candidate.name for candidate in plan.job.maps]
     return ForecastOutcome(plan.job, dict(zip(names, outputs, strict=True)))

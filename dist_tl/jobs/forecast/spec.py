@@ -1,4 +1,4 @@
-"""What a job of kind `forecast` can say: target data, and feature maps to choose from."""
+"""The specification of a job of kind `forecast`: target data and candidate feature maps."""
 
 from typing import Annotated, Literal, Self
 
@@ -10,21 +10,22 @@ from dist_tl.datasets.spec import DataConfig
 from dist_tl.jobs.spec import NAME, JobConfig
 from dist_tl.jobs.teacher import AnyTeacher
 from dist_tl.methods.hidden_manifold.forecast import LABELS_PER_FEATURE
+from dist_tl.methods.hidden_manifold.saddle_point import MIN_LAM
 
 
 class PixelMap(StrictModel):
-    """The images as they are."""
+    """The pixels of the images."""
 
     kind: Literal["pixels"]
     name: str = Field(default="pixels", pattern=NAME)
 
 
 class RandomMap(StrictModel):
-    """One layer of random weights: the features that nothing was learnt for."""
+    """One layer of random weights: features without any training."""
 
     kind: Literal["random"]
     name: str = Field(default="random", pattern=NAME)
-    hidden: int = Field(default=200, ge=1, description="Units.")
+    hidden: int = Field(default=200, ge=1, description="Hidden units.")
     gain: float = Field(default=2.0, gt=0, description="Factor inside tanh, over sqrt(inputs).")
 
 
@@ -34,11 +35,10 @@ class NetworkMap(StrictModel):
     kind: Literal["network"]
     name: str = Field(pattern=NAME)
     model: str | None = Field(
-        default=None,
-        description="Folder or URL with the network's files; absent: the job's teacher.",
+        default=None, description="Folder or URL of the network; absent: the job's teacher."
     )
     block: int = Field(
-        default=-1, description="Of all block outputs in depth order; -1: the head's input."
+        default=-1, description="Index among all blocks in depth order; -1: the head's input."
     )
     grid: int = Field(
         default=2, ge=1, le=8, description="Maps are averaged to grid x grid cells at most."
@@ -52,49 +52,41 @@ class ForecastJob(JobConfig):
     """How much labelled target data would each feature map need?"""
 
     data: DataConfig = Field(
-        description="Target data; labels beyond `labelled` are not read but by `verify`."
+        description="Target data; labels beyond `labelled` are only read if `verify` is set."
     )
-    maps: tuple[MapConfig, ...] = Field(min_length=1, description="Candidates, each by a name.")
-    teacher: AnyTeacher | None = Field(
-        default=None, description="The network of maps that name no model."
-    )
+    maps: tuple[MapConfig, ...] = Field(min_length=1, description="Candidates with unique names.")
+    teacher: AnyTeacher | None = Field(default=None, description="Network of maps without a model.")
     components: int = Field(
         default=40, ge=1, description="Leading principal components kept of each map's features, K."
     )
-    labelled: int = Field(
-        default=200, ge=10, description="Labelled items that the forecast sees, >= 5 K."
-    )
+    labelled: int = Field(default=200, ge=10, description="Labels used by the forecast, >= 5 K.")
     samples: tuple[int, ...] = Field(
         default=(20, 40, 60, 100, 200, 400, 1000, 3000),
         min_length=1,
-        description="Sizes n to forecast.",
+        description="Training set sizes n to forecast.",
     )
     lambdas: tuple[float, ...] = Field(
-        default=(1e-4, 1e-3, 1e-2, 1e-1, 1.0),
-        min_length=1,
-        description="Ridge penalties to choose from.",
+        default=(1e-4, 1e-3, 1e-2, 1e-1, 1.0), min_length=1, description="Candidate L2 penalties."
     )
     checked: tuple[int, ...] = Field(
-        default=(20, 40, 60),
-        min_length=1,
-        description="Sizes also measured, a third of labelled at most.",
+        default=(20, 40, 60), min_length=1, description="Sizes to measure, `labelled` / 3 at most."
     )
     draws: int = Field(default=20, ge=10, description="Labelled sets drawn for each measured size.")
     bootstrap: int = Field(
-        default=100, ge=0, description="Resamples of the labelled items for the band."
+        default=100, ge=0, description="Resamples of the labelled items for the confidence band."
     )
     target_mse: tuple[float, ...] = Field(
         default=(0.25, 0.2, 0.15), description="Errors for which the labels needed are reported."
     )
     verify: bool = Field(
-        default=False,
-        description="Measure every size with all labels of the data: for benchmarks, where the "
-        "answer is known.",
+        default=False, description="Measure every size with all labels of the data, as a benchmark."
     )
-    trials: TrialsConfig = Field(default_factory=TrialsConfig, description="How tasks are run.")
+    trials: TrialsConfig = Field(
+        default_factory=TrialsConfig, description="Resources and retries of the tasks."
+    )
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> Self:
+    def _fields_are_consistent(self) -> Self:
         names = [candidate.name for candidate in self.maps]
         if len(set(names)) < len(names):
             raise ValueError(f"maps: every name once, got {names}")
@@ -114,11 +106,11 @@ class ForecastJob(JobConfig):
                 f"checked: expected sizes of a third of the {self.labelled} labelled items at most "
                 f"({self.labelled // 3}), got {max(self.checked)}"
             )
-        if min(self.lambdas) < 1e-6:
-            raise ValueError(f"lambdas: solvable from 1e-6 on, got {min(self.lambdas):g}")
+        if min(self.lambdas) < MIN_LAM:
+            raise ValueError(f"lambdas: expected {MIN_LAM:g} or more, got {min(self.lambdas):g}")
         return self
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """All sizes of the forecast, the measured ones among them."""
+        """All forecast sizes in ascending order, including the measured ones."""
         return tuple(sorted({*self.samples, *self.checked}))

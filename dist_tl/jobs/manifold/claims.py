@@ -1,191 +1,108 @@
-"""What the acceptance claims of the hidden manifold model come to in one run.
+"""Judges the acceptance claims of the hidden manifold model from the numbers of one run.
 
-Every claim is judged from the run's own numbers, over instances, and says "holds", "does not hold"
-or "cannot be said" where the job has not measured what it needs.
+Claims are judged over instances; the outcome is "holds", "does not hold", or "cannot be said" if
+the job lacks the measurements.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from dist_tl.jobs.manifold.run import ManifoldOutcome
-from dist_tl.jobs.manifold.spec import Cell, Knob
-from dist_tl.jobs.manifold.tasks import Point
-from dist_tl.report.results import Interval, interval
+from dist_tl.jobs.manifold.curves import Curves, difference, mean
+from dist_tl.methods.hidden_manifold.cells import Cell, Knob
+from dist_tl.report.results import Interval, Table
 
-FADING = ("teacher_corr", "feature_corr", "substituted")
+FADING: tuple[Knob, ...] = ("teacher_corr", "feature_corr", "substituted")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One sentence about the model, and what became of it."""
+    """One sentence about the model and whether it holds; None if the run cannot judge it."""
 
     text: str
     holds: bool | None
     evidence: str
 
-    @property
-    def outcome(self) -> str:
-        """As a word for a table."""
-        return {True: "holds", False: "does not hold", None: "cannot be said"}[self.holds]
 
-
-class Curves:
-    """Errors by arm, cell and training set size: one number an instance."""
-
-    def __init__(self, outcome: ManifoldOutcome) -> None:
-        self.job = outcome.plan.job
-        self._outcome = outcome
-
-    def simulated(self, arm: str, cell: Cell, num: int) -> list[float]:
-        """Mean test errors at the reported penalty."""
-        return [point.mean for point in self._reported(arm, cell, num)]
-
-    def theory(self, arm: str, cell: Cell, num: int) -> list[float] | None:
-        """The Gaussian theory at the reported penalty; None where one did not converge."""
-        return _complete([point.theory for point in self._reported(arm, cell, num)])
-
-    def mixture(self, arm: str, cell: Cell, num: int) -> list[float] | None:
-        """The mixture theory at the reported penalty, where there is one."""
-        return _complete([point.mixture for point in self._reported(arm, cell, num)])
-
-    def best_theory(self, arm: str, cell: Cell, num: int) -> list[float] | None:
-        """The theory at its own best penalty."""
-        values = []
-        for points in self._all(arm, cell, num):
-            known = [point.theory for point in points if point.theory is not None]
-            if len(known) < len(points):
-                return None
-            values.append(min(known))
-        return values
-
-    def best_simulated(self, arm: str, cell: Cell, num: int) -> list[float]:
-        """The simulation at the penalty that is best by its mean over instances."""
-        table = [[point.mean for point in points] for points in self._all(arm, cell, num)]
-        means = [sum(column) / len(table) for column in zip(*table, strict=True)]
-        best = means.index(min(means))
-        return [row[best] for row in table]
-
-    def failures(self) -> list[Point]:
-        """Points without a theory."""
-        answers = [*self._outcome.cells.values(), *self._outcome.baselines.values()]
-        return [point for answer in answers for point in answer.points if point.failure]
-
-    def _reported(self, arm: str, cell: Cell, num: int) -> list[Point]:
-        lam = self.job.reported_lambda
-        return [
-            next(point for point in points if point.lam in (None, lam))
-            for points in self._all(arm, cell, num)
-        ]
-
-    def _all(self, arm: str, cell: Cell, num: int) -> list[list[Point]]:
-        """The points of each instance, by penalty."""
-        return [
-            [p for p in self._answer(arm, cell, i) if (p.arm, p.samples) == (arm, num)]
-            for i in range(self.job.instances)
-        ]
-
-    def _answer(self, arm: str, cell: Cell, instance: int) -> Sequence[Point]:
-        if arm in ("transferred", "fine_tuned"):
-            return self._outcome.cells[instance, cell.name].points
-        return self._outcome.baselines[instance, cell.model.target_latent].points
-
-
-def _complete(values: list[float | None]) -> list[float] | None:
-    return None if None in values else [value for value in values if value is not None]
-
-
-def difference(one: Sequence[float], other: Sequence[float]) -> Interval:
-    """The paired difference over instances with its interval."""
-    return interval([a - b for a, b in zip(one, other, strict=True)])
-
-
-def claims(outcome: ManifoldOutcome) -> list[Claim]:
-    """All claims, in the order of the notes (section 5, numbers 1, 2, 3 and 6)."""
-    curves = Curves(outcome)
+def claims(curves: Curves) -> list[Claim]:
+    """Judges all claims, in the order of the notes (section 5, numbers 1, 2, 3 and 6)."""
     return [
-        _scarce(curves),
-        _overtaken(curves),
-        *[_fades(curves, knob) for knob in FADING],
+        _transfer_wins_when_scarce(curves),
+        _training_anew_overtakes(curves),
+        *[_gain_fades(curves, knob) for knob in FADING],
         _complex_to_simple(curves),
     ]
 
 
-def _scarce(curves: Curves) -> Claim:
+def claims_table(judged: Sequence[Claim]) -> Iterator[Table]:
+    """Yields the table of claims, unless the run can judge none of them."""
+    if all(claim.holds is None for claim in judged):
+        return
+    outcomes = {True: "holds", False: "does not hold", None: "cannot be said"}
+    yield Table(
+        title="Claims",
+        header=("claim", "outcome", "evidence"),
+        rows=tuple((claim.text, outcomes[claim.holds], claim.evidence) for claim in judged),
+        note="Differences of test error with 95 % intervals over instances, if there are several; "
+        "negative: transferred features are better.",
+    )
+
+
+def _transfer_wins_when_scarce(curves: Curves) -> Claim:
     job, base = curves.job, curves.job.base()
     text = "1. Related tasks, scarce data: transferred features beat random ones and training anew"
     sizes = [num for num in job.samples if num <= 4 * job.hidden]
-    rivals = [arm for arm in ("random", "two_layer") if arm in job.arms]
-    if not sizes or len(rivals) < 2:
+    if not sizes or "two_layer" not in job.arms:
         return Claim(text, None, "needs arm two_layer and a training set of 4K samples or fewer")
-    gaps = {
-        (num, arm): difference(
-            curves.simulated("transferred", base, num), curves.simulated(arm, base, num)
-        )
-        for num in sizes
-        for arm in rivals
-    }
+    arms = ("random", "two_layer")
+    gaps = {(num, arm): curves.gap(base, num, arm) for num in sizes for arm in arms}
     evidence = "; ".join(f"n={n}: {_signed(gap)} to {arm}" for (n, arm), gap in gaps.items())
-    return Claim(text, all(_below_zero(gap) for gap in gaps.values()), evidence)
+    return Claim(text, all(map(_is_below_zero, gaps.values())), evidence)
 
 
-def _below_zero(gap: Interval) -> bool:
-    return gap.mean < 0 and (gap.half_width is None or gap.excludes_zero)
-
-
-def _overtaken(curves: Curves) -> Claim:
+def _training_anew_overtakes(curves: Curves) -> Claim:
     text = "2. Training anew overtakes as n grows, sooner for weaker teacher correlation"
-    swept = _sweep(curves, "teacher_corr")
-    if len(swept) < 2 or "two_layer" not in curves.job.arms:
+    cells = _sweep(curves, "teacher_corr")
+    if len(cells) < 2 or "two_layer" not in curves.job.arms:
         return Claim(text, None, "needs arm two_layer and a sweep over teacher_corr")
-    crossings = {value: _crossing(curves, cell) for value, cell in swept}
-    order = [crossings[value] for value in sorted(crossings, reverse=True)]
+    crossings = {value: _crossing(curves, cell) for value, cell in cells.items()}
+    order = list(crossings.values())  # from the strongest correlation down
     sooner = all(after <= before for before, after in pairwise(order))
-    words = [
-        f"c_T={v:g}: {'never' if n == float('inf') else f'n={n:g}'}" for v, n in crossings.items()
-    ]
-    return Claim(text, sooner and order[-1] < order[0], "overtaken at " + ", ".join(words))
+    evidence = ", ".join(
+        f"c_T={value:g}: {'never' if num == float('inf') else f'n={num:g}'}"
+        for value, num in crossings.items()
+    )
+    return Claim(text, sooner and order[-1] < order[0], f"overtaken at {evidence}")
 
 
 def _crossing(curves: Curves, cell: Cell) -> float:
     """The first training set size at which training anew is better; infinite if there is none."""
-    for num in sorted(curves.job.samples):
-        gap = difference(
-            curves.simulated("transferred", cell, num), curves.simulated("two_layer", cell, num)
-        )
-        if gap.mean > 0:
-            return num
-    return float("inf")
+    sizes = sorted(curves.job.samples)
+    better = (num for num in sizes if curves.gap(cell, num, "two_layer").mean > 0)
+    return next(better, float("inf"))
 
 
-def _fades(curves: Curves, knob: Knob) -> Claim:
+def _gain_fades(curves: Curves, knob: Knob) -> Claim:
     text = f"3. The gain over random features fades with {knob} (theory, each at its best penalty)"
-    swept = _sweep(curves, knob)
-    num = _nearest(curves.job.samples, curves.job.hidden)
-    if len(swept) < 3:
+    cells = _sweep(curves, knob)
+    if len(cells) < 3:
         return Claim(text, None, f"needs a sweep over {knob} of three values or more")
+    num = min(curves.job.samples, key=lambda size: abs(size - curves.job.hidden))
     gains = []
-    for _, cell in sorted(swept, key=lambda pair: pair[0], reverse=knob != "substituted"):
-        ours = curves.best_theory("transferred", cell, num)
-        theirs = curves.best_theory("random", cell, num)
-        if ours is None or theirs is None:
+    for value in sorted(cells, reverse=knob != "substituted"):
+        gain = curves.theory_gain(cells[value], num)
+        if gain is None:
             return Claim(text, None, "the theory did not converge in every cell")
-        gains.append([b - a for a, b in zip(ours, theirs, strict=True)])
+        gains.append(gain)
     steps = [difference(after, before) for before, after in pairwise(gains)]
-    fading = not any(step.mean > 0 and _is_clear(step) for step in steps)
-    whole = difference(gains[-1], gains[0])
-    evidence = f"gain at n={num}: " + ", ".join(f"{_mean(gain):+.3f}" for gain in gains)
-    return Claim(text, fading and _below_zero(whole), evidence)
-
-
-def _is_clear(gap: Interval) -> bool:
-    return gap.half_width is None or gap.excludes_zero
+    rises = any(step.mean > 0 and _is_clear(step) for step in steps)
+    evidence = f"gain at n={num}: " + ", ".join(f"{mean(gain):+.3f}" for gain in gains)
+    return Claim(text, not rises and _is_below_zero(difference(gains[-1], gains[0])), evidence)
 
 
 def _complex_to_simple(curves: Curves) -> Claim:
     text = "6. From complex to simple is better than from simple to complex"
-    target = curves.job.model.target_latent
-    cells = dict(_sweep(curves, "source_latent"))
+    target, cells = curves.job.model.target_latent, _sweep(curves, "source_latent")
     richer = [value for value in cells if value > target]
     poorer = [value for value in cells if value < target]
     if not richer or not poorer:
@@ -201,29 +118,26 @@ def _complex_to_simple(curves: Curves) -> Claim:
     evidence = f"d_s={high:g} against {low:g}, d_t={target}: " + ", ".join(
         f"n={num}: {_signed(gap)}" for num, gap in gaps.items()
     )
-    return Claim(text, all(_below_zero(gap) for gap in gaps.values()), evidence)
+    return Claim(text, all(map(_is_below_zero, gaps.values())), evidence)
 
 
-def _sweep(curves: Curves, knob: Knob) -> list[tuple[float, Cell]]:
-    """The cells in which nothing but `knob` differs from the base, the base among them."""
-    cells = {cell.value(knob): cell for cell in _swept(curves, knob)}
-    base = curves.job.base()
-    if cells:
-        cells.setdefault(base.value(knob), base)
-    return sorted(cells.items(), reverse=True)
+def _sweep(curves: Curves, knob: Knob) -> dict[float, Cell]:
+    """The cells that differ from the base in `knob` alone, from the largest value to the smallest.
 
-
-def _swept(curves: Curves, knob: Knob) -> list[Cell]:
+    Includes the base cell; empty if the job does not sweep the knob.
+    """
     job = curves.job
-    return [cell for sweep in job.sweeps if sweep.knob == knob for cell in job.swept(sweep)]
+    swept = [cell for sweep in job.sweeps if sweep.knob == knob for cell in job.swept(sweep)]
+    cells = {cell.value(knob): cell for cell in (job.base(), *swept)} if swept else {}
+    return dict(sorted(cells.items(), reverse=True))
 
 
-def _nearest(samples: Sequence[int], wanted: int) -> int:
-    return min(samples, key=lambda num: abs(num - wanted))
+def _is_below_zero(gap: Interval) -> bool:
+    return gap.mean < 0 and _is_clear(gap)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _is_clear(gap: Interval) -> bool:
+    return gap.half_width is None or gap.excludes_zero
 
 
 def _signed(gap: Interval) -> str:

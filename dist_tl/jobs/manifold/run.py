@@ -3,29 +3,35 @@
 from dataclasses import dataclass
 
 from dist_tl.jobs.manifold.plan import ManifoldPlan
-from dist_tl.jobs.manifold.sources import MomentsOutput, SourceOutput, sum_moments, train_source
-from dist_tl.jobs.manifold.tasks import ErrorsOutput, measure_baseline, measure_cell
+from dist_tl.jobs.manifold.tasks import (
+    ErrorsOutput,
+    MomentsOutput,
+    SourceOutput,
+    measure_baseline,
+    measure_cell,
+    sum_moments,
+    train_source,
+)
 from dist_tl.jobs.workers import Workers
+from dist_tl.methods.hidden_manifold.measurements import Measurement
 
 
 @dataclass(frozen=True)
 class ManifoldOutcome:
-    """Outputs of all tasks, by instance and cell.
+    """Outputs of all tasks, by task name.
 
     Attributes:
-        sources: by instance and source_latent.
-        cells: by instance and cell name.
-        baselines: by instance and target_latent.
+        sources: test error of every source network on its own task.
+        measurements: of every cell, then of every baseline.
     """
 
     plan: ManifoldPlan
-    sources: dict[tuple[int, int], SourceOutput]
-    cells: dict[tuple[int, str], ErrorsOutput]
-    baselines: dict[tuple[int, int], ErrorsOutput]
+    sources: dict[str, float]
+    measurements: dict[str, tuple[Measurement, ...]]
 
 
 def run(plan: ManifoldPlan, workers: Workers) -> ManifoldOutcome:
-    """Runs every task that has no output yet.
+    """Runs every task that has no stored output.
 
     Raises:
         DistTLError: the named error of a task; finished tasks are kept.
@@ -34,9 +40,9 @@ def run(plan: ManifoldPlan, workers: Workers) -> ManifoldOutcome:
     workers.run_tasks("moments", sum_moments, plan.moments(), MomentsOutput)
     baselines = workers.run_tasks("baselines", measure_baseline, plan.baselines(), ErrorsOutput)
     cells = workers.run_tasks("cells", measure_cell, plan.cells(), ErrorsOutput)
+    measured = zip((*plan.cells(), *plan.baselines()), (*cells, *baselines), strict=True)
     return ManifoldOutcome(
         plan=plan,
-        sources=dict(zip(plan.source_keys(), sources, strict=True)),
-        cells=dict(zip(plan.cell_keys(), cells, strict=True)),
-        baselines=dict(zip(plan.baseline_keys(), baselines, strict=True)),
+        sources={t.name: o.error for t, o in zip(plan.sources(), sources, strict=True)},
+        measurements={task.name: output.measurements for task, output in measured},
     )
