@@ -1,1 +1,1 @@
-"""Pseudo-labels by geometry, and what they are worth."""
+"""Labels a pool by geometry and measures what the labels are worth in transfer."""

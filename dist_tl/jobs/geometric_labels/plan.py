@@ -1,19 +1,18 @@
-"""The tasks and stages of a geometric labelling, from its file, its data and its labels."""
+"""Stages and tasks of a geometric labelling."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import product
+
+from pydantic import Field
 
 from dist_tl.cluster.config import Task
-from dist_tl.config import fingerprint
+from dist_tl.config import StrictModel, fingerprint
+from dist_tl.datasets.images import LabelledImages
 from dist_tl.datasets.spec import DataConfig
-from dist_tl.datasets.views import ViewsConfig
 from dist_tl.jobs.geometric_labels.spec import BASELINE, GeometricLabelsJob
-from dist_tl.jobs.geometric_labels.tasks import FeaturesInputs, LabelsInputs, ShardsInputs
 from dist_tl.jobs.plan import PlanTable, TaskRow, plan_table
-from dist_tl.jobs.spec import BudgetConfig
-from dist_tl.jobs.stages import Part, repeat_seed, target_rows, training_stage
-from dist_tl.jobs.teacher import teacher_location, teacher_stages
+from dist_tl.jobs.stages import repeat_seed, target_rows, training_stage
+from dist_tl.jobs.teacher import teacher_stages
 from dist_tl.shards.order import ShardPlan
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
@@ -26,124 +25,121 @@ ANCHORS = f"{layout.stage_prefix('anchors')}/points.safetensors"
 SHARDS_PER_TASK = 8
 
 
-@dataclass(frozen=True)
-class Labelling:
-    """Labels of the pool by one way: what is learnt from.
-
-    Attributes:
-        name: of the arm, or of a source of the divergence forecast.
-        key: where rows and classes are stored.
-        digest: of both; part of the shards' fingerprint.
-    """
+class Labelling(StrictModel):
+    """Stored labels of the pool: those of an arm, or of a source of the divergence forecast."""
 
     name: str
     num_samples: int
     num_classes: int
-    key: str
-    digest: str
+    digest: str = Field(description="Hash of rows and classes; enters the shards' fingerprint.")
+
+    @property
+    def key(self) -> str:
+        """The key of the stored rows and classes."""
+        return f"{layout.stage_prefix(f'labelling-{self.name}')}/labelling.safetensors"
+
+
+class FeaturesInputs(StrictModel):
+    """Inputs of a feature task: a range of rows of a data set."""
+
+    job: GeometricLabelsJob
+    data: DataConfig
+    first: int
+    last: int
+    key: str = Field(description="Key of the stored features and their sums by class.")
+
+
+class LabelsInputs(StrictModel):
+    """Inputs of a label task: one chunk of the pool."""
+
+    job: GeometricLabelsJob
+    features: str = Field(description="Key of the chunk's features.")
+    key: str = Field(description="Key of the stored label tuples by arm.")
+
+
+class ShardsInputs(StrictModel):
+    """Inputs of a shard task: `SHARDS_PER_TASK` shards of labelled pool images."""
+
+    job: GeometricLabelsJob
+    labelling: Labelling
+    first: int = Field(description="Index of the first shard.")
 
 
 def plan(job: GeometricLabelsJob, store: ObjectStore) -> "GeometricLabelsPlan":
-    """The stages and tasks of a job.
+    """Returns the stages and tasks of a job.
 
     Raises:
-        ConfigError: the data cannot give what the job needs.
+        ConfigError: the data has less than the job needs.
         DataError: the data is damaged.
     """
-    plan = GeometricLabelsPlan(job)
     for repeat in range(job.seeds):
-        load_rows(plan.rows(repeat, "train"))
-    return plan
+        load_rows(target_rows(job, job.target, repeat, "train"))
+    return GeometricLabelsPlan(job)
 
 
 @dataclass(frozen=True)
 class GeometricLabelsPlan:
-    """Names, tasks and stages of a job."""
+    """Stages and tasks of a job."""
 
     job: GeometricLabelsJob
 
-    @cached_property
-    def pool_size(self) -> int:
-        """Number of images in the pool."""
-        return len(load_rows(RowsSpec(data=self.job.pool)))
-
-    @cached_property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the pool's images."""
-        return load_rows(RowsSpec(data=self.job.pool)).image_shape
+    @property
+    def pool(self) -> LabelledImages:
+        """The images of the pool."""
+        return load_rows(RowsSpec(data=self.job.pool))
 
     def table(self) -> PlanTable:
-        """Trainings, and tasks by phase."""
-        job, chunks = self.job, len(self.features("pool", self.job.pool))
+        """Returns the training stages and the tasks by phase."""
+        job, chunks = self.job, len(self.labels())
         rows = (
-            TaskRow(phase="features", tasks=chunks, work=f"{self.pool_size} pool images"),
+            TaskRow(phase="features", tasks=chunks, work=f"{len(self.pool)} pool images"),
             TaskRow(phase="labels", tasks=chunks, work=f"m = {job.m}, {len(job.arms) - 1} ways"),
         )
-        # The number of classes of an arm is known once the pool is labelled; 2 stands in for it.
+        # An arm's number of classes is known only after labelling; 2 stands in for it.
         labellings = [
-            Labelling(arm, self.pool_size, 2, "", "") for arm in job.arms if arm != BASELINE
+            Labelling(name=arm, num_samples=len(self.pool), num_classes=2, digest="")
+            for arm in job.arms
+            if arm != BASELINE
         ]
-        stages = [
-            *self.extractors(),
-            *map(self.base, labellings),
-            *(self.arm(*key) for key in self.arm_keys()),
-        ]
+        stages = [*self.extractors(), *map(self.base, labellings), *self.arms().values()]
         return plan_table(job, tasks=rows, train=stages)
 
     def extractors(self) -> list[StageSpec]:
-        """The training of the extractor, if the job trains one."""
+        """Returns the training stage of the extractor; empty if a stored one is used."""
         return teacher_stages(self.job.extractor, seed=self.job.seed)
 
-    def arm_keys(self) -> list[tuple[str, float, int]]:
-        """Arm, learning rate and repeat of every fine-tuning."""
-        return [
-            (arm, rate, repeat)
-            for repeat in range(self.job.seeds)
-            for arm in self.job.arms
-            for rate in self.job.rates
-        ]
+    @property
+    def data_sets(self) -> dict[str, DataConfig]:
+        """The data sets whose features are computed, by name."""
+        job, data_sets = self.job, {"pool": self.job.pool}
+        if job.anchors.data is not None:
+            data_sets["anchors"] = job.anchors.data
+        if job.pairs is not None:
+            data_sets["target"] = job.target.data
+        return data_sets
 
-    def arm(self, arm: str, rate: float, repeat: int) -> StageSpec:
-        """The fine-tuning of one arm."""
-        return self.fine_tuning(arm, repeat, rate, base=None if arm == BASELINE else arm)
-
-    def features(self, name: str, data: DataConfig) -> list[Task[FeaturesInputs]]:
-        """Features of a data set, in chunks."""
-        count, width = len(load_rows(RowsSpec(data=data))), self.job.rows_per_task
-        place = teacher_location(self.job.extractor)
-        return [
-            Task(
-                f"features-{name}-{part}",
-                FeaturesInputs(
-                    model=place,
-                    data=data,
-                    first=first,
-                    last=min(first + width, count),
-                    key=f"{layout.stage_prefix(f'features-{name}-{part}')}/features.safetensors",
-                ),
-            )
-            for part, first in enumerate(range(0, count, width))
-        ]
+    def features(self, name: str) -> list[Task[FeaturesInputs]]:
+        """Returns the feature tasks of a data set, one per chunk."""
+        job, data, tasks = self.job.identity(), self.data_sets[name], []
+        count, width = len(load_rows(RowsSpec(data=data))), job.rows_per_task
+        for part, first in enumerate(range(0, count, width)):
+            task, last = f"features-{name}-{part}", min(first + width, count)
+            key = f"{layout.stage_prefix(task)}/features.safetensors"
+            inputs = FeaturesInputs(job=job, data=data, first=first, last=last, key=key)
+            tasks.append(Task(task, inputs))
+        return tasks
 
     def labels(self) -> list[Task[LabelsInputs]]:
-        """Label tuples of the pool, in chunks."""
-        job = self.job
-        return [
-            Task(
-                f"labels-{part}",
-                LabelsInputs(
-                    features=task.inputs.key,
-                    anchors=ANCHORS,
-                    ways={arm: job.label_config(arm) for arm in job.g2l_arms},
-                    nearest=job.m if "nearest_m" in job.arms else None,
-                    key=f"{layout.stage_prefix(f'labels-{part}')}/tuples.safetensors",
-                ),
-            )
-            for part, task in enumerate(self.features("pool", job.pool))
-        ]
+        """Returns the label tasks of the pool, one per chunk."""
+        job, tasks = self.job.identity(), []
+        for part, features in enumerate(self.features("pool")):
+            key = f"{layout.stage_prefix(f'labels-{part}')}/tuples.safetensors"
+            inputs = LabelsInputs(job=job, features=features.inputs.key, key=key)
+            tasks.append(Task(f"labels-{part}", inputs))
+        return tasks
 
     def shard_plan(self, labelling: Labelling) -> ShardPlan:
-        """The shards of one labelling."""
+        """Returns the shards of a labelling."""
         stage = f"shards-{labelling.name}"
         content = {"pool": self.job.pool.model_dump(mode="json"), "labels": labelling.digest}
         return ShardPlan(
@@ -158,93 +154,61 @@ class GeometricLabelsPlan:
         )
 
     def shards(self, labelling: Labelling) -> list[Task[ShardsInputs]]:
-        """Tasks that write them."""
-        plan = self.shard_plan(labelling)
-        starts = range(0, plan.num_shards, SHARDS_PER_TASK)
-        return [
-            Task(
-                f"write-{labelling.name}-{part}",
-                ShardsInputs(
-                    plan=plan,
-                    pool=self.job.pool,
-                    labelling=labelling.key,
-                    indices=tuple(range(first, min(first + SHARDS_PER_TASK, plan.num_shards))),
-                ),
-            )
-            for part, first in enumerate(starts)
-        ]
+        """Returns the tasks that write the shards of a labelling."""
+        job, tasks = self.job.identity(), []
+        starts = range(0, self.shard_plan(labelling).num_shards, SHARDS_PER_TASK)
+        for part, first in enumerate(starts):
+            inputs = ShardsInputs(job=job, labelling=labelling, first=first)
+            tasks.append(Task(f"write-{labelling.name}-{part}", inputs))
+        return tasks
+
+    def arms(self) -> dict[tuple[str, float, int], StageSpec]:
+        """Returns the fine-tuning stages of all arms, by arm, learning rate and repeat."""
+        stages = {}
+        for repeat, arm, rate in product(range(self.job.seeds), self.job.arms, self.job.rates):
+            base, data = None if arm == BASELINE else arm, self.job.target.data
+            stages[arm, rate, repeat] = self.fine_tuning(arm, rate, repeat, base, data)
+        return stages
 
     def base(self, labelling: Labelling) -> StageSpec:
-        """Pre-training on one labelling."""
-        model = NewNetwork(network=self.job.network, num_classes=max(2, labelling.num_classes))
-        return self._stage(
-            f"base-{labelling.name}",
-            self.job.seed,
-            model,
-            self.shard_plan(labelling),
-            self.job.pool.views,
+        """Returns the pre-training stage on a labelling."""
+        classes = max(2, labelling.num_classes)
+        return training_stage(
+            self.job,
             self.job.pretraining,
+            name=f"base-{labelling.name}",
+            seed=self.job.seed,
+            model=NewNetwork(network=self.job.network, num_classes=classes),
+            objective=SupervisedSpec(),
+            image_shape=self.pool.image_shape,
+            labelled=self.shard_plan(labelling),
+            views=self.job.pool.views,
         )
 
     def fine_tuning(
-        self,
-        name: str,
-        repeat: int,
-        rate: float,
-        *,
-        base: str | None,
-        data: DataConfig | None = None,
+        self, name: str, rate: float, repeat: int, base: str | None, data: DataConfig
     ) -> StageSpec:
-        """One model on the target: from a base model's trunk, or from fresh weights.
+        """Returns the training stage of one model on the target data or a part of it.
 
         Args:
-            base: the name of the labelling whose base model is handed over.
-            data: a part of the target data; absent: all of it.
+            base: name of the labelling whose base model provides the trunk; None: new weights.
         """
-        data = data or self.job.target.data
+        job = self.job
         classes = load_rows(RowsSpec(data=data)).num_classes
-        model: ModelSpec = NewNetwork(network=self.job.network, num_classes=classes)
+        model: ModelSpec = NewNetwork(network=job.network, num_classes=classes)
         if base is not None:
-            place = layout.stage_model_prefix(f"base-{base}")
-            model = PretrainedTrunk(model=place, num_classes=classes)
-        budget = self.job.fine_tuning
-        swept = budget.optimizer.model_copy(update={"learning_rate": rate})
-        stage = self._stage(
-            f"{name}-lr{rate:g}-seed{repeat}",
-            repeat_seed(self.job, repeat),
-            model,
-            self.rows(repeat, "train", data),
-            data.views,
-            budget.model_copy(update={"optimizer": swept}),
-        )
-        return stage.model_copy(update={"evaluate": self.rows(repeat, "test", data)})
-
-    def rows(self, repeat: int, part: Part, data: DataConfig | None = None) -> RowsSpec:
-        """A part of the target data, or of the data given."""
-        return target_rows(self.job, self.job.target, repeat, part, data=data)
-
-    def _stage(
-        self,
-        name: str,
-        seed: int,
-        model: ModelSpec,
-        labelled: RowsSpec | ShardPlan,
-        views: ViewsConfig,
-        budget: BudgetConfig,
-    ) -> StageSpec:
+            location = layout.stage_model_prefix(f"base-{base}")
+            model = PretrainedTrunk(model=location, num_classes=classes)
+        optimizer = job.fine_tuning.optimizer.model_copy(update={"learning_rate": rate})
         return training_stage(
-            self.job,
-            budget,
-            name=name,
-            seed=seed,
+            job,
+            job.fine_tuning.model_copy(update={"optimizer": optimizer}),
+            name=f"{name}-lr{rate:g}-seed{repeat}",
+            seed=repeat_seed(job, repeat),
             model=model,
             objective=SupervisedSpec(),
-            image_shape=self.image_shape,
-            labelled=labelled,
-            views=views,
+            image_shape=self.pool.image_shape,
+            labelled=target_rows(job, job.target, repeat, "train", data=data),
+            views=data.views,
+            evaluate=target_rows(job, job.target, repeat, "test", data=data),
         )
-
-
-def of_classes(data: DataConfig, classes: Sequence[str]) -> DataConfig:
-    """The same data with some of its classes."""
-    return data.model_copy(update={"classes": tuple(classes)})

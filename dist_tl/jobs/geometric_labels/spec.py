@@ -1,4 +1,4 @@
-"""What a job of kind `geometric_labels` can say: a pool, features, anchors, labels, a target."""
+"""The specification of a job of kind `geometric_labels`: pool, anchors, labels, target."""
 
 from typing import Literal, Self, get_args
 
@@ -29,15 +29,13 @@ FACTORS = {"max": "cholesky", "min": "qr"}  # small heights decide where min doe
 
 
 class AnchorsConfig(StrictModel):
-    """Where anchors come from: the mean of each class of some data, or points of the pool."""
+    """Source of the anchors: class means of a data set, or items of the pool."""
 
     data: DataConfig | None = Field(
-        default=None, description="Named source sets: one anchor is the mean feature of each class."
+        default=None, description="Data whose classes each give one anchor, their mean feature."
     )
     count: int | None = Field(
-        default=None,
-        ge=1,
-        description="Anchors chosen among the pool's items, greedily of largest volume.",
+        default=None, ge=1, description="Number of pool items chosen greedily by largest volume."
     )
 
     @model_validator(mode="after")
@@ -48,15 +46,11 @@ class AnchorsConfig(StrictModel):
 
 
 class PairsConfig(StrictModel):
-    """(source, target) pairs for the divergence forecast: parts of the pool and of the target."""
+    """Pairs of a part of the pool and a part of the target, for the divergence forecast."""
 
-    sources: tuple[tuple[str, ...], ...] = Field(
-        min_length=1, description="Classes of the pool that make each source."
-    )
-    targets: tuple[tuple[str, ...], ...] = Field(
-        min_length=1, description="Classes of the target data that make each target."
-    )
-    seeds: int = Field(default=2, ge=1, description="Fine-tunings of each pair.")
+    sources: tuple[tuple[str, ...], ...] = Field(min_length=1, description="Classes of the pool.")
+    targets: tuple[tuple[str, ...], ...] = Field(min_length=1, description="Classes of the target.")
+    seeds: int = Field(default=2, ge=1, description="Fine-tunings per pair.")
 
 
 class TargetConfig(TargetDataConfig):
@@ -68,32 +62,26 @@ class TargetConfig(TargetDataConfig):
 
 
 class GeometricLabelsJob(TrainingJobConfig):
-    """Label a pool by geometry, pre-train on it, transfer; against labels made in other ways."""
+    """Labels a pool by geometry, pre-trains on it and transfers; compared with other labels."""
 
-    pool: DataConfig = Field(description="Unlabelled images; human_labels alone reads its labels.")
-    extractor: AnyTeacher = Field(description="Its last features are used.")
+    pool: DataConfig = Field(description="Images; human_labels and `pairs` read their labels.")
+    extractor: AnyTeacher = Field(description="Network whose last features are used.")
     anchors: AnchorsConfig
-    m: int = Field(default=3, ge=1, description="Anchors in a label.")
+    m: int = Field(default=3, ge=1, description="Number of anchors in a label.")
     rare: RareConfig = Field(default_factory=RareConfig)
     arms: tuple[Arm, ...] = get_args(Arm)
-    network: NetworkConfig = Field(description="Of the base model and of the target.")
+    network: NetworkConfig = Field(description="Network of base models and target models.")
     pretraining: BudgetConfig
     target: TargetConfig
-    fine_tuning: BudgetConfig = Field(description="Its learning rate is swept over `rates`.")
+    fine_tuning: BudgetConfig = Field(description="Repeated with each learning rate of `rates`.")
     rates: tuple[float, ...] = Field(
-        default=(3e-4, 1e-3, 3e-3),
-        min_length=1,
-        description="Learning rates; every arm gets its best.",
+        default=(3e-4, 1e-3, 3e-3), min_length=1, description="Each arm is shown at its best rate."
     )
-    seeds: int = Field(
-        default=5, ge=1, description="Repeats: labels, weights and order drawn anew."
-    )
-    pairs: PairsConfig | None = Field(default=None, description="For the divergence forecast.")
+    seeds: int = Field(default=5, ge=1, description="Repeats with new labels, weights and order.")
+    pairs: PairsConfig | None = Field(default=None, description="Absent: no divergence forecast.")
     samples_per_shard: int = Field(default=256, ge=1)
-    rows_per_task: int = Field(
-        default=1024, ge=1, description="Images of one feature or label task."
-    )
-    trials: TrialsConfig = Field(default_factory=TrialsConfig, description="How tasks are run.")
+    rows_per_task: int = Field(default=1024, ge=1, description="Images per feature or label task.")
+    trials: TrialsConfig = Field(default_factory=TrialsConfig, description="Resources of a task.")
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -101,8 +89,9 @@ class GeometricLabelsJob(TrainingJobConfig):
             raise ValueError(f"arms: every one once, got {list(self.arms)}")
         if BASELINE not in self.arms:
             raise ValueError(f"arms: {BASELINE} is what the others are compared with; add it")
-        if {"kmeans", "random_labels"} & set(self.arms) and "g2l_near_max" not in self.arms:
-            raise ValueError("arms: kmeans and random_labels take their classes from g2l_near_max")
+        near_max = self.pairs or {"kmeans", "random_labels"} & set(self.arms)
+        if near_max and "g2l_near_max" not in self.arms:
+            raise ValueError("arms: kmeans, random_labels and pairs need the arm g2l_near_max")
         if getattr(self.pool, "unlabelled", False) and ("human_labels" in self.arms or self.pairs):
             raise ValueError(
                 "pool: without labels there are no human_labels and no pairs of classes; leave "
@@ -116,7 +105,7 @@ class GeometricLabelsJob(TrainingJobConfig):
         return self
 
     def label_config(self, arm: str) -> LabelConfig:
-        """How an arm g2l_START_GROW grows its labels."""
+        """Returns how the arm g2l_START_GROW grows its labels."""
         _, start, grow = arm.split("_")
         starts = {"near": "nearest", "far": "farthest"}
         return LabelConfig(m=self.m, start=starts[start], grow=grow, factor=FACTORS[grow])

@@ -1,1 +1,1 @@
-"""Choose the feature maps of a teacher for few-shot tasks."""
+"""Selects the feature maps of a teacher for few-shot tasks."""

@@ -1,16 +1,17 @@
-"""Plans a layer search: teachers, features, the one-shot set, episodes, the exported model."""
+"""Stages and tasks of a layer search: teachers, features, one-shot set, episodes, export."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pydantic import Field
+
 from dist_tl.cluster.config import Task
+from dist_tl.config import StrictModel
 from dist_tl.datasets.spec import DataConfig
-from dist_tl.jobs.layer_search.features import FeatureFiles, FeaturesInputs
 from dist_tl.jobs.layer_search.spec import LayerSearchJob
-from dist_tl.jobs.layer_search.tasks import EpisodesInputs, ExportInputs, OneShotInputs
 from dist_tl.jobs.plan import PlanTable, TaskRow, plan_table
 from dist_tl.jobs.teacher import teacher_location, teacher_stages
 from dist_tl.methods.layer_search.episodes import EpisodesConfig, check_classes
+from dist_tl.methods.layer_search.gram import LayerSet
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.rows import RowsSpec, load_rows
@@ -20,8 +21,35 @@ STAND_IN = "stand-in-teacher"
 NUM_VIEWS = 4
 
 
+class FeatureSet(StrictModel):
+    """A data set and the network that computes its layer vectors."""
+
+    data: DataConfig
+    model: str = Field(description="Location of the network's files.")
+    view: int | None = Field(default=None, description="Index of an augmented view, if it is one.")
+
+
+class FeaturesInputs(StrictModel):
+    """Inputs of a feature task: a range of rows of a data set."""
+
+    job: LayerSearchJob
+    features: FeatureSet
+    first: int
+    last: int
+    key: str = Field(description="Key of the stored vectors.")
+
+
+class EpisodesInputs(StrictModel):
+    """Inputs of an episode task: a batch of episodes with the same number of shots."""
+
+    job: LayerSearchJob
+    shots: int
+    first: int = Field(description="Index of the first episode.")
+    one_shot: LayerSet | None = Field(description="Layers for one shot, from held-out classes.")
+
+
 def plan(job: LayerSearchJob, store: ObjectStore) -> "LayerSearchPlan":
-    """The stages and tasks of a job.
+    """Returns the stages and tasks of a job.
 
     Raises:
         ConfigError: the episodes need more than the data has.
@@ -30,24 +58,31 @@ def plan(job: LayerSearchJob, store: ObjectStore) -> "LayerSearchPlan":
     labels_N = load_rows(RowsSpec(data=job.data)).labels
     check_classes(labels_N, job.episodes)
     if job.export_shots is not None:
-        check_classes(labels_N, _export_config(job))
+        check_classes(labels_N, export_episodes(job))
     if job.held_out is not None:
         one_shot = EpisodesConfig(ways=2, shots=(1,), queries=job.episodes.queries)
         check_classes(load_rows(RowsSpec(data=job.held_out.data)).labels, one_shot)
     return LayerSearchPlan(job)
 
 
+def export_episodes(job: LayerSearchJob) -> EpisodesConfig:
+    """Returns the settings of the single episode of all classes behind the exported model."""
+    assert job.export_shots is not None, "only jobs with export_shots export a model"
+    ways = load_rows(RowsSpec(data=job.data)).num_classes
+    return EpisodesConfig(ways=ways, shots=(job.export_shots,), queries=job.episodes.queries)
+
+
 @dataclass(frozen=True)
 class LayerSearchPlan:
-    """Stages and tasks of a job, from its file and its data."""
+    """Stages and tasks of a job."""
 
     job: LayerSearchJob
 
     def table(self) -> PlanTable:
-        """The teachers' trainings and the tasks by phase."""
+        """Returns the training stages and the tasks by phase."""
         job = self.job
         rows = (
-            ("features", self.all_features(), f"{job.rows_per_task} images each"),
+            ("features", self.features(), f"{job.rows_per_task} images each"),
             ("one-shot set", self.one_shot(), "search on held-out classes"),
             ("episodes", self.episodes(None), f"{job.episodes_per_task} episodes each"),
         )
@@ -55,7 +90,7 @@ class LayerSearchPlan:
         return plan_table(job, tasks=tasks, train=self.teachers())
 
     def teachers(self) -> list[StageSpec]:
-        """The trainings of the teacher and of its stand-in, if the job has any."""
+        """Returns the training stages of the teacher and its stand-in; stored ones have none."""
         job = self.job
         stand_in = None if job.held_out is None else job.held_out.teacher
         return [
@@ -63,118 +98,60 @@ class LayerSearchPlan:
             *teacher_stages(stand_in, seed=job.seed, name=STAND_IN),
         ]
 
-    def target_features(self) -> list[Task[FeaturesInputs]]:
-        """Features of the target data."""
-        return self._features("target", self.job.data, teacher_location(self.job.teacher))
+    @property
+    def feature_sets(self) -> dict[str, FeatureSet]:
+        """The data sets whose layer vectors are computed: target, held-out classes, views."""
+        job, teacher = self.job, teacher_location(self.job.teacher)
+        sets = {"target": FeatureSet(data=job.data, model=teacher)}
+        if job.held_out is not None:
+            own = job.held_out.teacher is not None
+            model = layout.stage_model_prefix(STAND_IN) if own else teacher
+            sets["held-out"] = FeatureSet(data=job.held_out.data, model=model)
+        if job.search.one_shot == "augmented_views" and 1 in job.episodes.shots:
+            for view in range(NUM_VIEWS):
+                sets[f"view{view}"] = FeatureSet(data=job.data, model=teacher, view=view)
+        return sets
 
-    def view_features(self) -> list[list[Task[FeaturesInputs]]]:
-        """Features of augmented views of the target data, where the one-shot rule asks for them."""
-        if self.job.search.one_shot != "augmented_views" or 1 not in self.job.episodes.shots:
-            return []
-        place = teacher_location(self.job.teacher)
-        return [
-            self._features(f"view{view}", self.job.data, place, view=view)
-            for view in range(NUM_VIEWS)
-        ]
+    def features(self) -> list[Task[FeaturesInputs]]:
+        """Returns all feature tasks, those of the target data first."""
+        return [task for name in self.feature_sets for task in self._feature_tasks(name)]
 
-    def held_out_features(self) -> list[Task[FeaturesInputs]]:
-        """Features of the held-out classes."""
-        held_out = self.job.held_out
-        if held_out is None:
-            return []
-        own = teacher_location(self.job.teacher)
-        place = own if held_out.teacher is None else layout.stage_model_prefix(STAND_IN)
-        return self._features("held-out", held_out.data, place)
+    def vector_keys(self, name: str) -> tuple[str, ...]:
+        """Returns the keys of the stored vectors of a feature set, in the order of its rows."""
+        return tuple(task.inputs.key for task in self._feature_tasks(name))
 
-    def _features(
-        self, name: str, data: DataConfig, model: str, *, view: int | None = None
-    ) -> list[Task[FeaturesInputs]]:
-        count, width = len(load_rows(RowsSpec(data=data))), self.job.rows_per_task
-        return [
-            Task(
-                f"features-{name}-{part}",
-                FeaturesInputs(
-                    model=model,
-                    data=data,
-                    pooling=self.job.pooling,
-                    first=first,
-                    last=min(first + width, count),
-                    key=f"{layout.stage_prefix(f'features-{name}-{part}')}/layers.safetensors",
-                    view=view,
-                    seed=self.job.seed,
-                ),
-            )
-            for part, first in enumerate(range(0, count, width))
-        ]
+    def _feature_tasks(self, name: str) -> list[Task[FeaturesInputs]]:
+        job, features, tasks = self.job.identity(), self.feature_sets[name], []
+        count, width = len(load_rows(RowsSpec(data=features.data))), job.rows_per_task
+        for part, first in enumerate(range(0, count, width)):
+            task = f"features-{name}-{part}"
+            key = f"{layout.stage_prefix(task)}/layers.safetensors"
+            last = min(first + width, count)
+            inputs = FeaturesInputs(job=job, features=features, first=first, last=last, key=key)
+            tasks.append(Task(task, inputs))
+        return tasks
 
-    def all_features(self) -> list[Task[FeaturesInputs]]:
-        """Every feature task, those of the target data first."""
-        views = [task for tasks in self.view_features() for task in tasks]
-        return [*self.target_features(), *self.held_out_features(), *views]
-
-    def one_shot(self) -> list[Task[OneShotInputs]]:
-        """The search on held-out classes, where there are any."""
+    def one_shot(self) -> list[Task[LayerSearchJob]]:
+        """Returns the search on held-out classes; empty unless the one-shot rule uses them."""
         job = self.job
         if job.held_out is None or job.search.one_shot != "held_out_classes":
             return []
-        inputs = OneShotInputs(
-            seed=job.seed,
-            features=_files(job.held_out.data, self.held_out_features()),
-            ways=job.episodes.ways,
-            queries=job.episodes.queries,
-            episodes=job.held_out.episodes,
-            search=job.search,
-        )
-        return [Task("one-shot-set", inputs)]
+        return [Task("one-shot-set", job.identity())]
 
-    def export(self) -> list[Task[ExportInputs]]:
-        """The chosen layers as a model, where the job wants one."""
-        job = self.job
-        if job.export_shots is None:
-            return []
-        inputs = ExportInputs(
-            seed=job.seed,
-            teacher=teacher_location(job.teacher),
-            features=_files(job.data, self.target_features()),
-            pooling=job.pooling,
-            shots=job.export_shots,
-            queries=job.episodes.queries,
-            search=job.search,
-            trained=job.trained,
-        )
-        return [Task("export", inputs)]
+    def episodes(self, one_shot: LayerSet | None) -> list[Task[EpisodesInputs]]:
+        """Returns the episodes in batches, in the order of their index.
 
-    def episodes(self, fixed: tuple[int, ...] | None) -> list[Task[EpisodesInputs]]:
-        """All episodes, in batches; the order of the answers is that of the episodes."""
-        job, files = self.job, _files(self.job.data, self.target_features())
-        views = tuple(_files(job.data, tasks) for tasks in self.view_features())
-        return [
-            Task(
-                f"episodes-k{shots}-from{first}",
-                EpisodesInputs(
-                    seed=job.seed,
-                    features=files,
-                    episodes=job.episodes,
-                    shots=shots,
-                    first=first,
-                    count=min(job.episodes_per_task, job.episodes.count - first),
-                    search=job.search,
-                    fixed=fixed if shots == 1 else None,
-                    views=views if shots == 1 else (),
-                    trained=job.trained,
-                    teacher=teacher_location(job.teacher),
-                ),
-            )
-            for shots in job.episodes.shots
-            for first in range(0, job.episodes.count, job.episodes_per_task)
-        ]
+        Args:
+            one_shot: layers for tasks with one label a class.
+        """
+        job, tasks = self.job.identity(), []
+        for shots in job.episodes.shots:
+            fixed = one_shot if shots == 1 else None
+            for first in range(0, job.episodes.count, job.episodes_per_task):
+                inputs = EpisodesInputs(job=job, shots=shots, first=first, one_shot=fixed)
+                tasks.append(Task(f"episodes-k{shots}-from{first}", inputs))
+        return tasks
 
-
-def _export_config(job: LayerSearchJob) -> EpisodesConfig:
-    assert job.export_shots is not None, "asked for by the job"
-    ways = load_rows(RowsSpec(data=job.data)).num_classes
-    return EpisodesConfig(ways=ways, shots=(job.export_shots,), queries=job.episodes.queries)
-
-
-def _files(data: DataConfig, tasks: Sequence[Task[FeaturesInputs]]) -> FeatureFiles:
-    return FeatureFiles(data=data, keys=tuple(task.inputs.key for task in tasks))
+    def export(self) -> list[Task[LayerSearchJob]]:
+        """Returns the export of the selected layers as a model; empty unless the job exports."""
+        return [] if self.job.export_shots is None else [Task("export", self.job.identity())]

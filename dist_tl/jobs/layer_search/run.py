@@ -2,19 +2,21 @@
 
 from dataclasses import dataclass
 
-from dist_tl.jobs.layer_search.features import FeaturesOutput, compute_features
 from dist_tl.jobs.layer_search.plan import LayerSearchPlan
 from dist_tl.jobs.layer_search.spec import LayerSearchJob
 from dist_tl.jobs.layer_search.tasks import (
-    EpisodeScore,
+    EpisodeResult,
     EpisodesOutput,
     ExportOutput,
+    FeaturesOutput,
     OneShotOutput,
+    compute_features,
     export_selected,
     find_one_shot_set,
     run_episodes,
 )
 from dist_tl.jobs.workers import Workers
+from dist_tl.methods.layer_search.gram import LayerSet
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,18 @@ class LayerSearchOutcome:
     """Outputs of all tasks.
 
     Attributes:
-        episodes: by number of shots, in order of their index.
-        widths: of every layer, the penultimate last.
-        one_shot: the set for one label a class; None where there are no held-out classes.
+        episodes: results by number of shots, in order of the episodes' index.
+        widths: vector width of every layer, penultimate last.
+        zeros: number of zero feature vectors.
+        one_shot: layers found on held-out classes; None if there was no such search.
+        exported: None if the job exports no model.
     """
 
     job: LayerSearchJob
-    episodes: dict[int, list[EpisodeScore]]
+    episodes: dict[int, list[EpisodeResult]]
     widths: tuple[int, ...]
     zeros: int
-    one_shot: tuple[int, ...] | None
+    one_shot: LayerSet | None
     exported: ExportOutput | None
 
 
@@ -42,18 +46,18 @@ def run(plan: LayerSearchPlan, workers: Workers) -> LayerSearchOutcome:
         DistTLError: the named error of a task; finished tasks are kept.
     """
     workers.train_apart("teachers", plan.teachers())
-    features = workers.run_tasks("features", compute_features, plan.all_features(), FeaturesOutput)
+    features = workers.run_tasks("features", compute_features, plan.features(), FeaturesOutput)
     one_shot = workers.run_tasks("one-shot set", find_one_shot_set, plan.one_shot(), OneShotOutput)
     layers = one_shot[0].layers if one_shot else None
     tasks = plan.episodes(layers)
     outputs = workers.run_tasks("episodes", run_episodes, tasks, EpisodesOutput)
     exported = workers.run_tasks("export", export_selected, plan.export(), ExportOutput)
-    by_shots: dict[int, list[EpisodeScore]] = {shots: [] for shots in plan.job.episodes.shots}
+    episodes: dict[int, list[EpisodeResult]] = {shots: [] for shots in plan.job.episodes.shots}
     for task, output in zip(tasks, outputs, strict=True):
-        by_shots[task.inputs.shots] += output.episodes
+        episodes[task.inputs.shots] += output.episodes
     return LayerSearchOutcome(
         job=plan.job,
-        episodes=by_shots,
+        episodes=episodes,
         widths=features[0].widths,
         zeros=sum(output.zeros for output in features),
         one_shot=layers,

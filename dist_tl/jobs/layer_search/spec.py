@@ -1,4 +1,4 @@
-"""What a job of kind `layer_search` can say: a frozen teacher, target data, episodes, a search."""
+"""The specification of a job of kind `layer_search`: teacher, target data, episodes, search."""
 
 from typing import Literal, Self
 
@@ -16,36 +16,35 @@ from dist_tl.models.networks import NetworkConfig
 
 
 class TrainedArmsConfig(StrictModel):
-    """Arms that train a whole network on each support set: dear, so on some episodes only."""
+    """Arms that train a whole network on each support set: expensive, so on some episodes only."""
 
-    episodes: int = Field(
-        default=60, ge=1, description="The first so many episodes of each series."
-    )
-    network: NetworkConfig = Field(description="Trained from scratch; fine-tuned is the teacher.")
-    training: BudgetConfig = Field(description="batch_size rows a step, at most the support.")
+    episodes: int = Field(default=60, ge=1, description="Number of first episodes per series.")
+    network: NetworkConfig = Field(description="Network that is trained from scratch.")
+    training: BudgetConfig = Field(description="Batches are at most the size of the support.")
     arms: tuple[Literal["scratch", "fine_tuned"], ...] = ("scratch", "fine_tuned")
 
 
 class HeldOutConfig(StrictModel):
-    """New classes other than the target's, on which the set for one label a class is found."""
+    """Classes other than the target's; they decide the layers for one label a class."""
 
     data: DataConfig
     teacher: TeacherConfig | None = Field(
         default=None,
-        description="A stand-in of the teacher's architecture that was not trained on these "
-        "classes; absent: the teacher itself, which must not have been.",
+        description="A stand-in with the teacher's architecture, not trained on these classes; "
+        "absent: the teacher, which must not be trained on them either.",
     )
-    episodes: int = Field(default=200, ge=2, description="One-shot episodes.")
+    episodes: int = Field(default=200, ge=2, description="Number of one-shot episodes.")
 
 
 class LayerSearchJob(JobConfig):
-    """Which feature maps of a teacher serve few-shot tasks best, chosen from support sets alone."""
+    """Selects the best feature maps of a teacher for few-shot tasks from support sets alone."""
 
     teacher: AnyTeacher
     data: DataConfig = Field(description="Target data; its classes should be new to the teacher.")
     held_out: HeldOutConfig | None = Field(
         default=None,
-        description="For one label a class; absent: the penultimate layer is used there.",
+        description="Classes that decide the layers for one label a class; absent: the penultimate "
+        "layer is used there.",
     )
     episodes: EpisodesConfig = Field(default_factory=EpisodesConfig)
     pooling: PoolingConfig = Field(default_factory=PoolingConfig)
@@ -54,22 +53,19 @@ class LayerSearchJob(JobConfig):
     export_shots: int | None = Field(
         default=None,
         ge=2,
-        description="Also choose layers for all classes of the data from so many labels each, and "
-        "export the teacher with a head on them, as it is and fine-tuned as `trained` says.",
+        description="Labels per class for an exported model: the teacher with a head on layers "
+        "selected for all classes, also fine-tuned if `trained` is set. Absent: no export.",
     )
-    rows_per_task: int = Field(default=512, ge=1, description="Images of one feature task.")
-    episodes_per_task: int = Field(
-        default=50, ge=1, description="Episodes of one task: enough to pay for its dispatch."
-    )
-    trials: TrialsConfig = Field(default_factory=TrialsConfig, description="How tasks are run.")
+    rows_per_task: int = Field(default=512, ge=1, description="Images per feature task.")
+    episodes_per_task: int = Field(default=50, ge=1, description="Episodes per task.")
+    trials: TrialsConfig = Field(default_factory=TrialsConfig, description="Resources of a task.")
 
     @model_validator(mode="after")
     def _one_shot_is_new(self) -> Self:
         held_out = self.held_out
-        if held_out is None or not isinstance(held_out.teacher or self.teacher, TeacherConfig):
+        teacher = held_out and (held_out.teacher or self.teacher)
+        if held_out is None or not isinstance(teacher, TeacherConfig):
             return self
-        teacher = held_out.teacher or self.teacher
-        assert isinstance(teacher, TeacherConfig), "checked above"
         ours, theirs = held_out.data, teacher.data
         if ours.source != theirs.source or ours.source == "mixture":
             return self

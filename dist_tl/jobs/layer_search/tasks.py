@@ -1,34 +1,46 @@
-"""Ray tasks of a layer search: batches of episodes, the one-shot set, the exported model.
+"""Ray tasks of a layer search: layer vectors, the one-shot set, episodes, the exported model.
 
-Plain functions of what is asked and the store.
+Vectors are computed once; an episode then needs only their inner products.
 """
 
 import time
-from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from dist_tl.config import StrictModel
-from dist_tl.jobs.layer_search.features import FeatureFiles, read_features
-from dist_tl.jobs.layer_search.spec import TrainedArmsConfig
-from dist_tl.methods.layer_search.classifiers import ridge_head
+from dist_tl.datasets.images import LabelledImages
+from dist_tl.datasets.views import Views
+from dist_tl.jobs.layer_search.plan import (
+    NUM_VIEWS,
+    EpisodesInputs,
+    FeaturesInputs,
+    LayerSearchPlan,
+    export_episodes,
+)
+from dist_tl.jobs.layer_search.spec import LayerSearchJob
+from dist_tl.jobs.spec import BudgetConfig
+from dist_tl.jobs.teacher import teacher_location
 from dist_tl.methods.layer_search.episodes import Episode, EpisodesConfig, draw_episode
 from dist_tl.methods.layer_search.evaluate import (
+    EpisodeScores,
     one_shot_set,
     score_episode,
-    select_by_views,
 )
-from dist_tl.methods.layer_search.features import PoolingConfig
-from dist_tl.methods.layer_search.gram import layer_grams, one_hot
-from dist_tl.methods.layer_search.search import (
-    Branch,
-    SearchConfig,
-    Selection,
-    select_layers,
+from dist_tl.methods.layer_search.features import layer_vectors, num_zero_vectors
+from dist_tl.methods.layer_search.gram import LayerSet, layer_grams, one_hot
+from dist_tl.methods.layer_search.search import Branch, select_layers
+from dist_tl.methods.layer_search.support import (
+    accuracy,
+    episode_tensors,
+    layers_head,
+    select_for_episode,
+    train_on_support,
 )
 from dist_tl.models.layer_set import count_blocks
 from dist_tl.models.networks import Network, build_network, replace_head, with_layers
@@ -38,305 +50,209 @@ from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.models import load_classifier, model_files
 from dist_tl.train.rows import RowsSpec, load_rows
 
-ReadRows = Callable[[NDArray[np.int64]], Tensor]
+BATCH = 256
 
 
-class OneShotInputs(StrictModel):
-    """Find the set for tasks with one label a class."""
+class FeaturesOutput(StrictModel):
+    """Summary of the stored vectors."""
 
-    seed: int
-    features: FeatureFiles
-    ways: int
-    queries: int
-    episodes: int
-    search: SearchConfig
+    widths: tuple[int, ...] = Field(description="Vector width of every layer, penultimate last.")
+    zeros: int = Field(description="Number of zero vectors over all layers.")
+    seconds: float
 
 
 class OneShotOutput(StrictModel):
-    """That set."""
+    """The layers for tasks with one label a class."""
 
-    layers: tuple[int, ...]
+    layers: LayerSet
     seconds: float
 
 
-class EpisodesInputs(StrictModel):
-    """A batch of episodes of one number of shots."""
+class EpisodeResult(StrictModel):
+    """Accuracies and selection of one episode."""
 
-    seed: int
-    features: FeatureFiles
-    episodes: EpisodesConfig
-    shots: int
-    first: int
-    count: int
-    search: SearchConfig
-    fixed: tuple[int, ...] | None = None
-    views: tuple[FeatureFiles, ...] = Field(default=(), description="Features of augmented views.")
-    trained: TrainedArmsConfig | None = None
-    teacher: str = ""
-
-
-class EpisodeScore(StrictModel):
-    """One episode."""
-
-    single: tuple[float, ...]
-    all_layers: float
-    random: float
-    selected: float
-    oracle: float
-    layers: tuple[int, ...]
+    scores: EpisodeScores
+    layers: LayerSet
     branch: Branch
     adopted: bool
     z: tuple[float, ...]
-    scratch: float | None = None
-    fine_tuned: float | None = None
-
-
-class ExportInputs(StrictModel):
-    """Choose layers for the whole target task, and export models with a head on them."""
-
-    seed: int
-    teacher: str
-    features: FeatureFiles
-    pooling: PoolingConfig
-    shots: int
-    queries: int
-    search: SearchConfig
-    trained: TrainedArmsConfig | None
-
-
-class ExportOutput(StrictModel):
-    """What was exported; accuracies on images that were not used."""
-
-    layers: tuple[int, ...]
-    accuracy: float
-    fine_tuned: float | None
-    teacher_accuracy: float = Field(description="Of the penultimate layer alone.")
-    models: tuple[str, ...]
-    seconds: float
+    trained: dict[str, float] = Field(description="Accuracy of each trained arm.")
 
 
 class EpisodesOutput(StrictModel):
-    """A batch of them."""
+    """Results of a batch of episodes."""
 
-    episodes: tuple[EpisodeScore, ...]
+    episodes: tuple[EpisodeResult, ...]
     seconds: float
 
 
-def find_one_shot_set(inputs: OneShotInputs, store: ObjectStore) -> OneShotOutput:
-    """One-shot episodes of held-out classes decide before any target support is read."""
-    began = time.monotonic()
-    phis = read_features(store.url, inputs.features.keys)
-    labels_N = load_rows(RowsSpec(data=inputs.features.data)).labels
-    ways = min(inputs.ways, len(np.unique(labels_N)))
-    config = EpisodesConfig(ways=ways, shots=(1,), queries=inputs.queries, count=inputs.episodes)
-    episodes = []
-    for index in range(inputs.episodes):
-        episode = draw_episode(labels_N, config, 1, seed=inputs.seed, index=index)
-        gram_LES, support_S, query_Q = _tensors(phis, episode)
-        episodes.append((gram_LES, support_S, query_Q))
-    layers = one_shot_set(episodes, inputs.search)
-    return OneShotOutput(layers=layers, seconds=time.monotonic() - began)
+class ExportOutput(StrictModel):
+    """Selected layers, and accuracies of the exported models on unused images."""
+
+    layers: LayerSet
+    accuracy: float
+    fine_tuned: float | None
+    teacher_accuracy: float = Field(description="Accuracy with the penultimate layer alone.")
+    seconds: float
 
 
-def run_episodes(inputs: EpisodesInputs, store: ObjectStore) -> EpisodesOutput:
-    """Select and score, episode by episode; the selection sees the support's Gram matrix alone."""
-    began = time.monotonic()
-    phis = read_features(store.url, inputs.features.keys)
-    rows = load_rows(RowsSpec(data=inputs.features.data))
-    answers = []
-    for index in range(inputs.first, inputs.first + inputs.count):
-        episode = draw_episode(
-            rows.labels, inputs.episodes, inputs.shots, seed=inputs.seed, index=index
-        )
-        answer = _one_episode(inputs, phis, episode, index, store)
-        if inputs.trained is not None and index < inputs.trained.episodes:
-            answer = answer.model_copy(
-                update={
-                    arm: _trained_accuracy(inputs, arm, rows.tensor, episode, index, store)
-                    for arm in inputs.trained.arms
-                }
+@torch.no_grad()
+def compute_features(inputs: FeaturesInputs, store: ObjectStore) -> FeaturesOutput:
+    """Stores the unit vectors of all layers for a range of rows, from one forward pass."""
+    began, job, features, parts = time.monotonic(), inputs.job, inputs.features, []
+    rows, views = load_rows(RowsSpec(data=features.data)), Views(features.data.views)
+    network = load_classifier(store, features.model, image_shape=rows.image_shape).eval()
+    for start in range(inputs.first, inputs.last, BATCH):
+        indices = np.arange(start, min(start + BATCH, inputs.last))
+        images = rows.tensor(indices)
+        if features.view is not None:  # seeded by row, so batches do not matter
+            rngs = [torch_rng(job.seed, "augmented view", features.view, int(i)) for i in indices]
+            images = torch.cat(
+                [views.weak(image[None], rng) for image, rng in zip(images, rngs, strict=True)]
             )
-        answers.append(answer)
-    return EpisodesOutput(episodes=tuple(answers), seconds=time.monotonic() - began)
-
-
-def export_selected(inputs: ExportInputs, store: ObjectStore) -> ExportOutput:
-    """One episode of all classes: its layers, as a network that can be loaded and fine-tuned."""
-    began = time.monotonic()
-    rows = load_rows(RowsSpec(data=inputs.features.data))
-    ways = rows.num_classes
-    config = EpisodesConfig(ways=ways, shots=(inputs.shots,), queries=inputs.queries, count=1)
-    episode = draw_episode(rows.labels, config, inputs.shots, seed=inputs.seed, index=0)
-    # An episode names its classes in the order drawn; a model's are those of the data.
-    support_S = torch.from_numpy(rows.labels[episode.support_S])
-    queries = rows.tensor(episode.query_Q)
-    query_Q = torch.from_numpy(rows.labels[episode.query_Q])
-    phis = read_features(store.url, inputs.features.keys)
-    rng = numpy_rng(inputs.seed, "export shuffles")
-    gram_LSS = layer_grams(phis, torch.from_numpy(episode.support_S))
-    selection = select_layers(gram_LSS, support_S, inputs.search, rng=rng)
-    last = (len(phis) - 1,)
-    networks = {
-        layers: _headed(inputs, layers, phis, episode.support_S, support_S, ways, store)
-        for layers in dict.fromkeys((selection.layers, last))
-    }
-    network, models = networks[selection.layers], ["selected"]
-    _save(network, f"selected-k{inputs.shots}", store)
-    fine_tuned = None
-    accuracy = _accuracy(network, queries, query_Q)
-    if inputs.trained is not None:
-        torch_seed = torch_rng(inputs.seed, "export fine-tuning")
-        images = rows.tensor(episode.support_S)
-        _train(network.train(), images, support_S, inputs.trained, torch_seed)
-        _save(network, f"selected-k{inputs.shots}-fine_tuned", store)
-        models.append("selected, fine-tuned")
-        fine_tuned = _accuracy(network, queries, query_Q)
-    return ExportOutput(
-        layers=selection.layers,
-        accuracy=accuracy,
-        fine_tuned=fine_tuned,
-        teacher_accuracy=_accuracy(networks[last], queries, query_Q),
-        models=tuple(models),
+        parts.append(layer_vectors(network.blocks(images), job.pooling))
+    layers = [torch.cat(columns) for columns in zip(*parts, strict=True)]
+    store.write(inputs.key, save_tensors({f"{i:04d}": v for i, v in enumerate(layers)}))
+    return FeaturesOutput(
+        widths=tuple(phi_ND.shape[1] for phi_ND in layers),
+        zeros=sum(map(num_zero_vectors, layers)),
         seconds=time.monotonic() - began,
     )
 
 
-def _headed(
-    inputs: ExportInputs,
-    layers: tuple[int, ...],
-    phis: tuple[Tensor, ...],
-    rows_S: NDArray[np.int64],
-    labels_S: Tensor,
-    ways: int,
-    store: ObjectStore,
-) -> Network:
-    """The teacher with a ridge head on some layers."""
-    teacher = load_classifier(store, inputs.teacher).eval()
-    joined_SD = torch.cat([phis[layer][rows_S] for layer in layers], dim=1) / len(layers) ** 0.5
-    penalty = inputs.search.classifier.penalty
-    weight_CD, bias_C = ridge_head(joined_SD.double(), one_hot(labels_S, ways), penalty)
-    # The last layer is the head's input, whatever was left out before it as its double.
+# A worker runs many batches of episodes over the same vectors.
+@lru_cache(maxsize=8)
+def read_vectors(url: str, keys: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """Returns the (N, D) float64 unit vectors of every layer, from a store at `url`."""
+    store = ObjectStore(url)
+    parts = [load_tensors(store.read(key)) for key in keys]
+    # Converted to float64 once, not in every episode.
+    return tuple(torch.cat([part[name] for part in parts]).double() for name in sorted(parts[0]))
+
+
+def find_one_shot_set(job: LayerSearchJob, store: ObjectStore) -> OneShotOutput:
+    """Selects layers by one-shot episodes of held-out classes, without any target support."""
+    began = time.monotonic()
+    assert job.held_out is not None, "planned only for jobs with held-out classes"
+    phis = read_vectors(store.url, LayerSearchPlan(job).vector_keys("held-out"))
+    labels_N = load_rows(RowsSpec(data=job.held_out.data)).labels
+    ways = min(job.episodes.ways, len(np.unique(labels_N)))
+    config = EpisodesConfig(ways=ways, shots=(1,), queries=job.episodes.queries)
+    episodes = []
+    for index in range(job.held_out.episodes):
+        episode = draw_episode(labels_N, config, 1, seed=job.seed, index=index)
+        episodes.append(episode_tensors(phis, episode))
+    layers = one_shot_set(episodes, job.search)
+    return OneShotOutput(layers=layers, seconds=time.monotonic() - began)
+
+
+def run_episodes(inputs: EpisodesInputs, store: ObjectStore) -> EpisodesOutput:
+    """Selects layers and scores all arms, episode by episode.
+
+    The selection reads only the Gram matrices of the support.
+    """
+    began, job, results = time.monotonic(), inputs.job, []
+    plan, by_views = LayerSearchPlan(job), job.search.one_shot == "augmented_views"
+    names = [f"view{view}" for view in range(NUM_VIEWS) if by_views and inputs.shots == 1]
+    views = [read_vectors(store.url, plan.vector_keys(name)) for name in names]
+    phis = read_vectors(store.url, plan.vector_keys("target"))
+    rows = load_rows(RowsSpec(data=job.data))
+    last = min(inputs.first + job.episodes_per_task, job.episodes.count)
+    for index in range(inputs.first, last):
+        episode = draw_episode(rows.labels, job.episodes, inputs.shots, seed=job.seed, index=index)
+        tensors = episode_tensors(phis, episode)
+        rng = numpy_rng(job.seed, "label shuffles", inputs.shots, index)
+        selection = select_for_episode(
+            tensors[0], episode, views, job.search, rng=rng, fixed=inputs.one_shot
+        )
+        rng = numpy_rng(job.seed, "random sets", inputs.shots, index)
+        result = EpisodeResult(
+            scores=score_episode(*tensors, selection, job.search, rng=rng),
+            layers=selection.layers,
+            branch=selection.branch,
+            adopted=selection.adopted,
+            z=selection.single_z,
+            trained=_trained_accuracies(inputs, index, episode, rows, store),
+        )
+        results.append(result)
+    return EpisodesOutput(episodes=tuple(results), seconds=time.monotonic() - began)
+
+
+def _trained_accuracies(
+    inputs: EpisodesInputs, index: int, episode: Episode, rows: LabelledImages, store: ObjectStore
+) -> dict[str, float]:
+    """Trains a whole network on the support for each trained arm; returns query accuracies."""
+    job, ways = inputs.job, inputs.job.episodes.ways
+    if job.trained is None or index >= job.trained.episodes:
+        return {}
+    images, labels_S = rows.tensor(episode.support_S), torch.from_numpy(episode.support_labels_S)
+    queries = (rows.tensor(episode.query_Q), torch.from_numpy(episode.query_labels_Q))
+    accuracies = {}
+    for arm in job.trained.arms:
+        rng = torch_rng(job.seed, f"{arm} episode", inputs.shots, index)
+        if arm == "scratch":
+            config, shape = job.trained.network, rows.image_shape
+            network = build_network(config, num_classes=ways, image_shape=shape, rng=rng)
+        else:
+            teacher = load_classifier(store, teacher_location(job.teacher))
+            network = replace_head(teacher, ways, rng)
+        _train(network, images, labels_S, job.trained.training, rng)
+        accuracies[arm] = accuracy(network, *queries)
+    return accuracies
+
+
+def _train(
+    network: Network, images: Tensor, labels_S: Tensor, budget: BudgetConfig, rng: torch.Generator
+) -> None:
+    rates, steps, batch_size = budget.optimizer, budget.steps, budget.batch_size
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=rates.learning_rate, weight_decay=rates.weight_decay
+    )
+    train_on_support(network, optimizer, images, labels_S, rng, steps=steps, batch_size=batch_size)
+
+
+def export_selected(job: LayerSearchJob, store: ObjectStore) -> ExportOutput:
+    """Selects layers in one episode of all classes and saves them as a loadable network."""
+    began, config, fine_tuned = time.monotonic(), export_episodes(job), None
+    rows, name = load_rows(RowsSpec(data=job.data)), f"selected-k{job.export_shots}"
+    episode = draw_episode(rows.labels, config, config.shots[0], seed=job.seed, index=0)
+    support_S = torch.from_numpy(episode.support_S)
+    # An episode numbers its classes in the order drawn; a model numbers them as the data does.
+    labels_S = torch.from_numpy(rows.labels[episode.support_S])
+    queries = (rows.tensor(episode.query_Q), torch.from_numpy(rows.labels[episode.query_Q]))
+    phis = read_vectors(store.url, LayerSearchPlan(job).vector_keys("target"))
+    rng = numpy_rng(job.seed, "export shuffles")
+    selection = select_layers(layer_grams(phis, support_S), labels_S, job.search, rng=rng)
+    teacher = load_classifier(store, teacher_location(job.teacher)).eval()
     depth = count_blocks(teacher.trunk, teacher.image_shape)
-    blocks = tuple(depth - 1 if layer == len(phis) - 1 else layer for layer in layers)
-    cells = inputs.pooling.cells
-    return with_layers(teacher, blocks, cells=cells, weight_CD=weight_CD, bias_C=bias_C).eval()
 
+    def with_head(layers: LayerSet) -> Network:
+        penalty = job.search.classifier.penalty
+        vectors = [phis[layer][support_S] for layer in layers]
+        weight_CD, bias_C = layers_head(vectors, one_hot(labels_S, rows.num_classes), penalty)
+        # The last layer is the head's input; a block equal to it may have been left out before it.
+        blocks = tuple(depth - 1 if layer == len(phis) - 1 else layer for layer in layers)
+        cells = job.pooling.cells
+        return with_layers(teacher, blocks, cells=cells, weight_CD=weight_CD, bias_C=bias_C)
 
-@torch.no_grad()
-def _accuracy(network: Network, images: Tensor, labels_Q: Tensor) -> float:
-    return float((network.eval()(images).argmax(dim=1) == labels_Q).double().mean())
+    network = with_head(selection.layers)
+    selected = accuracy(network, *queries)
+    _save(network, name, store)
+    if job.trained is not None:
+        torch_seed = torch_rng(job.seed, "export fine-tuning")
+        images = rows.tensor(episode.support_S)
+        _train(network, images, labels_S, job.trained.training, torch_seed)
+        fine_tuned = accuracy(network, *queries)
+        _save(network, f"{name}-fine_tuned", store)
+    return ExportOutput(
+        layers=selection.layers,
+        accuracy=selected,
+        fine_tuned=fine_tuned,
+        teacher_accuracy=accuracy(with_head((len(phis) - 1,)), *queries),
+        seconds=time.monotonic() - began,
+    )
 
 
 def _save(network: Network, name: str, store: ObjectStore) -> None:
     for file, data in model_files(network).items():
         store.write(f"{layout.model_prefix(name, 0)}/{file}", data)
-
-
-def _tensors(phis: tuple[Tensor, ...], episode: Episode) -> tuple[Tensor, Tensor, Tensor]:
-    items_E = torch.from_numpy(np.concatenate([episode.support_S, episode.query_Q]))
-    support_S = torch.from_numpy(episode.support_labels_S)
-    return (
-        layer_grams(phis, items_E, len(support_S)),
-        support_S,
-        torch.from_numpy(episode.query_labels_Q),
-    )
-
-
-def _one_episode(
-    inputs: EpisodesInputs,
-    phis: tuple[Tensor, ...],
-    episode: Episode,
-    index: int,
-    store: ObjectStore,
-) -> EpisodeScore:
-    gram_LES, support_S, query_Q = _tensors(phis, episode)
-    size = len(support_S)
-    if inputs.views:
-        selection = _select_by_views(inputs, episode, support_S, store)
-    else:
-        selection = select_layers(
-            gram_LES[:, :size],
-            support_S,
-            inputs.search,
-            rng=numpy_rng(inputs.seed, "label shuffles", inputs.shots, index),
-            fixed=inputs.fixed,
-        )
-    scores = score_episode(
-        gram_LES,
-        support_S,
-        query_Q,
-        selection,
-        inputs.search,
-        rng=numpy_rng(inputs.seed, "random sets", inputs.shots, index),
-    )
-    return EpisodeScore(
-        single=scores.single,
-        all_layers=scores.all_layers,
-        random=scores.random,
-        selected=scores.selected,
-        oracle=scores.oracle,
-        layers=selection.layers,
-        branch=selection.branch,
-        adopted=selection.adopted,
-        z=selection.single_z,
-    )
-
-
-def _select_by_views(
-    inputs: EpisodesInputs, episode: Episode, support_S: Tensor, store: ObjectStore
-) -> Selection:
-    views = [read_features(store.url, files.keys) for files in inputs.views]
-    joined = [
-        torch.cat([view[layer][episode.support_S] for view in views])
-        for layer in range(len(views[0]))
-    ]
-    gram_LVV = layer_grams(joined, torch.arange(len(joined[0])))
-    return select_by_views(gram_LVV, support_S, len(views), inputs.search)
-
-
-def _trained_accuracy(
-    inputs: EpisodesInputs,
-    arm: str,
-    tensor: ReadRows,
-    episode: Episode,
-    index: int,
-    store: ObjectStore,
-) -> float:
-    """A whole network trained on the support: from scratch, or from the teacher's weights."""
-    assert inputs.trained is not None, "asked for trained arms"
-    images, queries = tensor(episode.support_S), tensor(episode.query_Q)
-    labels_S = torch.from_numpy(episode.support_labels_S)
-    rng = torch_rng(inputs.seed, f"{arm} episode", inputs.shots, index)
-    ways = inputs.episodes.ways
-    if arm == "scratch":
-        network = build_network(
-            inputs.trained.network,
-            num_classes=ways,
-            image_shape=tuple(images.shape[1:]),
-            rng=rng,
-        )
-    else:
-        network = replace_head(load_classifier(store, inputs.teacher), ways, rng).train()
-    _train(network, images, labels_S, inputs.trained, rng)
-    with torch.no_grad():
-        right_Q = network.eval()(queries).argmax(dim=1).numpy() == episode.query_labels_Q
-    return float(right_Q.mean())
-
-
-def _train(
-    network: Network,
-    images: Tensor,
-    labels_S: Tensor,
-    config: TrainedArmsConfig,
-    rng: torch.Generator,
-) -> None:
-    rates = config.training.optimizer
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=rates.learning_rate, weight_decay=rates.weight_decay
-    )
-    size = min(config.training.batch_size, len(images))
-    for _ in range(config.training.steps):
-        rows = torch.randperm(len(images), generator=rng)[:size]
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(network(images[rows]), labels_S[rows]).backward()
-        optimizer.step()
