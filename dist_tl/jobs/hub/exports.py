@@ -22,10 +22,8 @@ def export(outcome: HubOutcome, store: ObjectStore) -> None:
     plan, target = outcome.plan, outcome.plan.target
     shape = f"{tuple(target.image_shape)}, float32 in [-1, 1]"
     for arm in plan.job.arms:
-        if arm.route == "ensemble":
-            continue
         is_hub = arm.route == "pathway"
-        for seed, best in enumerate(outcome.best):
+        for seed, best in enumerate(outcome.best if arm.route != "ensemble" else ()):
             [stage] = plan.models(arm, seed, best=best)
             export_model(
                 store,
@@ -51,7 +49,9 @@ def _export_gallery(outcome: HubOutcome, store: ObjectStore) -> None:
     # The smallest k of several experts shows the routes best.
     arm = min(arms, key=lambda arm: (arm.routes.k == 1, arm.routes.k))
     evaluation = outcome.evaluations[arm.name, 0]
-    chosen = _examples(rows)
+    groups = rows.labels if rows.domains is None else rows.domains
+    firsts = [np.flatnonzero(groups == group)[:IMAGES_PER_GROUP] for group in np.unique(groups)]
+    chosen = np.concatenate(firsts).tolist()
     captions = [_caption(rows, i, evaluation.predictions[i]) for i in chosen]
     metadata = {
         "title": f"Test images and the experts that {arm.name} sends them through",
@@ -67,12 +67,6 @@ def _export_gallery(outcome: HubOutcome, store: ObjectStore) -> None:
         "target_labels": rows.labels[:0],
     }
     store.write(layout.GALLERY, save_arrays(arrays, metadata=metadata))
-
-
-def _examples(rows: LabelledImages) -> list[int]:
-    groups = rows.labels if rows.domains is None else rows.domains
-    firsts = [np.flatnonzero(groups == group)[:IMAGES_PER_GROUP] for group in np.unique(groups)]
-    return np.concatenate(firsts).tolist()
 
 
 def _caption(rows: LabelledImages, index: int, predicted: int) -> str:

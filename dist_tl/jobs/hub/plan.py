@@ -45,7 +45,7 @@ class TaskInputs(StrictModel):
 class FeaturesInputs(TaskInputs):
     """The expert that computes features of all rows to cache."""
 
-    expert: int = Field(description="Index of the expert.")
+    expert: ExpertSource
 
 
 class RowsInputs(TaskInputs):
@@ -57,7 +57,7 @@ class RowsInputs(TaskInputs):
 class EvaluateInputs(TaskInputs):
     """The arm to evaluate on the test split."""
 
-    arm: str
+    arm: HubArmConfig
     repeat: int
 
 
@@ -175,20 +175,12 @@ class HubPlan:
             pick: on all except one fold, whose accuracy selects the best single expert.
         """
         use, rows = ("pick", "pick") if pick else ("single", "train")
-        return [
-            self._stage(
-                f"{use}-{source.name}-seed{repeat}",
-                repeat,
-                self.single(source, f"{use}-{source.name}-seed{repeat}"),
-                rows=rows,
-            )
-            for source in self.sources
-        ]
-
-    def single(self, source: ExpertSource, stage: str) -> NewExpert:
-        """Returns a single expert as the warm start of `stage` leaves it, if the job has any."""
-        warm = self._warm_model(stage)
-        return NewExpert(expert=source, num_classes=self.target.num_classes, warm=warm)
+        stages, num_classes = [], self.target.num_classes
+        for source in self.sources:
+            name = f"{use}-{source.name}-seed{repeat}"
+            model = NewExpert(expert=source, num_classes=num_classes, warm=self._warm_model(name))
+            stages.append(self._stage(name, repeat, model, rows=rows))
+        return stages
 
     def arms(self, repeat: int, *, best: str) -> list[StageSpec]:
         """Returns the trainings of hubs and distilled students.
@@ -196,19 +188,20 @@ class HubPlan:
         Args:
             best: the single expert that validation selects; distilled students start from it.
         """
-        arms = [arm for arm in self.job.arms if arm.route in ("distilled", "pathway")]
-        return [self._arm(arm, repeat, best) for arm in arms]
-
-    def _arm(self, arm: HubArmConfig, repeat: int, best: str) -> StageSpec:
-        name = f"{arm.name}-seed{repeat}"
-        if arm.route == "pathway":
-            return self._stage(name, repeat, self.hub(arm, repeat), HubSpec(loss=arm.loss))
-        teachers = tuple(layout.stage_model_prefix(spec.name) for spec in self.singles(repeat))
         config = DistillationConfig(temperature=self.job.distillation_temperature)
-        objective = DistillationSpec(distillation=config, teacher=teachers)
-        [source] = [source for source in self.sources if source.name == best]
-        student = self.single(source, f"single-{best}-seed{repeat}")
-        return self._stage(name, repeat, student, objective)
+        singles = {spec.name: spec for spec in self.singles(repeat)}
+        teachers = tuple(map(layout.stage_model_prefix, singles))
+        distillation = DistillationSpec(distillation=config, teacher=teachers)
+        student = singles[f"single-{best}-seed{repeat}"].model
+        stages = []
+        for arm in self.job.arms:
+            name = f"{arm.name}-seed{repeat}"
+            if arm.route == "pathway":
+                hub, objective = self.hub(arm, repeat), HubSpec(loss=arm.loss)
+                stages.append(self._stage(name, repeat, hub, objective))
+            elif arm.route == "distilled":
+                stages.append(self._stage(name, repeat, student, distillation))
+        return stages
 
     def hub(self, arm: HubArmConfig, repeat: int) -> NewHub:
         """Returns the initial model of an arm that routes."""
@@ -235,7 +228,7 @@ class HubPlan:
         rows: Rows = "train",
         warm: WarmStartConfig | None = None,
     ) -> StageSpec:
-        target = self.job.target
+        target, scored = self.job.target, "validation" if rows == "pick" else "test"
         return training_stage(
             self.job,
             (warm or target).training,
@@ -246,9 +239,7 @@ class HubPlan:
             image_shape=self._row_shape if warm else self.target.image_shape,
             labelled=self.shards(f"{rows}-seed{repeat}") if warm else self.rows(repeat, rows),
             views=ViewsConfig(kind="none") if warm else target.data.views,
-            evaluate=None
-            if warm
-            else self.rows(repeat, "validation" if rows == "pick" else "test"),
+            evaluate=None if warm else self.rows(repeat, scored),
         )
 
     # Warm starts on cached features.
@@ -330,8 +321,8 @@ class HubPlan:
         """Returns a task for every expert: compute the features of all rows to cache."""
         job = self.job.identity()
         return [
-            Task(f"features-{expert.name}", FeaturesInputs(job=job, expert=index))
-            for index, expert in enumerate(job.hub if job.warm_start else ())
+            Task(f"features-{source.name}", FeaturesInputs(job=job, expert=source))
+            for source in (self.sources if job.warm_start else ())
         ]
 
     def rows_tasks(self) -> list[Task[RowsInputs]]:
@@ -342,10 +333,10 @@ class HubPlan:
     def evaluation_tasks(self) -> list[Task[EvaluateInputs]]:
         """Returns a task for every hub and ensemble: predictions and routes on the test split."""
         job = self.job.identity()
-        arms = [arm.name for arm in job.arms if arm.route in ("pathway", "ensemble")]
         return [
-            Task(f"evaluate-{arm}-seed{n}", EvaluateInputs(job=job, arm=arm, repeat=n))
-            for arm in arms
+            Task(f"evaluate-{arm.name}-seed{n}", EvaluateInputs(job=job, arm=arm, repeat=n))
+            for arm in job.arms
+            if arm.route in ("pathway", "ensemble")
             for n in range(job.seeds)
         ]
 

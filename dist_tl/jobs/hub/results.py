@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from dist_tl.jobs.comparisons import against, paired_gain, percent_points
 from dist_tl.jobs.hub.run import HubOutcome
 from dist_tl.jobs.hub.spec import BASELINE, HubArmConfig
+from dist_tl.methods.hub.evaluation import group_means
 from dist_tl.report.results import (
     ArmSummary,
     Chart,
@@ -100,11 +101,6 @@ def _evaluated(outcome: HubOutcome, arm: HubArmConfig, field: str) -> NDArray[An
     return np.array([getattr(outcome.evaluations[arm.name, repeat], field) for repeat in repeats])
 
 
-def _group_means(values: NDArray[Any], groups: NDArray[np.int64], count: int) -> NDArray[Any]:
-    """Returns means over repeats and images of every group, (groups, ...)."""
-    return np.array([values[:, groups == group].mean(axis=(0, 1)) for group in range(count)])
-
-
 def _usage_maps(outcome: HubOutcome) -> Iterator[HeatMap]:
     rows = load_rows(outcome.plan.rows(0, "test"))
     groupings = [("class", rows.labels, rows.class_names)]
@@ -113,7 +109,7 @@ def _usage_maps(outcome: HubOutcome) -> Iterator[HeatMap]:
     for arm in _selective(outcome):
         used = _evaluated(outcome, arm, "weights") > 0
         for name, groups, labels in groupings:
-            shares = 100 * _group_means(used, groups, len(labels))
+            shares = 100 * group_means(used, groups, len(labels))
             yield HeatMap(
                 title=f"{arm.name}: which experts see which {name}",
                 x_label="expert",
@@ -135,10 +131,10 @@ def _domain_tables(outcome: HubOutcome) -> Iterator[Table]:
     columns = [list(rows.domain_names), [str((rows.domains == i).sum()) for i in range(count)]]
     for arm in _selective(outcome):
         header += [f"{arm.name}: most used expert", "accuracy %"]
-        shares = _group_means(_evaluated(outcome, arm, "weights") > 0, rows.domains, count)
+        shares = group_means(_evaluated(outcome, arm, "weights") > 0, rows.domains, count)
         tops = [(outcome.plan.job.hub[row.argmax()].name, row.max()) for row in shares]
         columns.append([f"{expert} ({share:.0%})" for expert, share in tops])
-        correct = _group_means(_evaluated(outcome, arm, "correct"), rows.domains, count)
+        correct = group_means(_evaluated(outcome, arm, "correct"), rows.domains, count)
         columns.append([percent_points(accuracy) for accuracy in correct])
     yield Table(
         title="Which expert serves which domain",

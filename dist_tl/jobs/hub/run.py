@@ -46,7 +46,7 @@ def run(plan: HubPlan, workers: Workers) -> HubOutcome:
     outputs = workers.run_tasks("evaluation", tasks.evaluate, evaluations, EvaluateOutput)
     timings = [plan.timing_task(best[0])]
     [timing] = workers.run_tasks("timing", tasks.measure_time, timings, TimeOutput)
-    keys = [(task.inputs.arm, task.inputs.repeat) for task in evaluations]
+    keys = [(task.inputs.arm.name, task.inputs.repeat) for task in evaluations]
     return HubOutcome(plan, stages, best, dict(zip(keys, outputs, strict=True)), timing)
 
 

@@ -58,13 +58,12 @@ def compute_features(inputs: FeaturesInputs, store: ObjectStore) -> TaskOutput:
     """Stores the features that an expert's frozen trunk computes, float32, by set of rows."""
     began = time.monotonic()
     plan = HubPlan(inputs.job, store)
-    source = plan.sources[inputs.expert]
-    network = plan.build(source).eval()
+    network = plan.build(inputs.expert).eval()
     tensors = {
         name: in_batches(network.features, load_rows(rows).tensor()).float().contiguous()
         for name, rows in plan.cached_rows().items()
     }
-    store.write(_features_key(source), save_tensors(tensors))
+    store.write(_features_key(inputs.expert), save_tensors(tensors))
     return TaskOutput(seconds=time.monotonic() - began)
 
 
@@ -96,7 +95,7 @@ def evaluate(inputs: EvaluateInputs, store: ObjectStore) -> EvaluateOutput:
     began = time.monotonic()
     plan = HubPlan(inputs.job, store)
     rows = load_rows(plan.rows(inputs.repeat, "test"))
-    model = _load(plan, plan.job.arm(inputs.arm), inputs.repeat)
+    model = _load(plan, inputs.arm, inputs.repeat)
     weights: tuple[tuple[float, ...], ...] = ()
     if isinstance(model, HubPathway):
         paths = hub_paths(model, rows.tensor())

@@ -19,12 +19,17 @@ STAGE = "predictions"
 
 @dataclass(frozen=True)
 class PredictPlan:
-    """A stored hub, its input, and the shards of its predictions."""
+    """A stored hub, its input, and the manifest of its predictions."""
 
     job: PredictJob
     hub: HubFile
     source: StageInput | RowsInput
-    shards: ShardPlan
+    manifest: StageManifest
+
+    @property
+    def shards(self) -> ShardPlan:
+        """The shards of the predictions, one for each shard of the input."""
+        return self.manifest.plan
 
     def table(self) -> PlanTable:
         """Returns the predictions as one phase."""
@@ -32,18 +37,6 @@ class PredictPlan:
         work = f"{self.shards.num_samples} samples, {count} experts, k = {k}"
         row = TaskRow(phase=STAGE, tasks=self.shards.num_shards, work=work)
         return plan_table(self.job, tasks=[row])
-
-    def manifest(self) -> StageManifest:
-        """Returns the manifest of the predictions."""
-        return StageManifest(
-            plan=self.shards,
-            kind=STAGE,
-            condition="none",
-            image_shape=(self.hub.num_classes, 1, 1),
-            num_classes=self.hub.num_classes,
-            generator="hub",
-            created_by=versions(),
-        )
 
 
 def plan(job: PredictJob, store: ObjectStore) -> PredictPlan:
@@ -72,12 +65,18 @@ def plan(job: PredictJob, store: ObjectStore) -> PredictPlan:
             f"{job.session.num_cpus}. These are shares, not cores: they may exceed the cores of "
             "the machine"
         )
-    identity = [hub_fingerprint(store, job.model), source.model_dump(mode="json")]
-    fields = {"stage": STAGE, "purpose": STAGE, "format": "npy"}
-    shards = input_plan(source).model_copy(
-        update={**fields, "fingerprint": fingerprint(identity)},
+    identity = fingerprint([hub_fingerprint(store, job.model), source.model_dump(mode="json")])
+    fields = {"stage": STAGE, "purpose": STAGE, "format": "npy", "fingerprint": identity}
+    manifest = StageManifest(
+        plan=input_plan(source).model_copy(update=fields),
+        kind=STAGE,
+        condition="none",
+        image_shape=(hub.num_classes, 1, 1),
+        num_classes=hub.num_classes,
+        generator="hub",
+        created_by=versions(),
     )
-    return PredictPlan(job, hub, source, shards)
+    return PredictPlan(job, hub, source, manifest)
 
 
 def _input(job: PredictJob) -> StageInput | RowsInput:

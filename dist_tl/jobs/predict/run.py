@@ -18,12 +18,11 @@ class PredictOutcome:
     """The predictions of all samples.
 
     Attributes:
-        counts: samples, those with labels, those predicted correctly, and those that missed an
-            expert they chose ("rerouted"), over all attempts.
-        used: samples that passed through each expert, over all attempts.
-        shards: number of shards that this attempt predicted.
-        seconds: time of this attempt.
-        replicas: largest number of replicas of each expert in this attempt.
+        counts: "samples", "labelled" and "correct" ones, and those that missed an expert they chose
+            ("rerouted").
+        used: samples by expert that they passed through.
+        shards, seconds: shards that this attempt predicted, and its time.
+        replicas: largest number of replicas of each expert.
         lost: experts that were left out.
     """
 
@@ -43,7 +42,7 @@ def run(plan: PredictPlan, workers: Workers) -> PredictOutcome:
         DistTLError: the named error of an actor; committed shards are kept.
     """
     store, job, experts = workers.store, plan.job, plan.hub.experts
-    open_stage(store, plan.manifest())
+    open_stage(store, plan.manifest)
     committed = len(committed_indices(store, STAGE))
     began = time.time()
     pool = ExpertPool(
@@ -82,8 +81,7 @@ def _count(store: ObjectStore, num_shards: int) -> tuple[Counter[str], Counter[s
     Raises:
         ShardError: a shard is missing or damaged.
     """
-    counts: Counter[str] = Counter()
-    used: Counter[str] = Counter()
+    counts, used = Counter[str](), Counter[str]()
     for index in range(num_shards):
         for sample in read_shard(store, STAGE, index):
             entry = sample.provenance
