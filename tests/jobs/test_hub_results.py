@@ -1,4 +1,4 @@
-"""What the page says of a hub run, from an outcome whose answers are made up."""
+"""The results, exports and gallery of a hub run, from an outcome with made-up predictions."""
 
 import json
 
@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load as load_arrays
 
-from dist_tl.jobs.hub.exports import export_hub, write_routes_gallery
+from dist_tl.jobs.hub.exports import export
 from dist_tl.jobs.hub.plan import HubPlan
-from dist_tl.jobs.hub.results import hub_results
+from dist_tl.jobs.hub.results import results
 from dist_tl.jobs.hub.run import HubOutcome
 from dist_tl.jobs.hub.spec import HubJob
 from dist_tl.jobs.hub.tasks import EvaluateOutput, TimeOutput
-from dist_tl.report.results import read_results
+from dist_tl.report.results import RunRecord, read_results, results_of
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.rows import load_rows
@@ -123,18 +123,14 @@ def outcome(tmp_path, *, arms=ARMS, mixed=True, wrong=WRONG):
         multiply_adds={"best_single": 3e6, "distilled": 4e6},
         seconds=1.0,
     )
-    return HubOutcome(plan, stages, ("plain", "plain", "turned"), evaluations, times, 1 << 30)
-
-
-def results_of(found):
-    return hub_results(found, run="demo", fingerprint="f", wall_seconds=60.0)
+    return HubOutcome(plan, stages, ("plain", "plain", "turned"), evaluations, times)
 
 
 def findings(found):
-    return results_of(found).findings
+    return results(found).findings
 
 
-def test_choosing_by_input_beat_the_controls_where_it_did(tmp_path):
+def test_a_finding_says_if_choosing_by_input_beat_the_controls(tmp_path):
     said = findings(outcome(tmp_path))
     assert f"{WORTH} beat static_k1 and random_k1 at k = 1." in said
 
@@ -144,7 +140,7 @@ def test_choosing_by_input_beat_the_controls_where_it_did(tmp_path):
     [(30, 30, 30), (5, 40, 22), (21, 21, 22)],
     ids=["worse than one", "as often better as worse", "better than chance alone"],
 )
-def test_where_it_did_not_clearly_beat_both_the_page_says_so(tmp_path, hub_k1):
+def test_a_finding_says_if_it_did_not_clearly_beat_both(tmp_path, hub_k1):
     said = findings(outcome(tmp_path, wrong={**WRONG, "hub_k1": hub_k1}))
     assert f"{WORTH} did not clearly beat static_k1 and random_k1 at k = 1." in said
 
@@ -175,8 +171,8 @@ def test_a_hub_of_all_experts_makes_no_claim_about_choosing(tmp_path):
     assert not [line for line in said if line.startswith("Choosing")]
 
 
-def test_the_best_single_is_what_validation_picked_seed_by_seed(tmp_path):
-    found = results_of(outcome(tmp_path))
+def test_the_best_single_is_the_one_that_validation_picked_for_each_seed(tmp_path):
+    found = results(outcome(tmp_path))
     scores = {(score.arm, score.seed): score for score in found.scores}
     total = scores["best_single", 0].total
     wrong = [total - scores["best_single", seed].correct for seed in range(3)]
@@ -187,8 +183,8 @@ def test_the_best_single_is_what_validation_picked_seed_by_seed(tmp_path):
     assert [s.arm for s in found.summaries if s.reference] == ["single turned", "single plain"]
 
 
-def test_seconds_are_those_of_all_that_an_arm_needs(tmp_path):
-    scores = {s.arm: s for s in results_of(outcome(tmp_path)).scores if s.seed == 0}
+def test_seconds_include_all_stages_that_an_arm_needs(tmp_path):
+    scores = {s.arm: s for s in results(outcome(tmp_path)).scores if s.seed == 0}
     # Two picks and the single; two singles; those and the student; the hub alone.
     seconds = {"best_single": 3, "ensemble": 2, "distilled": 3, "hub_k1": 1, "single plain": 1}
     assert {arm: scores[arm].seconds for arm in seconds} == seconds
@@ -198,14 +194,14 @@ def test_seconds_are_those_of_all_that_an_arm_needs(tmp_path):
 def test_the_warm_start_is_part_of_the_cost(tmp_path):
     found = outcome(tmp_path)
     found.stages["warm-hub_k1-seed0"] = stage("warm-hub_k1-seed0", seconds=5.0)
-    scores = {(s.arm, s.seed): s for s in results_of(found).scores}
+    scores = {(s.arm, s.seed): s for s in results(found).scores}
     assert scores["hub_k1", 0].seconds == 6.0
     assert scores["hub_k1", 0].samples == 160
     assert scores["hub_k1", 1].seconds == 1.0
 
 
 def test_the_maps_show_which_expert_sees_which_domain_and_class(tmp_path):
-    found = results_of(outcome(tmp_path))
+    found = results(outcome(tmp_path))
     domain, kind = found.heat_maps
     assert domain.title == "hub_k1: which experts see which domain"
     assert (domain.x, domain.y) == (("turned", "plain"), ("plain", "turned"))
@@ -218,13 +214,13 @@ def test_the_maps_show_which_expert_sees_which_domain_and_class(tmp_path):
 
 
 def test_without_domains_there_is_one_map_of_classes_and_no_table_of_domains(tmp_path):
-    found = results_of(outcome(tmp_path, mixed=False))
+    found = results(outcome(tmp_path, mixed=False))
     assert [heat_map.y_label for heat_map in found.heat_maps] == ["class"]
-    assert [table.title for table in found.tables] == ["What an answer costs"]
+    assert [table.title for table in found.tables] == ["Cost of a prediction"]
 
 
-def test_what_an_answer_costs_is_counted_for_every_arm(tmp_path):
-    found = results_of(outcome(tmp_path))
+def test_the_cost_of_a_prediction_is_counted_for_every_arm(tmp_path):
+    found = results(outcome(tmp_path))
     costs = {row[0]: row[1:] for row in found.tables[0].rows}
     assert costs["best_single"] == ("3.000", "7")
     assert costs["distilled"] == ("4.000", "7")
@@ -234,18 +230,27 @@ def test_what_an_answer_costs_is_counted_for_every_arm(tmp_path):
 
 
 def test_the_results_come_back_from_their_file(tmp_path):
-    found = results_of(outcome(tmp_path))
+    record = RunRecord(
+        run="demo",
+        kind="hub",
+        fingerprint="f",
+        stages=(),
+        versions={},
+        wall_seconds=60.0,
+        peak_memory_bytes=1 << 30,
+    )
+    found = results_of(record, results(outcome(tmp_path)))
     assert read_results(found.model_dump_json()) == found
 
 
-# What is handed over.
+# Exports.
 
 
 def test_every_arm_with_a_model_is_exported_with_a_card(tmp_path):
     found, store = outcome(tmp_path), ObjectStore(tmp_path / "run")
     for name in found.stages:
         store.write(f"{layout.stage_model_prefix(name)}/inner/config.json", name.encode())
-    export_hub(found, store)
+    export(found, store)
     names = {key.split("/")[1] for key in store.list("models")}
     arms = ("best_single", "distilled", "all", "static_k1", "random_k1", "hub_k1")
     assert names == {f"{arm}-seed{seed}" for arm in arms for seed in range(3)}
@@ -259,7 +264,7 @@ def test_every_arm_with_a_model_is_exported_with_a_card(tmp_path):
 @pytest.mark.parametrize("mixed", [True, False])
 def test_the_gallery_shows_images_of_every_domain_with_their_routes(tmp_path, mixed):
     found, store = outcome(tmp_path, mixed=mixed), ObjectStore(tmp_path / "run")
-    write_routes_gallery(found, store)
+    export(found, store)
     data = store.read(layout.GALLERY)
     arrays = load_arrays(data)
     assert arrays["pseudo_images"].shape == (10, 8, 8, 1)
@@ -273,5 +278,5 @@ def test_the_gallery_shows_images_of_every_domain_with_their_routes(tmp_path, mi
 
 def test_a_run_without_routes_by_input_has_no_gallery(tmp_path):
     found, store = outcome(tmp_path, arms=[*ARMS[:3], ARMS[4]]), ObjectStore(tmp_path / "run")
-    write_routes_gallery(found, store)
+    export(found, store)
     assert not store.exists(layout.GALLERY)

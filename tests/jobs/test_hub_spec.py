@@ -1,4 +1,4 @@
-"""What a hub or predict job may say, what is refused before it starts, and what is counted."""
+"""Specifications and plans of hub and predict jobs: what they accept, refuse and count."""
 
 import json
 
@@ -10,11 +10,11 @@ from dist_tl.config import fingerprint
 from dist_tl.errors import ConfigError
 from dist_tl.jobs.hub.cost import hub_rows
 from dist_tl.jobs.hub.plan import HubPlan
-from dist_tl.jobs.hub.tasks import hub_multiply_adds
 from dist_tl.jobs.job_file import read_job
 from dist_tl.jobs.plan import plan_job
-from dist_tl.jobs.predict.run import check_predict
+from dist_tl.jobs.predict.plan import plan as plan_predictions
 from dist_tl.methods.hub.cost import multiply_adds
+from dist_tl.methods.hub.counting import hub_multiply_adds
 from dist_tl.methods.hub.routes import RouteConfig
 from dist_tl.models.files import save_network
 from dist_tl.models.networks import build_network, parameter_count
@@ -106,7 +106,7 @@ def test_the_preset_can_be_planned():
     # 5 experts; of each seed 5 picks, 5 singles, 6 arms with a model; all but the distilled warm
     # up, picks too.
     assert len(names) == 5 + 5 * ((5 + 5 + 6) + (5 + 5 + 5))
-    assert [row.part for row in table.hub][:6] == [*(e.name for e in job.hub), "router"]
+    assert [row[0] for row in table.tables[0].rows][:6] == [*(e.name for e in job.hub), "router"]
 
 
 def test_a_job_without_a_warm_start_has_no_cached_features(read):
@@ -130,8 +130,8 @@ def test_planning_starts_and_writes_nothing(read, tmp_path):
 
 def test_arms_of_a_repeat_share_labels_and_test_split_and_picks_never_see_the_test_split(plan):
     found = plan(hub_job())
-    [single, _], [pick, _] = found.singles(1), found.picks(1)
-    arm = found.arm(found.job.arms[1], 1, best="small")
+    [single, _], [pick, _] = found.singles(1), found.singles(1, pick=True)
+    [arm] = found.arms(1, best="small")
     assert (arm.labelled, arm.evaluate, arm.seed) == (
         single.labelled,
         single.evaluate,
@@ -179,14 +179,14 @@ def test_a_catalogue_by_its_path_is_the_list_itself(read, tmp_path):
         (with_arm(name="single-small", routes={"k": 1}), r"arms?.*single-small.*another name"),
         (with_arm(name="pick-x", routes={"k": 1}), r"arms?.*pick-x.*another name"),
         (with_arm(name="warm-hub", routes={"k": 1}), r"arms?.*warm-hub.*another name"),
-        (hub_job(arms=["ensemble"]), "arms: best_single is what the others are compared with"),
+        (hub_job(arms=["ensemble"]), "arms: add best_single, the baseline of all comparisons"),
         (hub_job(arms=[]), "arms"),
         (hub_job(hub=[trained("a"), trained("a")]), "hub: two experts are called a"),
         (hub_job(hub=[]), "hub"),
         (hub_job(hub=[{"name": "a"}]), r"hub\.0: expert a: expected exactly one .*got none"),
         (hub_job(hub=[trained("a", model="x")]), "expert a: .*got model and train"),
         (hub_job(hub=[trained("A b")]), r"hub\.0\.name"),
-        (hub_job(hub=[trained("half")]), r"hub\.0\.name: half is an attribute of torch's"),
+        (hub_job(hub=[trained("half")]), r"hub\.0\.name: half is a word that torch keeps"),
         (hub_job(hub="nowhere.yaml"), r"hub: cannot read the catalogue nowhere\.yaml: No such"),
         (hub_job(hub="job.yaml"), r"job\.yaml: expected a list under the key hub"),
         (with_target(training={"steps": 2, "batch_size": 9}), r"target\.training: a batch of 9"),
@@ -223,11 +223,11 @@ GREY = {"grey_to_rgb": True}
     ("expert", "told"),
     [
         ({"name": "b", "model": "/no/such/folder"}, "expert b: no model at /no/such/folder"),
-        ({"name": "b", "model": "SMALL"}, r"expert b: expected .*\(1, 6, 6\), got \(1, 8, 8\)"),
-        ({"name": "b", "model": "FITS", "inputs": GREY}, r"expert b: .*got \(3, 8, 8\)"),
+        ({"name": "b", "model": "SMALL"}, r"expert b: takes .*\(1, 6, 6\), .*given \(1, 8, 8\)"),
+        ({"name": "b", "model": "FITS", "inputs": GREY}, r"expert b: .*given \(3, 8, 8\)"),
         ({"name": "b", "model": "FITS", "tap": 3}, r"expert b: layer_set: blocks \[3\]"),
-        (trained("b", inputs={"resize": 9}), r"expert b: .*\(1, 8, 8\), got \(1, 9, 9\)"),
-        (trained("b", inputs=GREY), r"expert b: .*\(1, 8, 8\), got \(3, 8, 8\)"),
+        (trained("b", inputs={"resize": 9}), r"expert b: .*\(1, 8, 8\), but receives \(1, 9, 9\)"),
+        (trained("b", inputs=GREY), r"expert b: .*\(1, 8, 8\), but receives \(3, 8, 8\)"),
         (trained("b", tap=9), r"expert b: layer_set: blocks \[9\]"),
         ({"name": "b", "network": {"kind": "resnet", "blocks": [1] * 5}}, "expert b: .*stages"),
     ],
@@ -265,7 +265,7 @@ def test_a_target_that_cannot_be_learnt_is_refused_before_anything_starts(
     assert_refused(with_target(**changes), told, read, tmp_path)
 
 
-# What it costs, by hand.
+# Costs, computed here from layer sizes.
 
 PIXELS, C, M = 64, 3, 2
 ROUTER = 4
@@ -278,8 +278,12 @@ ARMS = [
 ]
 
 
-def test_experts_and_router_are_counted_as_by_hand(plan):
-    small, large, router, *_ = hub_rows(plan(hub_job(arms=ARMS)))
+def cost_rows(found):
+    return hub_rows(found.job, found.experts, found.target)
+
+
+def test_experts_and_router_are_counted_as_computed_here(plan):
+    small, large, router, *_ = cost_rows(plan(hub_job(arms=ARMS)))
     assert (small.part, small.parameters) == ("small", 5 * PIXELS + 5 * C + C)
     assert (large.part, large.multiply_adds) == ("large", 11 * PIXELS + 11 * C)
     assert (router.part, router.parameters) == ("router", ROUTER * PIXELS + ROUTER * 2 * M + 2 * M)
@@ -287,7 +291,7 @@ def test_experts_and_router_are_counted_as_by_hand(plan):
 
 
 def test_a_routed_whole_is_its_parts_an_aggregator_and_the_share_of_experts_that_run(plan):
-    rows = {row.part: row for row in hub_rows(plan(hub_job(arms=ARMS)))}
+    rows = {row.part: row for row in cost_rows(plan(hub_job(arms=ARMS)))}
     experts = [rows["small"], rows["large"]]
     parameters = sum(row.parameters for row in experts) + M * C * C + C
     macs = sum(row.multiply_adds for row in experts)
@@ -306,7 +310,7 @@ def test_what_is_planned_is_what_the_built_hubs_have_and_do(plan):
     for name, network in found.experts.items():
         for key, data in save_network(network).items():
             found.store.write(f"{layout.stage_model_prefix(f'expert-{name}')}/{key}", data)
-    rows = {row.part: row for row in hub_rows(found)}
+    rows = {row.part: row for row in cost_rows(found)}
     for arm in found.job.arms[1:]:
         spec = found.hub(arm, 0)
         hub = build_hub(spec, found.store, image_shape=(1, 8, 8), seed=0)
@@ -327,7 +331,7 @@ def test_bytes_of_training_are_whole_copies_and_a_share_of_the_rest(
     plan, zero_stage, per_parameter
 ):
     """Two workers: weights, gradients, and from stage 1 on master weights and two moments."""
-    [row, *_] = hub_rows(plan(hub_job(engine={"zero_stage": zero_stage})))
+    [row, *_] = cost_rows(plan(hub_job(engine={"zero_stage": zero_stage})))
     assert row.serving_bytes == 4 * row.parameters
     assert row.training_bytes == 4 * row.parameters * per_parameter
 
@@ -361,18 +365,20 @@ def predict_job(model, **changes):
 
 def test_a_predict_job_is_planned_from_the_hub_and_its_input(read, tmp_path, hub_folder):
     job = read(predict_job(hub_folder))
-    about, plan = check_predict(job, ObjectStore(tmp_path / "run"))
-    assert about.experts == ("left", "right")
-    assert (plan.num_samples, plan.num_shards, plan.stage) == (537, 6, "predictions")
+    plan = plan_predictions(job, ObjectStore(tmp_path / "run"))
+    assert plan.hub.experts == ("left", "right")
+    shards = plan.shards
+    assert (shards.num_samples, shards.num_shards, shards.stage) == (537, 6, "predictions")
     [row] = plan_job(job).tasks
-    assert (row.tasks, row.what) == (6, "537 samples, 2 experts, k = 1")
+    assert (row.tasks, row.work) == (6, "537 samples, 2 experts, k = 1")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_hub_is_found_by_its_relative_path_from_where_one_stands(read, tmp_path, hub_folder):
     """As for shards and data, and not below the run that is to hold the predictions."""
     job = read(predict_job("other_run/models/hub-seed0"))
-    assert check_predict(job, ObjectStore(tmp_path / "run"))[0].experts == ("left", "right")
+    plan = plan_predictions(job, ObjectStore(tmp_path / "run"))
+    assert plan.hub.experts == ("left", "right")
 
 
 def test_an_expert_is_found_by_its_relative_path_from_where_one_stands(read, tmp_path):
@@ -389,10 +395,10 @@ def test_other_samples_or_another_hub_are_other_predictions(read, tmp_path, hub_
         predict_job(hub_folder, data={**DIGITS, "domain": {"invert": True}}),
         predict_job(hub_folder, samples_per_shard=50),
     ]
-    prints = [check_predict(read(job), store)[1].fingerprint for job in jobs]
+    prints = [plan_predictions(read(job), store).shards.fingerprint for job in jobs]
     assert len(set(prints)) == len(prints)
     same = predict_job(hub_folder, experts={"max": 2, "batch_size": 7}, session={"num_cpus": 9})
-    assert check_predict(read(same), store)[1].fingerprint == prints[0]
+    assert plan_predictions(read(same), store).shards.fingerprint == prints[0]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,12 @@
-"""The warm start of a hub job: all its tasks and stages, run in one process."""
+"""The tasks and stages of a hub job with a warm start, run one by one in this process."""
 
 import pytest
 import torch
 
 from dist_tl.datasets.images import to_float
-from dist_tl.jobs.hub.features import compute_features, write_rows
-from dist_tl.jobs.hub.plan import HubPlan
+from dist_tl.jobs.hub.plan import plan as plan_hub
 from dist_tl.jobs.hub.spec import HubJob
-from dist_tl.jobs.hub.tasks import evaluate, measure_time
-from dist_tl.jobs.hub.warm_start import warm_plan
+from dist_tl.jobs.hub.tasks import compute_features, evaluate, measure_time, write_rows
 from dist_tl.methods.hub.pathway import Paths
 from dist_tl.models.files import load_network
 from dist_tl.shards.manifest import committed_indices, open_stage
@@ -82,19 +80,17 @@ def job():
 
 @pytest.fixture(scope="module")
 def plan(job, alone, tmp_path_factory):
-    """The plan after pretraining, feature computation and row shards."""
+    """After the experts' own trainings, their features, and the shards of rows."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    plan = HubPlan(job, ObjectStore(tmp_path_factory.mktemp("run")))
-    plan.check()
+    plan = plan_hub(job, ObjectStore(tmp_path_factory.mktemp("run")))
     for spec in plan.pretraining():
         run_stage(spec, plan.store, rank=0, world_size=1)
-    warm = warm_plan(plan)
-    for task in warm.features():
+    for task in plan.features_tasks():
         compute_features(task.inputs, plan.store)
-    for manifest in warm.manifests():
+    for manifest in plan.manifests():
         open_stage(plan.store, manifest)
-    for task in warm.cached_rows():
+    for task in plan.rows_tasks():
         write_rows(task.inputs, plan.store)
     torch.set_num_threads(before)
     return plan
@@ -104,22 +100,22 @@ def train(plan, specs):
     return [run_stage(spec, plan.store, rank=0, world_size=1) for spec in specs]
 
 
-def test_rows_hold_images_and_the_features_of_each_expert(plan):
-    [task, pick] = warm_plan(plan).cached_rows()
-    data = load_rows(task.inputs.rows)
-    assert len(committed_indices(plan.store, task.inputs.plan.stage)) == 5  # of 24 rows
+def test_rows_are_images_and_the_features_of_every_expert(plan):
+    [name, pick] = [task.inputs.rows for task in plan.rows_tasks()]
+    data, shards = load_rows(plan.cached_rows()[name]), plan.shards(name)
+    assert len(committed_indices(plan.store, shards.stage)) == 5  # of 24 rows
     samples = [
         sample
-        for index in range(task.inputs.plan.num_shards)
-        for sample in read_shard(plan.store, task.inputs.plan.stage, index)
+        for index in range(shards.num_shards)
+        for sample in read_shard(plan.store, shards.stage, index)
     ]
     assert [sample.label for sample in samples] == data.labels.tolist()
     rows = torch.stack([torch.tensor(sample.image).flatten() for sample in samples])
     assert torch.equal(rows[:, :64], to_float(data.images).flatten(1))
     offset = 64
-    for expert in plan.job.hub:
+    for single in plan.singles(0):
         network = build_model(
-            plan._alone(expert, 0).model_copy(update={"warm": None}),
+            single.model.model_copy(update={"warm": None}),
             plan.store,
             image_shape=(1, 8, 8),
             seed=0,
@@ -130,13 +126,13 @@ def test_rows_hold_images_and_the_features_of_each_expert(plan):
         torch.testing.assert_close(rows[:, offset : offset + width], features)
         offset += width
     assert offset == rows.shape[1]
-    kept = load_rows(pick.inputs.rows)
+    kept = load_rows(plan.cached_rows()[pick])
     assert len(kept) == 18  # one of four folds is held out
     assert {i.tobytes() for i in kept.images} < {i.tobytes() for i in data.images}
 
 
-def test_the_arms_start_from_the_weights_of_the_warm_start(plan):
-    starts = {spec.name: spec for spec in warm_plan(plan).starts(0)}
+def test_arms_begin_with_the_result_of_the_warm_start(plan):
+    starts = {spec.name: spec for spec in plan.warm_starts(0)}
     assert set(starts) == {
         f"warm-{name}-seed0"
         for name in (
@@ -149,7 +145,7 @@ def test_the_arms_start_from_the_weights_of_the_warm_start(plan):
         )
     }
     train(plan, starts.values())
-    single, arm = plan.singles(0)[0], plan.arm(plan.job.arms[3], 0, best="turned")
+    single, arm = plan.singles(0)[0], plan.arms(0, best="turned")[1]
     x = load_rows(plan.rows(0, "train")).tensor()
     labels = torch.from_numpy(load_rows(plan.rows(0, "train")).labels)
     for spec in (single, arm):
@@ -164,25 +160,25 @@ def test_the_arms_start_from_the_weights_of_the_warm_start(plan):
 
 
 def test_all_arms_are_trained_evaluated_and_timed(plan):
-    """The reported figures of a hub equal those of the stored hub on the test rows."""
-    train(plan, [*warm_plan(plan).starts(0), *plan.picks(0), *plan.singles(0)])
-    specs = [plan.arm(arm, 0, best="large") for arm in plan.model_arms()]
+    """The results of a hub are those of the stored hub on the test rows."""
+    train(plan, [*plan.warm_starts(0), *plan.singles(0, pick=True), *plan.singles(0)])
+    specs = plan.arms(0, best="large")
     results = dict(zip((spec.name for spec in specs), train(plan, specs), strict=True))
-    outputs = {task.name: evaluate(task.inputs, plan.store) for task in plan.evaluations()}
-    assert set(outputs) == {
+    answers = {task.name: evaluate(task.inputs, plan.store) for task in plan.evaluation_tasks()}
+    assert set(answers) == {
         "evaluate-ensemble-seed0",
         "evaluate-hub_k1-seed0",
         "evaluate-random_k1-seed0",
     }
     for name in ("hub_k1", "random_k1"):
-        output = outputs[f"evaluate-{name}-seed0"]
-        assert output.predictions == results[f"{name}-seed0"].predictions
-        assert output.correct == results[f"{name}-seed0"].correct
-        assert all(sum(weight > 0 for weight in row) == 1 for row in output.weights)
+        found = answers[f"evaluate-{name}-seed0"]
+        assert found.predictions == results[f"{name}-seed0"].predictions
+        assert found.correct == results[f"{name}-seed0"].correct
+        assert all(sum(weight > 0 for weight in row) == 1 for row in found.weights)
         hub = load_hub(plan.store, layout.stage_model_prefix(f"{name}-seed0"))
         with torch.no_grad():
             paths = Paths(*hub(load_rows(plan.rows(0, "test")).tensor(), detailed=True))
-        assert torch.equal(torch.tensor(output.weights), paths.weight_BM)
+        assert torch.equal(torch.tensor(found.weights), paths.weight_BM)
 
     members = [
         load_network(read_model_files(plan.store, layout.stage_model_prefix(spec.name))).eval()
@@ -191,13 +187,13 @@ def test_all_arms_are_trained_evaluated_and_timed(plan):
     with torch.no_grad():
         x = load_rows(plan.rows(0, "test")).tensor()
         mean = sum(member(x).softmax(dim=1) for member in members) / 2
-    assert outputs["evaluate-ensemble-seed0"].predictions == tuple(mean.argmax(dim=1).tolist())
+    assert answers["evaluate-ensemble-seed0"].predictions == tuple(mean.argmax(dim=1).tolist())
 
     student = load_network(
         read_model_files(plan.store, layout.stage_model_prefix("distilled-seed0"))
     )
-    assert student.config.kind == "adapted"  # the architecture of the best expert, `large`
-    times = measure_time(plan.timing("large").inputs, plan.store)
+    assert student.config.kind == "adapted"  # the architecture of the best one, `large`
+    times = measure_time(plan.timing_task("large").inputs, plan.store)
     assert set(times.microseconds) == {arm.name for arm in plan.job.arms}
     assert set(times.multiply_adds) == {"best_single", "distilled"}
     assert all(time > 0 for time in times.microseconds.values())

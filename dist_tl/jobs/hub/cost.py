@@ -1,80 +1,59 @@
-"""Parameters, multiply-adds and memory of every expert and hub, counted before training."""
+"""Counts parameters, multiply-adds and memory of every expert and hub before training."""
 
-from dist_tl.config import StrictModel
-from dist_tl.jobs.hub.stages import HubStages
-from dist_tl.methods.hub.cost import multiply_adds, routed_multiply_adds
-from dist_tl.models.networks import parameter_count
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from dist_tl.datasets.images import LabelledImages
+from dist_tl.jobs.hub.spec import HubJob
+from dist_tl.methods.hub.counting import part_costs
+from dist_tl.models.networks import Network, build_network
 from dist_tl.report.results import Table
+from dist_tl.seeds import torch_rng
+
+# Float32 numbers per parameter that every worker stores, and that all workers share, by ZeRO stage:
+# weights, gradients, Adam's two moments, and from stage 1 on master weights.
+ZERO_COPIES = {0: (4, 0), 1: (2, 3), 2: (1, 4), 3: (0, 5)}
 
 
-class HubRow(StrictModel):
-    """An expert, the router, or a hub as a whole."""
+class HubRow(NamedTuple):
+    """Cost of an expert, the router, or a hub; multiply-adds of one image, bytes of one worker."""
 
     part: str
     parameters: int
-    multiply_adds: float = 0.0
+    multiply_adds: float
     serving_bytes: int
     training_bytes: int
 
 
-def hub_rows(plan: HubStages) -> tuple[HubRow, ...]:
-    """Experts, router, then every arm that routes; multiply-adds are of one image.
-
-    A worker holds weights and gradients whole (stages 0 and 1), and its share of master weights
-    and Adam's two moments; float32.
-
-    Raises:
-        ConfigError: an expert is missing, or does not take the target's images.
-    """
-    shape, job = plan.target.image_shape, plan.job
-    experts, router = plan.experts, plan.router()
-    costs = [multiply_adds(network, shape) for network in experts.values()]
-    sizes = {name: parameter_count(network) for name, network in experts.items()}
-    rows = [
-        _row(plan, name, sizes[name], float(cost))
-        for name, cost in zip(experts, costs, strict=True)
-    ]
-    router_cost = multiply_adds(router, shape)
-    rows.append(_row(plan, "router", parameter_count(router), float(router_cost)))
-    router_sizes = {"input": parameter_count(router), "static": 2 * len(costs), "random": 0}
-    for arm in job.arms:
-        if arm.route == "pathway":
-            by_input = arm.routes.by == "input"
-            even = [arm.routes.k / len(costs)] * len(costs)
-            classes = plan.target.num_classes
-            cost = routed_multiply_adds(router_cost * by_input, costs, even, classes)
-            size = sum(sizes.values()) + router_sizes[arm.routes.by]
-            size += (len(costs) * classes + 1) * classes
-            rows.append(_row(plan, f"{arm.name} (k = {arm.routes.k})", size, cost))
-    return tuple(rows)
-
-
-def cost_table(plan: HubStages) -> Table:
-    """The rows of :func:`hub_rows` as text."""
-    rows = (
-        (
-            row.part,
-            f"{row.parameters:,}",
-            f"{row.multiply_adds / 1e6:,.3f}",
-            f"{row.serving_bytes / 1e6:,.1f}",
-            f"{row.training_bytes / 1e6:,.1f}",
-        )
-        for row in hub_rows(plan)
+def hub_rows(
+    job: HubJob, experts: Mapping[str, Network], target: LabelledImages
+) -> tuple[HubRow, ...]:
+    """Returns the costs of all experts, the router and all hubs."""
+    router = build_network(
+        job.router,
+        num_classes=2 * len(experts),
+        image_shape=target.image_shape,
+        rng=torch_rng(0, "router"),
     )
+    parts = part_costs(
+        experts,
+        router,
+        {f"{arm.name} (k = {arm.routes.k})": arm.routes for arm in job.pathways()},
+        image_shape=target.image_shape,
+        num_classes=target.num_classes,
+    )
+    full, shared = ZERO_COPIES[job.engine.zero_stage]
+    training = 4 * (full + shared / job.trainers.workers)
+    return tuple(HubRow(*part, 4 * part[1], round(training * part[1])) for part in parts)
+
+
+def cost_table(rows: tuple[HubRow, ...]) -> Table:
+    """Formats :func:`hub_rows`."""
     header = ("part", "parameters", "million multiply-adds an image", "MB to serve")
-    return Table(title="Hub (counted)", header=(*header, "MB to train, a worker"), rows=tuple(rows))
-
-
-def _row(plan: HubStages, part: str, parameters: int, cost: float) -> HubRow:
-    stage, workers = plan.job.engine.zero_stage, plan.job.trainers.workers
-    shared = 3 if stage >= 1 else 0  # master weights and two moments
-    whole = 2 if stage <= 1 else (1 if stage == 2 else 0)
-    spread = shared + (2 - whole)
-    whole += 0 if stage >= 1 else 2
-    return HubRow(
-        part=part,
-        parameters=parameters,
-        multiply_adds=cost,
-        serving_bytes=4 * parameters,
-        training_bytes=round(4 * parameters * (whole + spread / workers)),
+    cells = (
+        (part, f"{n:,}", f"{cost / 1e6:,.3f}", f"{serve / 1e6:,.1f}", f"{train / 1e6:,.1f}")
+        for part, n, cost, serve, train in rows
+    )
+    return Table(
+        title="Hub (counted)", header=(*header, "MB to train, a worker"), rows=tuple(cells)
     )

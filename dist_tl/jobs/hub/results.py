@@ -1,43 +1,48 @@
-"""What a hub run found: scores, routes, costs, and whether choosing by input was worth it."""
+"""Summarises a hub run: scores, routes, costs, and whether routing by input improves accuracy."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_tl.datasets.images import LabelledImages
-from dist_tl.jobs.comparisons import against, paired_gain
+from dist_tl.jobs.comparisons import against, paired_gain, percent_points
 from dist_tl.jobs.hub.run import HubOutcome
 from dist_tl.jobs.hub.spec import BASELINE, HubArmConfig
+from dist_tl.methods.hub.evaluation import group_means
 from dist_tl.report.results import (
+    ArmSummary,
     Chart,
     Comparison,
     HeatMap,
     Score,
-    Series,
     Table,
-    interval,
+    error_bars,
     summarise,
 )
 from dist_tl.train.rows import load_rows
-from dist_tl.train.spec import StageResult
+
+CHOICES = {"input": "a router chooses", "static": "one choice for all", "random": "chance"}
 
 
 def results(outcome: HubOutcome) -> Comparison:
-    """Scores, routes and costs of a finished run."""
+    """Returns the scores, routes and costs of a finished run."""
     scores = tuple(_scores(outcome))
-    # Which single expert is best on the test split is not known to those who must choose.
+    # The test accuracy of every single expert is not available when one has to be selected.
     references = tuple(f"single {expert.name}" for expert in outcome.plan.job.hub)
+    picked = [f"{name} {count}x" for name, count in Counter(outcome.best).most_common()]
+    notes = {BASELINE: f"picked: {', '.join(picked)}"}
+    for arm in outcome.plan.job.pathways():
+        notes[arm.name] = f"k = {arm.routes.k}, {CHOICES[arm.routes.by]}"
+    summaries = summarise(scores, baseline=BASELINE, references=references, notes=notes)
     return Comparison(
         baseline=BASELINE,
         references=references,
         scores=scores,
-        summaries=summarise(
-            scores, baseline=BASELINE, references=references, notes=_notes(outcome)
-        ),
-        tables=(_cost_table(outcome), *_route_tables(outcome)),
-        charts=(_cost_chart(outcome, scores),),
+        summaries=summaries,
+        tables=(_cost_table(outcome), *_domain_tables(outcome)),
+        charts=(_cost_chart(outcome, summaries),),
         heat_maps=tuple(_usage_maps(outcome)),
         findings=tuple(_findings(outcome, scores)),
     )
@@ -47,133 +52,94 @@ def results(outcome: HubOutcome) -> Comparison:
 
 
 def _scores(outcome: HubOutcome) -> Iterator[Score]:
-    repeats = range(outcome.plan.job.seeds)
-    for arm in outcome.plan.job.arms:
-        for repeat in repeats:
-            yield _arm_score(outcome, arm, repeat)
-    for expert in outcome.plan.job.hub:
-        for repeat in repeats:
-            result = outcome.stages[f"single-{expert.name}-seed{repeat}"]
-            yield _score(f"single {expert.name}", repeat, result.correct, [result], outcome.stages)
-
-
-def _arm_score(outcome: HubOutcome, arm: HubArmConfig, repeat: int) -> Score:
     plan, stages = outcome.plan, outcome.stages
-    singles = [stages[spec.name] for spec in plan.singles(repeat)]
-    if arm.route == "best_single":
-        result = stages[f"single-{outcome.best[repeat]}-seed{repeat}"]
-        picks = [stages[spec.name] for spec in plan.picks(repeat)]
-        return _score(arm.name, repeat, result.correct, [*picks, result], stages)
-    if arm.route == "ensemble":
-        answer = outcome.evaluations[arm.name, repeat]
-        return _score(arm.name, repeat, answer.correct, singles, stages)
-    result = stages[f"{arm.name}-seed{repeat}"]
-    before = singles if arm.route == "distilled" else []
-    return _score(arm.name, repeat, result.correct, [*before, result], stages)
+    for arm in plan.job.arms:
+        for repeat, best in enumerate(outcome.best):
+            needed = list(plan.models(arm, repeat, best=best))
+            correct = stages[needed[-1]].correct
+            if arm.route == "ensemble":
+                correct = outcome.evaluations[arm.name, repeat].correct
+            elif arm.route in ("best_single", "distilled"):
+                before = plan.singles(repeat, pick=arm.route == "best_single")
+                needed = [*(spec.name for spec in before), *needed]
+            yield _score(outcome, arm.name, repeat, correct, needed)
+    for expert in plan.job.hub:
+        for repeat in range(plan.job.seeds):
+            name = f"single-{expert.name}-seed{repeat}"
+            yield _score(outcome, f"single {expert.name}", repeat, stages[name].correct, [name])
 
 
 def _score(
-    arm: str,
-    repeat: int,
-    correct: tuple[bool, ...],
-    chain: list[StageResult],
-    stages: dict[str, StageResult],
+    outcome: HubOutcome, arm: str, repeat: int, correct: Sequence[bool], needed: list[str]
 ) -> Score:
-    warm = [stages[f"warm-{p.name}"] for p in chain if f"warm-{p.name}" in stages]
+    """Scores an arm; `needed` are the stages to train for it, except warm starts."""
+    names = [*needed, *(f"warm-{name}" for name in needed)]
+    stages = [outcome.stages[name] for name in names if name in outcome.stages]
     return Score(
         arm=arm,
         seed=repeat,
         accuracy=sum(correct) / len(correct),
         correct=sum(correct),
         total=len(correct),
-        seconds=sum(part.seconds for part in [*chain, *warm]),
-        samples=sum(part.samples for part in [*chain, *warm]),
+        seconds=sum(stage.seconds for stage in stages),
+        samples=sum(stage.samples for stage in stages),
     )
-
-
-def _notes(outcome: HubOutcome) -> dict[str, str]:
-    picked = Counter(outcome.best)
-    words = [f"{name} {count}x" for name, count in picked.most_common()]
-    notes = {BASELINE: f"picked: {', '.join(words)}"}
-    for arm in outcome.plan.job.arms:
-        if arm.route == "pathway":
-            how = {"input": "a router chooses", "static": "one choice for all", "random": "chance"}
-            notes[arm.name] = f"k = {arm.routes.k}, {how[arm.routes.by]}"
-    return notes
 
 
 # Routes.
 
 
-def _hubs(outcome: HubOutcome) -> list[HubArmConfig]:
-    """Arms whose routes depend on the input and leave some experts out."""
-    count = len(outcome.plan.job.hub)
-    return [
-        arm
-        for arm in outcome.plan.job.arms
-        if arm.route == "pathway" and arm.routes.by == "input" and arm.routes.k < count
-    ]
+def _selective(outcome: HubOutcome) -> list[HubArmConfig]:
+    """Returns the arms that select some of the experts by input."""
+    job = outcome.plan.job
+    return [a for a in job.pathways() if a.routes.by == "input" and a.routes.k < len(job.hub)]
 
 
-def _usage(outcome: HubOutcome, arm: HubArmConfig) -> NDArray[np.bool_]:
-    """Whether an expert saw a test image: (repeats, images, experts)."""
-    answers = [outcome.evaluations[arm.name, r] for r in range(outcome.plan.job.seeds)]
-    return np.array([answer.weights for answer in answers]) > 0
-
-
-def _test_rows(outcome: HubOutcome) -> LabelledImages:
-    return load_rows(outcome.plan.rows(0, "test"))
+def _evaluated(outcome: HubOutcome, arm: HubArmConfig, field: str) -> NDArray[Any]:
+    """Returns a field of the arm's evaluations, (repeats, ...)."""
+    repeats = range(outcome.plan.job.seeds)
+    return np.array([getattr(outcome.evaluations[arm.name, repeat], field) for repeat in repeats])
 
 
 def _usage_maps(outcome: HubOutcome) -> Iterator[HeatMap]:
-    rows, experts = _test_rows(outcome), [e.name for e in outcome.plan.job.hub]
-    for arm in _hubs(outcome):
-        used = _usage(outcome, arm)
-        groups = [("class", rows.labels, rows.class_names)]
-        if rows.domains is not None:
-            groups.insert(0, ("domain", rows.domains, rows.domain_names))
-        for what, index, names in groups:
-            shares = [100 * used[:, index == i].mean(axis=(0, 1)) for i in range(len(names))]
+    rows = load_rows(outcome.plan.rows(0, "test"))
+    groupings = [("class", rows.labels, rows.class_names)]
+    if rows.domains is not None:
+        groupings.insert(0, ("domain", rows.domains, rows.domain_names))
+    for arm in _selective(outcome):
+        used = _evaluated(outcome, arm, "weights") > 0
+        for name, groups, labels in groupings:
+            shares = 100 * group_means(used, groups, len(labels))
             yield HeatMap(
-                title=f"{arm.name}: which experts see which {what}",
+                title=f"{arm.name}: which experts see which {name}",
                 x_label="expert",
-                y_label=what,
-                x=tuple(experts),
-                y=tuple(names),
-                values=tuple(tuple(float(v) for v in row) for row in shares),
+                y_label=name,
+                x=tuple(expert.name for expert in outcome.plan.job.hub),
+                y=tuple(labels),
+                values=tuple(map(tuple, shares.tolist())),
                 signed=False,
-                note=f"Per cent of the test images of each {what} that pass through the expert, "
+                note=f"Per cent of the test images of each {name} that pass through the expert, "
                 "over all seeds.",
             )
 
 
-def _route_tables(outcome: HubOutcome) -> Iterator[Table]:
-    rows, experts = _test_rows(outcome), [e.name for e in outcome.plan.job.hub]
+def _domain_tables(outcome: HubOutcome) -> Iterator[Table]:
+    rows = load_rows(outcome.plan.rows(0, "test"))
     if rows.domains is None:
         return
-    arms = _hubs(outcome)
-    correct = {
-        arm.name: np.array(
-            [outcome.evaluations[arm.name, r].correct for r in range(outcome.plan.job.seeds)]
-        )
-        for arm in arms
-    }
-    table = []
-    for i, name in enumerate(rows.domain_names):
-        cells = [name, str(int((rows.domains == i).sum()))]
-        for arm in arms:
-            inside = _usage(outcome, arm)[:, rows.domains == i].mean(axis=(0, 1))
-            top = int(inside.argmax())
-            accuracy = correct[arm.name][:, rows.domains == i].mean()
-            cells += [f"{experts[top]} ({inside[top]:.0%})", f"{100 * accuracy:.1f}"]
-        table.append(tuple(cells))
-    header = ["domain", "test images"]
-    for arm in arms:
+    header, count = ["domain", "test images"], len(rows.domain_names)
+    columns = [list(rows.domain_names), [str((rows.domains == i).sum()) for i in range(count)]]
+    for arm in _selective(outcome):
         header += [f"{arm.name}: most used expert", "accuracy %"]
+        shares = group_means(_evaluated(outcome, arm, "weights") > 0, rows.domains, count)
+        tops = [(outcome.plan.job.hub[row.argmax()].name, row.max()) for row in shares]
+        columns.append([f"{expert} ({share:.0%})" for expert, share in tops])
+        correct = group_means(_evaluated(outcome, arm, "correct"), rows.domains, count)
+        columns.append([percent_points(accuracy) for accuracy in correct])
     yield Table(
         title="Which expert serves which domain",
         header=tuple(header),
-        rows=tuple(table),
+        rows=tuple(zip(*columns, strict=True)),
         note="Shares of the domain's test images that pass through the expert, over all seeds.",
     )
 
@@ -182,55 +148,37 @@ def _route_tables(outcome: HubOutcome) -> Iterator[Table]:
 
 
 def _cost(outcome: HubOutcome, arm: HubArmConfig) -> float:
-    """Multiply-adds of one image, mean over repeats."""
-    repeats = range(outcome.plan.job.seeds)
+    """Returns million multiply-adds per image, mean over repeats."""
     if arm.route in ("pathway", "ensemble"):
-        return float(np.mean([outcome.evaluations[arm.name, r].multiply_adds for r in repeats]))
-    return outcome.timing.multiply_adds[arm.name]
+        return float(_evaluated(outcome, arm, "multiply_adds").mean()) / 1e6
+    return outcome.timing.multiply_adds[arm.name] / 1e6
 
 
 def _cost_table(outcome: HubOutcome) -> Table:
-    rows = [
-        (
-            arm.name,
-            f"{_cost(outcome, arm) / 1e6:,.3f}",
-            f"{outcome.timing.microseconds[arm.name]:,.0f}",
-        )
-        for arm in outcome.plan.job.arms
-    ]
+    times = outcome.timing.microseconds
+    device = "on a GPU" if outcome.plan.job.trials.gpus else "on one thread"
     return Table(
-        title="What an answer costs",
+        title="Cost of a prediction",
         header=("arm", "million multiply-adds an image", "microseconds an image"),
-        rows=tuple(rows),
-        note=f"Counted while running; time {_timed_on(outcome)} in batches of 256, the fastest of "
-        "five passes over the test split.",
+        rows=tuple(
+            (arm.name, f"{_cost(outcome, arm):,.3f}", f"{times[arm.name]:,.0f}")
+            for arm in outcome.plan.job.arms
+        ),
+        note=f"Counted while running; time {device} in batches of 256, the fastest of five passes "
+        "over the test split.",
     )
 
 
-def _timed_on(outcome: HubOutcome) -> str:
-    return "on a GPU" if outcome.plan.job.trials.gpus else "on one thread"
-
-
-def _cost_chart(outcome: HubOutcome, scores: tuple[Score, ...]) -> Chart:
-    series = []
-    for color, arm in enumerate(outcome.plan.job.arms):
-        found = interval([100 * s.accuracy for s in scores if s.arm == arm.name])
-        width = None if found.half_width is None else (found.half_width,)
-        series.append(
-            Series(
-                label=arm.name,
-                x=(_cost(outcome, arm) / 1e6,),
-                y=(found.mean,),
-                half_width=width,
-                style="points",
-                color=color,
-            )
-        )
+def _cost_chart(outcome: HubOutcome, summaries: Sequence[ArmSummary]) -> Chart:
+    accuracies = {summary.arm: summary.accuracy for summary in summaries}
     return Chart(
         title="Accuracy against cost",
         x_label="million multiply-adds an image",
         y_label="accuracy, %",
-        series=tuple(series),
+        series=tuple(
+            error_bars(arm.name, [_cost(outcome, arm)], [accuracies[arm.name]], color=color)
+            for color, arm in enumerate(outcome.plan.job.arms)
+        ),
         note="Up and to the left is better. Bars: 95 % intervals over seeds.",
     )
 
@@ -238,30 +186,24 @@ def _cost_chart(outcome: HubOutcome, scores: tuple[Score, ...]) -> Chart:
 # Findings.
 
 
-def _findings(outcome: HubOutcome, scores: tuple[Score, ...]) -> Iterator[str]:
+def _findings(outcome: HubOutcome, scores: Sequence[Score]) -> Iterator[str]:
     by_arm: dict[str, dict[int, float]] = {}
     for score in scores:
         by_arm.setdefault(score.arm, {})[score.seed] = score.accuracy
-    arms = outcome.plan.job.arms
-    controls = [a.name for a in arms if a.route == "pathway" and a.routes.by != "input"]
-    others = [a.name for a in arms if a.route != "pathway"]
-    for arm in _hubs(outcome):
+    controls = [arm for arm in outcome.plan.job.pathways() if arm.routes.by != "input"]
+    others = [arm for arm in outcome.plan.job.arms if arm.route != "pathway"]
+    for arm in _selective(outcome):
         for other in (*others, *controls):
-            yield against(arm.name, other, by_arm)
-    for arm in _hubs(outcome):
-        same = [n for n in controls if _k(outcome, n) == arm.routes.k]
-        gains = [paired_gain(arm.name, other, by_arm) for other in same]
-        won = all(gain.excludes_zero and gain.mean > 0 for gain in gains)
-        if gains:
-            words = f"{'beat' if won else 'did not clearly beat'} {' and '.join(same)}"
-        else:
-            words = "was not compared with static or random routes"
-        yield f"Choosing by input ({arm.name}) {words} at k = {arm.routes.k}."
+            yield against(arm.name, other.name, by_arm)
+    for arm in _selective(outcome):
+        names = [control.name for control in controls if control.routes.k == arm.routes.k]
+        gains = [paired_gain(arm.name, name, by_arm) for name in names]
+        better = all(gain.excludes_zero and gain.mean > 0 for gain in gains)
+        verdict = f"{'beat' if better else 'did not clearly beat'} {' and '.join(names)}"
+        if not names:
+            verdict = "was not compared with static or random routes"
+        yield f"Choosing by input ({arm.name}) {verdict} at k = {arm.routes.k}."
     yield (
         "All seeds share one hub and one test split; the intervals cover labels, fresh weights "
         "and order, not those."
     )
-
-
-def _k(outcome: HubOutcome, name: str) -> int:
-    return next(arm.routes.k for arm in outcome.plan.job.arms if arm.name == name)

@@ -1,11 +1,10 @@
-"""Runs a hub job: experts, single fine-tunings, hubs, and their measurement."""
+"""Runs a hub job: trains experts, single fine-tunings and hubs, then evaluates all arms."""
 
 from dataclasses import dataclass
 
-from dist_tl.jobs.hub.features import FeaturesOutput, RowsOutput, compute_features, write_rows
+from dist_tl.jobs.hub import tasks
 from dist_tl.jobs.hub.plan import HubPlan
-from dist_tl.jobs.hub.tasks import EvaluateOutput, TimeOutput, evaluate, measure_time
-from dist_tl.jobs.hub.warm_start import WarmStart
+from dist_tl.jobs.hub.tasks import EvaluateOutput, TaskOutput, TimeOutput
 from dist_tl.jobs.workers import Workers
 from dist_tl.shards.manifest import open_stage
 from dist_tl.train.spec import StageResult, StageSpec
@@ -13,12 +12,12 @@ from dist_tl.train.spec import StageResult, StageSpec
 
 @dataclass(frozen=True)
 class HubOutcome:
-    """Results of all trainings and measurements.
+    """Results of all trainings and tasks.
 
     Attributes:
-        stages: results of every training, by stage name.
-        best: the expert that validation picked, by repeat.
-        evaluations: by (arm, repeat).
+        stages: result of every training, by stage name.
+        best: the single expert that validation selects, by repeat.
+        evaluations: by arm and repeat.
     """
 
     plan: HubPlan
@@ -29,50 +28,40 @@ class HubOutcome:
 
 
 def run(plan: HubPlan, workers: Workers) -> HubOutcome:
-    """Runs every stage and task that has no output yet.
+    """Runs all stages and tasks without a stored result.
 
     Raises:
-        DistTLError: the named error of a stage; finished stages and tasks are kept.
+        DistTLError: the named error of a stage or task; finished ones are kept.
     """
-    pretraining = plan.pretraining()
-    experts = workers.train_apart("experts", pretraining)
-    stages = {spec.name: result for spec, result in zip(pretraining, experts, strict=True)}
-    if (warm := plan.warm_start) is not None:
-        _cache_features(warm, workers)
+    experts = workers.train_apart("experts", plan.pretraining())
+    stages = {result.name: result for result in experts}
+    if plan.job.warm_start:
+        phase = "cached features"
+        workers.run_tasks(phase, tasks.compute_features, plan.features_tasks(), TaskOutput)
+        for manifest in plan.manifests():
+            open_stage(workers.store, manifest)
+        workers.run_tasks("cached rows", tasks.write_rows, plan.rows_tasks(), TaskOutput)
     best = tuple(_train_repeat(plan, repeat, workers, stages) for repeat in range(plan.job.seeds))
-    outputs = workers.run_tasks("evaluation", evaluate, plan.evaluations(), EvaluateOutput)
-    [timing] = workers.run_tasks("timing", measure_time, [plan.timing(best[0])], TimeOutput)
-    return HubOutcome(
-        plan=plan,
-        stages=stages,
-        best=best,
-        evaluations=dict(zip(plan.evaluation_keys(), outputs, strict=True)),
-        timing=timing,
-    )
-
-
-def _cache_features(warm: WarmStart, workers: Workers) -> None:
-    workers.run_tasks("cached features", compute_features, warm.features(), FeaturesOutput)
-    for manifest in warm.manifests():
-        open_stage(workers.store, manifest)
-    workers.run_tasks("cached rows", write_rows, warm.cached_rows(), RowsOutput)
+    evaluations = plan.evaluation_tasks()
+    outputs = workers.run_tasks("evaluation", tasks.evaluate, evaluations, EvaluateOutput)
+    timings = [plan.timing_task(best[0])]
+    [timing] = workers.run_tasks("timing", tasks.measure_time, timings, TimeOutput)
+    keys = [(task.inputs.arm.name, task.inputs.repeat) for task in evaluations]
+    return HubOutcome(plan, stages, best, dict(zip(keys, outputs, strict=True)), timing)
 
 
 def _train_repeat(
     plan: HubPlan, repeat: int, workers: Workers, stages: dict[str, StageResult]
 ) -> str:
-    """Trains all arms of a repeat; returns the expert that validation picks."""
-    picks, warm = plan.picks(repeat), plan.warm_start
-    starts = warm.starts(repeat) if warm else []
-    _train(workers, [*starts, *picks, *plan.singles(repeat)], stages)
-    names = [expert.name for expert in plan.job.hub]
-    # On equal accuracy the first of the hub.
+    """Trains all arms of a repeat; returns the single expert with the best validation accuracy."""
+    picks = plan.singles(repeat, pick=True)
+    _train(workers, [*plan.warm_starts(repeat), *picks, *plan.singles(repeat)], stages)
     accuracies = [stages[spec.name].accuracy for spec in picks]
-    best = names[accuracies.index(max(accuracies))]
-    _train(workers, [plan.arm(arm, repeat, best=best) for arm in plan.model_arms()], stages)
+    # The first expert of several with equal accuracy.
+    best = plan.job.hub[accuracies.index(max(accuracies))].name
+    _train(workers, plan.arms(repeat, best=best), stages)
     return best
 
 
 def _train(workers: Workers, specs: list[StageSpec], stages: dict[str, StageResult]) -> None:
-    for spec, result in zip(specs, workers.train(specs), strict=True):
-        stages[spec.name] = result
+    stages.update((result.name, result) for result in workers.train(specs))

@@ -1,4 +1,4 @@
-"""What a job of kind `hub` can say: a hub of experts, a target, and the arms to compare.
+"""The specification of a job of kind `hub`: experts, a target task, and the arms to compare.
 
 Imports neither ray nor deepspeed.
 """
@@ -13,40 +13,24 @@ from pydantic import Field, field_validator, model_validator
 from dist_tl.cluster.config import TrialsConfig
 from dist_tl.config import StrictModel, parse_yaml
 from dist_tl.errors import ConfigError
-from dist_tl.jobs.spec import (
-    NAME,
-    BudgetConfig,
-    ModelPlace,
-    TargetDataConfig,
-    TrainingJobConfig,
-)
+from dist_tl.jobs.spec import NAME, BudgetConfig, ModelPlace, TargetDataConfig, TrainingJobConfig
 from dist_tl.jobs.teacher import TeacherConfig
 from dist_tl.methods.hub.losses import HubLossConfig
 from dist_tl.methods.hub.pathway import BatchNorm
 from dist_tl.methods.hub.routes import RouteConfig
-from dist_tl.models.inputs import InputConfig
 from dist_tl.models.networks import NetworkConfig
-from dist_tl.train.hub_model import ExpertName
+from dist_tl.storage import layout
+from dist_tl.train.hub_model import ExpertSource
 
 HubRoute = Literal["best_single", "ensemble", "distilled", "pathway"]
 BASELINE = "best_single"
-# What the names of a run's own stages and tasks begin with; an arm's stages begin with its name.
-OWN_STAGES = (
-    "expert-",
-    "single-",
-    "pick-",
-    "warm-",
-    "features-",
-    "rows-",
-    "cached-",
-    "evaluate-",
-)
+# Reserved prefixes: stages and tasks of the run. The stages of an arm start with its name.
+RESERVED = ("expert-", "single-", "pick-", "warm-", "features-", "rows-", "cached-", "evaluate-")
 
 
-class ExpertConfig(StrictModel):
-    """One pre-trained network of the hub; give exactly one of `model`, `network` and `train`."""
+class ExpertConfig(ExpertSource):
+    """A pretrained network of the hub; give exactly one of `model`, `network` and `train`."""
 
-    name: ExpertName = Field(description="Its name in tables and checkpoints.")
     model: ModelPlace | None = Field(
         default=None, description="Folder or URL with model.safetensors and config.json."
     )
@@ -54,15 +38,7 @@ class ExpertConfig(StrictModel):
         default=None, description="A classifier that transformers or timm loads, e.g. by its path."
     )
     train: TeacherConfig | None = Field(
-        default=None, description="Train it first, in this run: a stand-in for a downloaded one."
-    )
-    inputs: InputConfig = Field(
-        default_factory=InputConfig, description="What is done to images before it sees them."
-    )
-    tap: int | None = Field(
-        default=None,
-        ge=0,
-        description="Block whose pooled output is used; absent: the last features.",
+        default=None, description="Train the expert first, in this run, instead of downloading one."
     )
 
     @model_validator(mode="after")
@@ -75,54 +51,62 @@ class ExpertConfig(StrictModel):
             )
         return self
 
+    def source(self) -> ExpertSource:
+        """Returns the location of the pretrained network, in this run or elsewhere."""
+        fields = {name: value for name, value in self if name != "train"}
+        if self.train is not None:
+            fields["model"] = layout.stage_model_prefix(f"expert-{self.name}")
+        return ExpertSource(**fields)
+
 
 class HubArmConfig(StrictModel):
-    """One way of using the hub."""
+    """An arm: one way to use the hub."""
 
     name: str = Field(pattern=NAME)
     route: HubRoute = "pathway"
-    routes: RouteConfig = Field(default_factory=RouteConfig, description="Route pathway only.")
-    loss: HubLossConfig = Field(default_factory=HubLossConfig, description="Route pathway only.")
+    routes: RouteConfig = Field(default_factory=RouteConfig, description="For route pathway only.")
+    loss: HubLossConfig = Field(
+        default_factory=HubLossConfig, description="For route pathway only."
+    )
     first_bias: float = Field(
-        default=0.0,
-        description="Added to the first expert's logit at the start, to see it recover.",
+        default=0.0, description="Initial bias of the first expert's logit, to see it vanish."
     )
 
 
 class TargetConfig(TargetDataConfig):
-    """The target task, and how long every arm trains."""
+    """The target task, and the training budget of every arm."""
 
-    training: BudgetConfig = Field(description="The same for every arm.")
+    training: BudgetConfig = Field(description="Budget of every arm.")
 
 
 class WarmStartConfig(StrictModel):
-    """Train router, heads and aggregator on cached features first, then everything end to end."""
+    """Trains router, heads and aggregator on cached features before training end to end."""
 
     training: BudgetConfig
-    samples_per_shard: int = Field(
-        default=64, ge=1, description="Of the shards of cached features."
-    )
+    samples_per_shard: int = Field(default=64, ge=1, description="Rows per shard of features.")
 
 
 class HubJob(TrainingJobConfig):
-    """Which few experts of a hub suit which input, learnt from little labelled data."""
+    """Learns from little labelled data which few experts of a hub to use for which input."""
 
     hub: tuple[ExpertConfig, ...] = Field(
         min_length=1, description="The experts in order, or the path of a YAML file of them."
     )
     target: TargetConfig
-    seeds: int = Field(default=5, ge=1, description="Repeats with other labels, heads and order.")
+    seeds: int = Field(
+        default=5, ge=1, description="Repeats with other labels, heads and data order."
+    )
     arms: tuple[HubArmConfig, ...] = Field(min_length=1)
-    router: NetworkConfig = Field(description="A light network; its trunk is used.")
+    router: NetworkConfig = Field(description="A small network; the router uses its trunk.")
     expert_batchnorm: BatchNorm = Field(
-        default="frozen", description="Running statistics of experts: as they are, or trained."
+        default="frozen", description="Keep or train the running statistics of the experts."
     )
     validation_folds: int = Field(
-        default=4, ge=2, description="One fold of so many picks the best single expert."
+        default=4, ge=2, description="Folds; one of them selects the best single expert."
     )
     distillation_temperature: float = Field(default=3.0, gt=0)
     warm_start: WarmStartConfig | None = None
-    trials: TrialsConfig = Field(default_factory=TrialsConfig, description="How tasks are run.")
+    trials: TrialsConfig = Field(default_factory=TrialsConfig, description="Resources of tasks.")
 
     @field_validator("hub", mode="before")
     @classmethod
@@ -130,11 +114,9 @@ class HubJob(TrainingJobConfig):
         if not isinstance(value, str):
             return value
         try:
-            text = Path(value).read_text()
+            experts = parse_yaml(Path(value).read_text(), source=value).get("hub")
         except OSError as error:
             raise ValueError(f"cannot read the catalogue {value}: {error.strerror}") from None
-        try:
-            experts = parse_yaml(text, source=value).get("hub")
         except ConfigError as error:
             raise ValueError(str(error)) from None
         if not isinstance(experts, list):
@@ -144,30 +126,22 @@ class HubJob(TrainingJobConfig):
     @field_validator("arms", mode="before")
     @classmethod
     def _short_names(cls, arms: Any) -> Any:
-        """`ensemble` stands for an arm of that name and route."""
+        """Expands `ensemble` to an arm of that name and route."""
         if not isinstance(arms, Sequence) or isinstance(arms, str):
             return arms
         return [{"name": arm, "route": arm} if isinstance(arm, str) else arm for arm in arms]
 
     @model_validator(mode="after")
-    def _names_are_unique(self) -> Self:
-        for what, names in (
-            ("hub: two experts are", [expert.name for expert in self.hub]),
-            ("arms: two are", [arm.name for arm in self.arms]),
-        ):
-            name, count = Counter(names).most_common(1)[0]
+    def _job_is_consistent(self) -> Self:
+        for subject, items in (("hub: two experts", self.hub), ("arms: two", self.arms)):
+            name, count = Counter(item.name for item in items).most_common(1)[0]
             if count > 1:
-                raise ValueError(f"{what} called {name}; names must differ")
+                raise ValueError(f"{subject} are called {name}; names must differ")
         for arm in self.arms:
-            if arm.name.startswith(OWN_STAGES):
+            if arm.name.startswith(RESERVED):
                 raise ValueError(
-                    f"arm {arm.name}: the run's own stages are called so; use another name"
+                    f"arm {arm.name}: stages of the run start with this prefix; use another name"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _arms_fit_the_hub(self) -> Self:
-        for arm in self.arms:
             if arm.route == "pathway" and arm.routes.k > len(self.hub):
                 raise ValueError(
                     f"arm {arm.name}: routes.k: expected 1 to {len(self.hub)} (the hub's experts), "
@@ -178,5 +152,9 @@ class HubJob(TrainingJobConfig):
             self.check_batch("warm_start.training", self.warm_start.training.batch_size)
         self.check_cpus(self.trials.cpus, "one task")
         if BASELINE not in [arm.name for arm in self.arms]:
-            raise ValueError(f"arms: {BASELINE} is what the others are compared with; add it")
+            raise ValueError(f"arms: add {BASELINE}, the baseline of all comparisons")
         return self
+
+    def pathways(self) -> list[HubArmConfig]:
+        """Returns the arms that route samples through the hub."""
+        return [arm for arm in self.arms if arm.route == "pathway"]

@@ -19,77 +19,69 @@ STAGE = "predictions"
 
 @dataclass(frozen=True)
 class PredictPlan:
-    """A stored hub and the shards of its predictions."""
+    """A stored hub, its input, and the manifest of its predictions."""
 
     job: PredictJob
     hub: HubFile
-    shards: ShardPlan
+    source: StageInput | RowsInput
+    manifest: StageManifest
+
+    @property
+    def shards(self) -> ShardPlan:
+        """The shards of the predictions, one for each shard of the input."""
+        return self.manifest.plan
 
     def table(self) -> PlanTable:
-        """The predictions as one phase."""
+        """Returns the predictions as one phase."""
         count, k = len(self.hub.experts), self.hub.routes.k
         work = f"{self.shards.num_samples} samples, {count} experts, k = {k}"
-        row = TaskRow(phase="predictions", tasks=self.shards.num_shards, work=work)
-        return plan_table(self.job, tasks=(row,))
-
-    def manifest(self) -> StageManifest:
-        """The manifest of the predictions."""
-        return StageManifest(
-            plan=self.shards,
-            kind="predictions",
-            condition="none",
-            image_shape=(self.hub.num_classes, 1, 1),
-            num_classes=self.hub.num_classes,
-            generator="hub",
-            created_by=versions(),
-        )
+        row = TaskRow(phase=STAGE, tasks=self.shards.num_shards, work=work)
+        return plan_table(self.job, tasks=[row])
 
 
 def plan(job: PredictJob, store: ObjectStore) -> PredictPlan:
     """Checks that the hub and the input exist and fit.
 
     Raises:
-        ConfigError: there is no such hub or input, or they do not fit.
+        ConfigError: the hub or the input is missing, or they do not fit.
     """
-    hub = check_hub(store, job.model)
-    source = job_input(job)
+    hub, source = check_hub(store, job.model), _input(job)
     shape = tuple(input_shape(source))
     if shape != tuple(hub.image_shape):
         raise ConfigError(
             f"the hub at {job.model} takes images of (channels, height, width) "
             f"{tuple(hub.image_shape)}, the input has {shape}; set its size and channels"
         )
-    unknown = sorted(set(job.experts.resources) - set(hub.experts))
-    if unknown:
+    experts, count = job.experts, len(hub.experts)
+    if unknown := sorted(set(experts.resources) - set(hub.experts)):
         raise ConfigError(
             f"experts.resources: the hub has no expert {unknown[0]}; it has "
             f"{', '.join(hub.experts)}"
         )
-    needed = job.experts.min * len(hub.experts) * job.experts.cpus
-    needed += job.experts.routers * job.experts.router_cpus
+    needed = experts.min * count * experts.cpus + experts.routers * experts.router_cpus
     if job.session.num_cpus < needed:
         raise ConfigError(
-            f"session.num_cpus: {len(hub.experts)} experts and {job.experts.routers} routers "
-            f"need {needed:g}, got {job.session.num_cpus}. These are shares, not cores: more of "
-            "them than the machine has are fine"
+            f"session.num_cpus: {count} experts and {experts.routers} routers need {needed:g}, got "
+            f"{job.session.num_cpus}. These are shares, not cores: they may exceed the cores of "
+            "the machine"
         )
-    shards = input_plan(source).model_copy(
-        update={
-            "stage": STAGE,
-            "purpose": STAGE,
-            "format": "npy",
-            "fingerprint": fingerprint(
-                [hub_fingerprint(store, job.model), source.model_dump(mode="json")]
-            ),
-        }
+    identity = fingerprint([hub_fingerprint(store, job.model), source.model_dump(mode="json")])
+    fields = {"stage": STAGE, "purpose": STAGE, "format": "npy", "fingerprint": identity}
+    manifest = StageManifest(
+        plan=input_plan(source).model_copy(update=fields),
+        kind=STAGE,
+        condition="none",
+        image_shape=(hub.num_classes, 1, 1),
+        num_classes=hub.num_classes,
+        generator="hub",
+        created_by=versions(),
     )
-    return PredictPlan(job, hub, shards)
+    return PredictPlan(job, hub, source, manifest)
 
 
-def job_input(job: PredictJob) -> StageInput | RowsInput:
-    """Where the samples are."""
+def _input(job: PredictJob) -> StageInput | RowsInput:
     if job.shards is not None:
-        # Actors have working folders of their own: a path is made absolute here.
+        # Actors have other working folders, so a path must be absolute.
         return job.shards.model_copy(update={"run": ObjectStore(job.shards.run).url})
-    assert job.data is not None, "the job has one of both"
+    assert job.data is not None, "the job has exactly one of both"
     return RowsInput(rows=RowsSpec(data=job.data), samples_per_shard=job.samples_per_shard)

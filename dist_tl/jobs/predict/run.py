@@ -1,33 +1,16 @@
-"""Runs predictions: expert actors and routers answer every shard of the input."""
+"""Runs predictions: expert actors and routers predict every shard of the input."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 
-from dist_tl.cluster.experts import ExpertPool, Replicas
-from dist_tl.jobs.predict.plan import STAGE, PredictPlan, job_input
+from dist_tl.cluster.experts import ExpertPool
+from dist_tl.jobs.predict.plan import STAGE, PredictPlan
 from dist_tl.jobs.workers import Workers
 from dist_tl.report.results import StageRecord
 from dist_tl.shards.manifest import committed_indices, open_stage
-from dist_tl.shards.order import ShardPlan
 from dist_tl.shards.reader import read_shard
 from dist_tl.storage.objects import ObjectStore
-
-
-@dataclass(frozen=True)
-class Tally:
-    """Counted from all committed predictions.
-
-    Attributes:
-        used: samples that passed through each expert.
-        labelled, correct: where the samples had labels.
-        rerouted: samples that missed an expert they chose.
-    """
-
-    samples: int
-    used: dict[str, int]
-    labelled: int
-    correct: int
-    rerouted: int
 
 
 @dataclass(frozen=True)
@@ -35,16 +18,20 @@ class PredictOutcome:
     """The predictions of all samples.
 
     Attributes:
-        answered: shards that this attempt predicted; the others were committed before.
-        seconds: spent on them.
-        lost: names of the experts that were left out.
+        counts: "samples", "labelled" and "correct" ones, and those that missed an expert they chose
+            ("rerouted").
+        used: samples by expert that they passed through.
+        shards, seconds: shards that this attempt predicted, and its time.
+        replicas: largest number of replicas of each expert.
+        lost: experts that were left out.
     """
 
     plan: PredictPlan
-    tally: Tally
-    answered: int
+    counts: Counter[str]
+    used: Counter[str]
+    shards: int
     seconds: float
-    replicas: tuple[Replicas, ...]
+    replicas: dict[str, int]
     lost: tuple[str, ...]
 
 
@@ -55,8 +42,8 @@ def run(plan: PredictPlan, workers: Workers) -> PredictOutcome:
         DistTLError: the named error of an actor; committed shards are kept.
     """
     store, job, experts = workers.store, plan.job, plan.hub.experts
-    open_stage(store, plan.manifest())
-    before = len(committed_indices(store, STAGE))
+    open_stage(store, plan.manifest)
+    committed = len(committed_indices(store, STAGE))
     began = time.time()
     pool = ExpertPool(
         job.experts,
@@ -69,39 +56,38 @@ def run(plan: PredictPlan, workers: Workers) -> PredictOutcome:
     )
     with pool:
         pool.answer(
-            job_input(job),
+            plan.source,
             plan.shards,
             on_poll=workers.session.check,
-            on_done=lambda done, total: workers.progress.update("predictions", done, total),
+            on_done=lambda done, total: workers.progress.update(STAGE, done, total),
         )
     ended = time.time()
     workers.record(StageRecord(name=STAGE, kind="trial", started=began, ended=ended))
+    counts, used = _count(store, plan.shards.num_shards)
     return PredictOutcome(
         plan=plan,
-        tally=tally(store, plan.shards),
-        answered=plan.shards.num_shards - before,
+        counts=counts,
+        used=used,
+        shards=plan.shards.num_shards - committed,
         seconds=ended - began,
-        replicas=tuple(pool.replicas),
-        lost=tuple(experts[i] for i in sorted(pool.lost)),
+        replicas={replicas.name: replicas.most for replicas in pool.replicas},
+        lost=tuple(experts[index] for index in sorted(pool.lost)),
     )
 
 
-def tally(store: ObjectStore, plan: ShardPlan) -> Tally:
-    """Count all predictions, a shard at a time.
+def _count(store: ObjectStore, num_shards: int) -> tuple[Counter[str], Counter[str]]:
+    """Counts all predictions, one shard in memory at a time.
 
     Raises:
         ShardError: a shard is missing or damaged.
     """
-    samples = labelled = correct = rerouted = 0
-    used: dict[str, int] = {}
-    for index in range(plan.num_shards):
-        for sample in read_shard(store, plan.stage, index):
-            samples += 1
-            about = sample.provenance
-            rerouted += bool(about["rerouted"])
-            for name in about["weights"]:
-                used[name] = used.get(name, 0) + 1
-            if "truth" in about:
-                labelled += 1
-                correct += about["truth"] == sample.label
-    return Tally(samples, used, labelled, correct, rerouted)
+    counts, used = Counter[str](), Counter[str]()
+    for index in range(num_shards):
+        for sample in read_shard(store, STAGE, index):
+            entry = sample.provenance
+            counts["samples"] += 1
+            counts["rerouted"] += bool(entry["rerouted"])
+            counts["labelled"] += "truth" in entry
+            counts["correct"] += "truth" in entry and entry["truth"] == sample.label
+            used.update(entry["weights"].keys())
+    return counts, used

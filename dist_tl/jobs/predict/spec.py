@@ -1,4 +1,4 @@
-"""What a job of kind `predict` can say: a stored hub, the samples, and the experts' actors.
+"""The specification of a job of kind `predict`: a stored hub, samples, and the experts' actors.
 
 Imports neither ray nor deepspeed.
 """
@@ -14,7 +14,7 @@ from dist_tl.jobs.spec import JobConfig, ModelPlace
 
 
 class PredictJob(JobConfig):
-    """Have a stored hub answer samples; give exactly one of `data` and `shards`."""
+    """Predicts samples with a stored hub; give exactly one of `data` and `shards`."""
 
     model: ModelPlace = Field(description="Folder or URL of a hub, e.g. RUN/models/hub_k2-seed0.")
     data: DataConfig | None = Field(default=None, description="Samples that fit into memory.")
@@ -22,13 +22,13 @@ class PredictJob(JobConfig):
         default=None, description="Shards of a stage: any number of samples in bounded memory."
     )
     samples_per_shard: int = Field(
-        default=256, ge=1, description="Of the predictions, with `data`."
+        default=256, ge=1, description="Samples per shard of predictions, if `data` is given."
     )
     experts: ExpertsConfig = Field(default_factory=ExpertsConfig)
     degrade: bool = Field(
         default=False,
-        description="Leave an expert out that stays away, and mark the samples that miss it, "
-        "instead of giving up.",
+        description="Leave out an expert that does not start, and mark the samples that miss it, "
+        "instead of failing.",
     )
 
     @model_validator(mode="after")
