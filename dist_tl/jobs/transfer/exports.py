@@ -21,13 +21,12 @@ HOW_TO_LOAD = """`model.safetensors` and `config.json` are all that is needed to
 def export(outcome: TransferOutcome, store: ObjectStore) -> None:
     """Copies the final model of every arm and seed to `models/`, and stores a gallery."""
     source, target = outcome.plan.source, outcome.plan.target
+    shape = tuple(target.image_shape)
     for (arm, seed), result in outcome.final.items():
         facts = {
             "classes": ", ".join(target.class_names),
             "generator fingerprint": source.generator_fingerprint,
-            "images (channels, height, width)": (
-                f"{tuple(target.image_shape)}, float32 in [-1, 1]"
-            ),
+            "images (channels, height, width)": f"{shape}, float32 in [-1, 1]",
             "optimizer steps of the last stage": result.steps,
         }
         export_model(store, result, arm=arm, seed=seed, facts=facts, how_to_load=HOW_TO_LOAD)

@@ -97,12 +97,9 @@ class TransferPlan:
                 f"target images are (channels, height, width) {target}, the source's are "
                 f"{source}; set target.data.size and target.data.channels to the source's"
             )
+        workers = self.job.trainers.workers
         for spec in self.generate_stages():
-            check_sizes(
-                spec.plan(),
-                batch_size=self.read_batch_size(spec),
-                world_size=self.job.trainers.workers,
-            )
+            check_sizes(spec.plan(), batch_size=self.read_batch_size(spec), world_size=workers)
         forbid_source_data(self.training_stages(), self.job.source)
 
     def table(self) -> PlanTable:

@@ -112,9 +112,7 @@ class TransferJob(TrainingJobConfig):
     """Compares ways of training a target model without source data."""
 
     seeds: int = Field(
-        default=5,
-        ge=1,
-        description="Number of repeats, each with other labels, weights and samples.",
+        default=5, ge=1, description="Repeats, each with its own labels, weights and samples."
     )
     source: SourceConfig | SourceAssets = Field(
         description="Locations of `classifier` and `generator`, or the data to train them on."
@@ -129,8 +127,7 @@ class TransferJob(TrainingJobConfig):
     generators: GeneratorsConfig = Field(default_factory=GeneratorsConfig)
     trials: TrialsConfig = Field(default_factory=TrialsConfig)
     shards: ShardConfig | None = Field(
-        default=None,
-        description="How pseudo samples are packed into shards; absent: defaults.",
+        default=None, description="How pseudo samples are packed into shards; absent: defaults."
     )
     sample_batch_size: int = Field(default=256, ge=1, description="Batch size of the generator.")
 
