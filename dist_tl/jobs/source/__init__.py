@@ -1,1 +1,1 @@
-"""Train a source classifier and a conditional generator."""
+"""Trains a source classifier and a conditional generator."""

@@ -1,13 +1,11 @@
-"""Results of a source job: its models, and how accurate the classifier is."""
+"""Results of a source job: its two models and the accuracy of the classifier."""
 
-from dist_tl.jobs.source.run import SourceOutcome
+from dist_tl.jobs.source.plan import SourceFacts
 from dist_tl.report.results import Study, Table
 
 
-def results(outcome: SourceOutcome) -> Study:
-    """The two models and their figures."""
-    source = outcome.source
-    assert source.classifier_accuracy is not None, "training a source measures it"
+def results(source: SourceFacts) -> Study:
+    """Locations and fingerprints of the two models, and the accuracy of the classifier."""
     accuracy = f"{source.classifier_accuracy:.1%}"
     table = Table(
         title="Models",

@@ -1,4 +1,4 @@
-"""The specification of a source, and of a job of kind `source` that trains one."""
+"""The specification of a job of kind `source`, and of the source of a transfer job."""
 
 from typing import Self
 
@@ -14,11 +14,11 @@ from dist_tl.models.networks import NetworkConfig
 
 
 class SourceConfig(StrictModel):
-    """Train a source classifier and a conditional generator: a stand-in for downloaded ones."""
+    """A source classifier and a conditional generator to train, in place of downloaded ones."""
 
     data: DataConfig
     holdout_folds: int = Field(
-        default=5, ge=2, description="One fold of so many is held out, to judge the generator."
+        default=5, ge=2, description="Number of folds; one is held out to judge the generator."
     )
     classifier: NetworkConfig
     classifier_training: BudgetConfig
@@ -27,19 +27,19 @@ class SourceConfig(StrictModel):
     generator_ema_decay: float = Field(default=0.995, gt=0, lt=1)
     generator_views: ViewsConfig = Field(
         default_factory=lambda: ViewsConfig(kind="none"),
-        description="Of the generator's training images; the classifier's are the data's.",
+        description="Views of the generator's images; the classifier's are in `data.views`.",
     )
 
 
 class SourceAssets(StrictModel):
-    """A source classifier and a conditional generator that exist already."""
+    """A trained source classifier and a trained conditional generator."""
 
     classifier: str = Field(description="Folder or URL with model.safetensors and config.json.")
     generator: GeneratorConfig
 
 
 class SourceJob(TrainingJobConfig):
-    """Train a source classifier and a conditional generator, and judge the generator."""
+    """Trains a source classifier and a conditional generator, and judges the generator."""
 
     source: SourceConfig
 
@@ -50,10 +50,10 @@ class SourceJob(TrainingJobConfig):
 
 
 def check_source_batches(job: TrainingJobConfig, source: SourceConfig) -> None:
-    """Refuse batches of the source's training that the lanes cannot share.
+    """Checks that the lanes can share the batches of the source's trainings.
 
     Raises:
-        ValueError: naming the field and the nearest sizes.
+        ValueError: they cannot; names the field and the nearest sizes that work.
     """
     for name in ("classifier_training", "generator_training"):
         job.check_batch(f"source.{name}.batch_size", getattr(source, name).batch_size)

@@ -1,1 +1,1 @@
-"""Compare ways of getting a target model without source data."""
+"""Compares ways of training a target model without source data."""

@@ -1,82 +1,46 @@
 """Plans a transfer job: every stage, as a pure function of the job and of facts about its data.
 
-Names, seeds and budgets are decided here and nowhere else, so that the plan shown to a user, a run
-and a resumed run cannot disagree. Arms of one seed share the labelled images, their order and the
-initial weights: their difference is paired.
+Names, seeds and budgets are decided only here, so that the plan that a user sees, a run and a
+resumed run cannot disagree. Arms of one seed share the labelled images, their order and the
+initial weights: differences between them are paired.
 """
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 from dist_tl.config import fingerprint
 from dist_tl.errors import ConfigError
 from dist_tl.jobs.plan import PlanTable, plan_table
-from dist_tl.jobs.source.plan import (
-    SourceFacts,
-    find_source,
-    forbid_source_data,
-    open_assets,
-    planned_facts,
-    source_stages,
-)
-from dist_tl.jobs.source.spec import SourceConfig
+from dist_tl.jobs.source.plan import SourceFacts, forbid_source_data, source_facts, source_stages
 from dist_tl.jobs.spec import BudgetConfig
 from dist_tl.jobs.stages import Part, repeat_seed, target_rows, training_stage
-from dist_tl.jobs.transfer.spec import ArmConfig, PPConfig, PSSLArmConfig, TransferJob
-from dist_tl.methods.pseudo.guard import GuardConfig, num_guard_folds
+from dist_tl.jobs.transfer.spec import UNLABELLED, ArmConfig, PSSLArmConfig, TransferJob
+from dist_tl.methods.pseudo.guard import GuardConfig, GuardDecision, num_guard_folds
 from dist_tl.shards.drawing import ByClass, ByTarget, GenerateSpec
 from dist_tl.shards.order import ShardPlan, check_sizes
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.models import ModelSpec, NewNetwork, PretrainedTrunk
-from dist_tl.train.objectives import DistillationSpec, ObjectiveSpec, PSSLSpec, SupervisedSpec
+from dist_tl.train.objectives import DistillationSpec, PSSLSpec, SupervisedSpec
 from dist_tl.train.rows import FoldSpec, RowsSpec, load_rows
 from dist_tl.train.spec import StageSpec
 
 PP_SHARDS = "pp-shards"
-# The stage whose trunk a route starts from; other routes start from fresh weights.
-TRUNKS = {"pp": "pp-trunk", "pp_p_ssl": "pp-trunk", "real_source": "real_source-trunk"}
+PP_TRUNK, SOURCE_TRUNK, TEACHER = "pp-trunk", "real_source-trunk", "teacher"
+# The pretrained trunk that a route fine-tunes; other routes start from fresh weights.
+TRUNKS = {"pp": PP_TRUNK, "pp_p_ssl": PP_TRUNK, "real_source": SOURCE_TRUNK}
+TAUGHT = ("distillation", "logit_matching")
 
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """What the target data turned out to be."""
+    """Shape, classes and content of the target data."""
 
     image_shape: tuple[int, int, int]
     num_classes: int
     class_names: tuple[str, ...]
-    fingerprint: str  # of all its images
-
-
-def plan(job: TransferJob, store: ObjectStore) -> "TransferPlan":
-    """The stages of a job; source data is opened only if it is still needed.
-
-    Raises:
-        ConfigError: images, lanes or batches do not fit, or K is larger than a class; names both.
-        DataError: data is damaged.
-    """
-    plan = TransferPlan(job, _source_facts(job, store), _target_facts(job))
-    plan.check()
-    return plan
-
-
-def _source_facts(job: TransferJob, store: ObjectStore) -> SourceFacts:
-    if not isinstance(job.source, SourceConfig):
-        return open_assets(store, job.source)
-    return find_source(store) or planned_facts(job.source, job.seed)
-
-
-def _target_facts(job: TransferJob) -> TargetFacts:
-    """Loads the target data in the driver: bad data is refused before any actor starts."""
-    load_rows(target_rows(job, job.target, 0, "train"))
-    everything = load_rows(RowsSpec(data=job.target.data))
-    return TargetFacts(
-        image_shape=everything.image_shape,
-        num_classes=everything.num_classes,
-        class_names=everything.class_names,
-        fingerprint=hashlib.sha256(everything.images.tobytes()).hexdigest()[:16],
-    )
+    fingerprint: str  # of all images
 
 
 @dataclass(frozen=True)
@@ -84,17 +48,33 @@ class Guard:
     """The cross-validation that chooses the lambda of one arm in one repeat.
 
     Attributes:
-        weights: the lambdas that are compared.
+        trials: for each lambda a short training per fold.
     """
 
     arm: ArmConfig
     repeat: int
-    weights: tuple[float, ...]
-    num_folds: int
+    trials: dict[float, list[StageSpec]]
 
-    def trial(self, weight: float) -> str:
-        """The name of the trial of one lambda."""
-        return f"{self.arm.name}-seed{self.repeat}-w{weight:g}"
+
+def plan(job: TransferJob, store: ObjectStore) -> "TransferPlan":
+    """The stages of a job; source data is loaded only if the source is not trained yet.
+
+    Raises:
+        ConfigError: images, lanes or batches do not fit, or K is larger than a class; names both.
+        DataError: data is damaged.
+    """
+    source = source_facts(job.source, store, job.seed)
+    load_rows(target_rows(job, job.target, 0, "train"))  # K must not exceed any class
+    images = load_rows(RowsSpec(data=job.target.data))
+    target = TargetFacts(
+        image_shape=images.image_shape,
+        num_classes=images.num_classes,
+        class_names=images.class_names,
+        fingerprint=hashlib.sha256(images.images.tobytes()).hexdigest()[:16],
+    )
+    plan = TransferPlan(job, source, target)
+    plan.check()
+    return plan
 
 
 @dataclass(frozen=True)
@@ -106,7 +86,7 @@ class TransferPlan:
     target: TargetFacts
 
     def check(self) -> None:
-        """Refuses image shapes, lanes and batches that do not fit, and source data as target data.
+        """Checks that image shapes, lanes and batches fit, and that no source data is target data.
 
         Raises:
             ConfigError: naming both shapes, the nearest sizes that work, or the stage.
@@ -117,49 +97,23 @@ class TransferPlan:
                 f"target images are (channels, height, width) {target}, the source's are "
                 f"{source}; set target.data.size and target.data.channels to the source's"
             )
+        workers = self.job.trainers.workers
         for spec in self.generate_stages():
-            check_sizes(
-                spec.plan(),
-                batch_size=self.read_batch_size(spec),
-                world_size=self.job.trainers.workers,
-            )
+            check_sizes(spec.plan(), batch_size=self.read_batch_size(spec), world_size=workers)
         forbid_source_data(self.training_stages(), self.job.source)
 
     def table(self) -> PlanTable:
-        """All stages, those of the source first, and the guards' trials."""
+        """All stages, those of the source first, and the number of guard trials."""
+        sources = source_stages(self.job, self.job.source, self.source)
+        trials = [specs for guard in self.guards() for specs in guard.trials.values()]
         return plan_table(
             self.job,
             generate=self.generate_stages(),
-            train=[*self.source_stages(), *self.references(), *self.training_stages()],
-            trials=sum(guard.num_folds * len(guard.weights) for guard in self.guards()),
+            train=[*sources, *self.references(), *self.training_stages()],
+            trials=sum(map(len, trials)),
         )
 
-    def guards(self) -> list[Guard]:
-        """The lambda guards that have enough labels to cross-validate with."""
-        guards = []
-        for arm in self.pseudo_arms():
-            loss = self.p_ssl(arm).loss
-            if isinstance(loss.lambda_guard, GuardConfig):
-                for repeat in self.seeds:
-                    labels = load_rows(self.rows(repeat, "train")).labels
-                    if folds := num_guard_folds(labels, loss.lambda_guard):
-                        weights = loss.lambda_guard.candidates(loss.weight)
-                        guards.append(Guard(arm, repeat, weights, folds))
-        return guards
-
-    def source_stages(self) -> list[StageSpec]:
-        """The trainings of source classifier and generator; empty if both exist already."""
-        if not isinstance(self.job.source, SourceConfig):
-            return []
-        return source_stages(self.job, self.job.source, self.source)
-
-    def references(self) -> list[StageSpec]:
-        """Pre-trainings on the source data itself, for arms outside the setting."""
-        if not any(arm.route == "real_source" for arm in self.job.arms):
-            return []
-        return [self.real_source_trunk(repeat) for repeat in self.seeds]
-
-    @cached_property
+    @property
     def seeds(self) -> range:
         """The repeats."""
         return range(self.job.seeds)
@@ -168,26 +122,43 @@ class TransferPlan:
         """A part of the target data."""
         return target_rows(self.job, self.job.target, repeat, part, fold=fold)
 
+    def pseudo_arms(self) -> list[ArmConfig]:
+        """The arms that learn from pseudo samples in addition to labelled images."""
+        return [arm for arm in self.job.arms if arm.route in ("p_ssl", "pp_p_ssl")]
+
+    def p_ssl(self, arm: ArmConfig) -> PSSLArmConfig:
+        """The P-SSL settings of an arm."""
+        config = arm.p_ssl or self.job.p_ssl
+        assert config is not None, "the specification requires p_ssl for arms that use it"
+        return config
+
     # Pseudo samples.
 
-    def pp_shards(self) -> GenerateSpec:
-        """The samples of pseudo pre-training: one set for all repeats."""
-        assert self.job.pp is not None, "the specification requires pp where an arm uses it"
+    def generate_stages(self) -> list[GenerateSpec]:
+        """All stages of pseudo samples, in the order in which trainers read them."""
+        stages = [self.pseudo_shards(arm, r) for r in self.seeds for arm in self.pseudo_arms()]
+        if (pp := self.pp_shards()) is not None:
+            stages.insert(0, pp)
+        return list({spec.name: spec for spec in stages}.values())
+
+    def pp_shards(self) -> GenerateSpec | None:
+        """The samples of pseudo pre-training, one set for all repeats; None if no arm uses it."""
+        if self.job.pp is None or not self._uses("pp", "pp_p_ssl"):
+            return None
         return self._generate(PP_SHARDS, self.job.seed, self.job.pp.num_samples, ByClass())
 
     def pseudo_shards(self, arm: ArmConfig, repeat: int) -> GenerateSpec:
-        """The samples of P-SSL, conditioned on this repeat's labelled images."""
+        """The samples of P-SSL, conditioned on the labelled images of one repeat."""
         config = self.p_ssl(arm)
-        # Arms with the job's own settings share their stored samples; how many fresh ones are
-        # needed depends on the arm's budget.
+        # Arms with the job's settings share stored samples. The number of fresh ones depends on
+        # the arm's budget.
         owner = "p_ssl" if arm.p_ssl is None and config.samples else arm.name
-        per_step = self.unlabelled_batch_size(arm)
         return self._generate(
             f"{owner}-shards-seed{repeat}",
             repeat_seed(self.job, repeat),
-            config.samples or self.budget(arm).steps * per_step,
+            config.samples or self._budget(arm).steps * self._unlabelled_batch_size(arm),
             ByTarget(condition=config.loss.condition),
-            conditions=fingerprint(
+            conditions_fingerprint=fingerprint(
                 [
                     self.source.classifier_fingerprint,
                     self.target.fingerprint,
@@ -201,16 +172,10 @@ class TransferPlan:
         """The largest global batch that reads a stage of pseudo samples."""
         if spec.name == PP_SHARDS:
             return self.job.pp.training.batch_size if self.job.pp else 1
-        return max(self.unlabelled_batch_size(arm) for arm in self.pseudo_arms())
+        return max(self._unlabelled_batch_size(arm) for arm in self.pseudo_arms())
 
     def _generate(
-        self,
-        name: str,
-        seed: int,
-        num_samples: int,
-        draw: ByClass | ByTarget,
-        *,
-        conditions: str = "",
+        self, name: str, seed: int, num_samples: int, draw: ByClass | ByTarget, **fields: Any
     ) -> GenerateSpec:
         return GenerateSpec(
             name=name,
@@ -220,192 +185,153 @@ class TransferPlan:
             num_classes=self.source.num_classes,
             image_shape=self.source.image_shape,
             draw=draw,
-            conditions_fingerprint=conditions,
             num_samples=num_samples,
             batch_size=self.job.sample_batch_size,
             shards=self.job.packing,
+            **fields,
         )
-
-    def generate_stages(self) -> list[GenerateSpec]:
-        """All stages of pseudo samples, in the order in which they are wanted."""
-        stages = {}
-        if any(arm.route in ("pp", "pp_p_ssl") for arm in self.job.arms):
-            stages[PP_SHARDS] = self.pp_shards()
-        for repeat in self.seeds:
-            for arm in self.pseudo_arms():
-                spec = self.pseudo_shards(arm, repeat)
-                stages[spec.name] = spec
-        return list(stages.values())
 
     # Training.
 
-    def pseudo_arms(self) -> list[ArmConfig]:
-        """The arms that learn from pseudo samples beside labelled images."""
-        return [arm for arm in self.job.arms if arm.route in ("p_ssl", "pp_p_ssl")]
+    def training_stages(self) -> list[StageSpec]:
+        """All trainings after the source phase, each after those that it builds on."""
+        stages = [spec for repeat in self.seeds for spec in self.repeat_stages(repeat)]
+        return list({spec.name: spec for spec in stages}.values())
 
-    def p_ssl(self, arm: ArmConfig) -> PSSLArmConfig:
-        """The P-SSL settings of an arm."""
-        config = arm.p_ssl or self.job.p_ssl
-        assert config is not None, "the specification requires p_ssl where an arm uses it"
-        return config
+    def repeat_stages(self, repeat: int) -> list[StageSpec]:
+        """The trainings of one repeat: pretrained trunk and teacher if arms use them, then arms."""
+        stages = [self.arm(arm, repeat) for arm in self.job.arms]
+        if self._uses(*TAUGHT, "finetune_source"):
+            stages.insert(0, self._teacher(repeat))
+        if (pp := self.pp_shards()) is not None:
+            stages.insert(0, self._pre_training(PP_TRUNK, repeat, pp.plan()))
+        return list({spec.name: spec for spec in stages}.values())
 
-    def budget(self, arm: ArmConfig) -> BudgetConfig:
-        """How long the arm's target training learns, and how."""
-        return self._fine_tuning if arm.route in TRUNKS else self.job.target.training
+    def references(self) -> list[StageSpec]:
+        """Pre-trainings on the source data itself, for the reference arm real_source."""
+        if not self._uses("real_source"):
+            return []
+        rows = self.source.training_rows
+        assert rows is not None, "the specification requires source data for real_source"
+        return [self._pre_training(SOURCE_TRUNK, repeat, rows) for repeat in self.seeds]
+
+    def arm(self, arm: ArmConfig, repeat: int, *, weight: float | None = None) -> StageSpec:
+        """The target training of one arm; `weight` replaces its lambda."""
+        if arm.route == "finetune_source":
+            return self._teacher(repeat)
+        suffix = "" if weight is None else f"-w{weight:g}"
+        model = NewNetwork(network=self.job.target.network, num_classes=self.target.num_classes)
+        if arm.route in TRUNKS:
+            trunk = layout.stage_model_prefix(f"{TRUNKS[arm.route]}-seed{repeat}")
+            model = PretrainedTrunk(model=trunk, num_classes=self.target.num_classes)
+        name, objective = f"{arm.name}{suffix}-seed{repeat}", self._objective(arm, repeat, weight)
+        return self._stage(name, repeat, self._budget(arm), model, **objective)
+
+    def final(self, arm: ArmConfig, repeat: int, decision: GuardDecision | None) -> StageSpec:
+        """The training whose model an arm keeps, with the lambda that its guard chose."""
+        if decision is None or decision.weight == self.p_ssl(arm).loss.weight:
+            return self.arm(arm, repeat)
+        if decision.weight > 0:
+            return self.arm(arm, repeat, weight=decision.weight)
+        # With lambda = 0 an arm equals the arm without pseudo samples bit for bit.
+        route = "pp" if arm.route == "pp_p_ssl" else "scratch"
+        return self.arm(ArmConfig(name=route, route=route), repeat)
+
+    def guards(self) -> list[Guard]:
+        """The lambda guards that have enough labels for a cross-validation."""
+        guards = []
+        for arm in self.pseudo_arms():
+            loss = self.p_ssl(arm).loss
+            if not isinstance(loss.lambda_guard, GuardConfig):
+                continue
+            for repeat in self.seeds:
+                labels = load_rows(self.rows(repeat, "train")).labels
+                if count := num_guard_folds(labels, loss.lambda_guard):
+                    weights = loss.lambda_guard.candidates(loss.weight)
+                    trials = {
+                        weight: self._trials(arm, repeat, weight, count) for weight in weights
+                    }
+                    guards.append(Guard(arm, repeat, trials))
+        return guards
+
+    def _trials(self, arm: ArmConfig, repeat: int, weight: float, count: int) -> list[StageSpec]:
+        full, seed = self.arm(arm, repeat, weight=weight), repeat_seed(self.job, repeat)
+        trials = []
+        for index in range(count):
+            kept = FoldSpec(index=index, count=count, seed=seed, held_out=False)
+            held_out = kept.model_copy(update={"held_out": True})
+            changes = {
+                "name": f"guard-{arm.name}-w{weight:g}-fold{index}-seed{repeat}",
+                "labelled": self.rows(repeat, "train", kept),
+                "evaluate": self.rows(repeat, "train", held_out),
+            }
+            trials.append(full.model_copy(update=changes))
+        return trials
+
+    def _uses(self, *routes: str) -> bool:
+        return any(arm.route in routes for arm in self.job.arms)
 
     @property
     def _fine_tuning(self) -> BudgetConfig:
         return self.job.target.fine_tuning or self.job.target.training
 
-    def unlabelled_batch_size(self, arm: ArmConfig) -> int:
-        """U: unlabelled rows per step."""
-        return self.budget(arm).batch_size * self.p_ssl(arm).loss.pseudo_per_labelled
+    def _budget(self, arm: ArmConfig) -> BudgetConfig:
+        return self._fine_tuning if arm.route in TRUNKS else self.job.target.training
 
-    def pp_trunk(self, repeat: int) -> StageSpec:
-        """Pseudo pre-training of the target architecture."""
-        return self._pre_training(f"pp-trunk-seed{repeat}", repeat, self.pp_shards().plan())
+    def _unlabelled_batch_size(self, arm: ArmConfig) -> int:
+        return self._budget(arm).batch_size * self.p_ssl(arm).loss.pseudo_per_labelled
 
-    def real_source_trunk(self, repeat: int) -> StageSpec:
-        """The same pre-training on the source data itself: a reference."""
-        return self._pre_training(
-            f"real_source-trunk-seed{repeat}", repeat, self.source.training_rows
-        )
+    def _pre_training(self, name: str, repeat: int, rows: RowsSpec | ShardPlan) -> StageSpec:
+        job, classes = self.job, self.source.num_classes
+        assert job.pp is not None, "the specification requires pp for arms that use it"
+        model = NewNetwork(network=job.target.network, num_classes=classes)
+        fields: dict[str, Any] = {"labelled": rows, "evaluate": None}
+        return self._stage(f"{name}-seed{repeat}", repeat, job.pp.training, model, **fields)
 
-    def _pre_training(self, name: str, repeat: int, rows: RowsSpec | ShardPlan | None) -> StageSpec:
-        pp: PPConfig | None = self.job.pp
-        assert pp is not None, "the specification requires pp where an arm uses it"
-        assert rows is not None, "the specification requires a trained source for real_source"
-        return self._stage(
-            name,
-            repeat,
-            NewNetwork(network=self.job.target.network, num_classes=self.source.num_classes),
-            SupervisedSpec(),
-            budget=pp.training,
-            labelled=rows,
-        )
-
-    def teacher(self, repeat: int) -> StageSpec:
-        """The source classifier fine-tuned on the target labels: teacher and reference."""
+    def _teacher(self, repeat: int) -> StageSpec:
+        """The source classifier, fine-tuned on the target labels."""
+        model = PretrainedTrunk(model=self.source.classifier, num_classes=self.target.num_classes)
         budget = self.job.distillation.teacher_training or self._fine_tuning
-        return self._stage(
-            f"teacher-seed{repeat}",
-            repeat,
-            PretrainedTrunk(model=self.source.classifier, num_classes=self.target.num_classes),
-            SupervisedSpec(),
-            budget=budget,
-            labelled=self.rows(repeat, "train"),
-            evaluate=self.rows(repeat, "test"),
-        )
+        return self._stage(f"{TEACHER}-seed{repeat}", repeat, budget, model)
 
-    def arm(self, arm: ArmConfig, repeat: int, *, weight: float | None = None) -> StageSpec:
-        """The target training of one arm; `weight` replaces the arm's lambda."""
-        if arm.route == "finetune_source":
-            return self.teacher(repeat)
-        suffix = "" if weight is None else f"-w{weight:g}"
-        objective, unlabelled, size = self._objective(arm, repeat, weight)
-        return self._stage(
-            f"{arm.name}{suffix}-seed{repeat}",
-            repeat,
-            self._start(arm, repeat),
-            objective,
-            budget=self.budget(arm),
-            labelled=self.rows(repeat, "train"),
-            unlabelled=unlabelled,
-            unlabelled_batch_size=size,
-            evaluate=self.rows(repeat, "test"),
-        )
-
-    def guard_stages(self, guard: Guard, weight: float) -> list[StageSpec]:
-        """The trainings of one lambda, one for each fold."""
-        return [self._guard_stage(guard, weight, fold) for fold in range(guard.num_folds)]
-
-    def _guard_stage(self, guard: Guard, weight: float, fold: int) -> StageSpec:
-        arm, repeat = guard.arm, guard.repeat
-        kept, held_out = (
-            FoldSpec(
-                index=fold,
-                count=guard.num_folds,
-                seed=repeat_seed(self.job, repeat),
-                held_out=is_held_out,
+    def _objective(self, arm: ArmConfig, repeat: int, weight: float | None) -> dict[str, Any]:
+        if arm.route in TAUGHT:
+            settings, soft = self.job.distillation, arm.route == "distillation"
+            objective = DistillationSpec(
+                distillation=settings.soft_targets if soft else settings.logit_matching,
+                teacher=layout.stage_model_prefix(f"{TEACHER}-seed{repeat}"),
             )
-            for is_held_out in (False, True)
-        )
-        return self.arm(arm, repeat, weight=weight).model_copy(
-            update={
-                "name": f"guard-{arm.name}-w{weight:g}-fold{fold}-seed{repeat}",
-                "labelled": self.rows(repeat, "train", kept),
-                "evaluate": self.rows(repeat, "train", held_out),
-            }
-        )
-
-    def trunks(self, repeat: int) -> list[StageSpec]:
-        """What the arms of a repeat start from."""
-        routes = {arm.route for arm in self.job.arms}
-        specs = []
-        if routes & {"pp", "pp_p_ssl"}:
-            specs.append(self.pp_trunk(repeat))
-        if routes & {"distillation", "logit_matching", "finetune_source"}:
-            specs.append(self.teacher(repeat))
-        return specs
-
-    def training_stages(self) -> list[StageSpec]:
-        """All stages of the trainers after the source's, each after those that it builds on."""
-        stages = {
-            spec.name: spec
-            for repeat in self.seeds
-            for spec in [*self.trunks(repeat), *(self.arm(a, repeat) for a in self.job.arms)]
-        }
-        return list(stages.values())
-
-    def _start(self, arm: ArmConfig, repeat: int) -> ModelSpec:
-        if arm.route in TRUNKS:
-            trunk = layout.stage_model_prefix(f"{TRUNKS[arm.route]}-seed{repeat}")
-            return PretrainedTrunk(model=trunk, num_classes=self.target.num_classes)
-        return NewNetwork(network=self.job.target.network, num_classes=self.target.num_classes)
-
-    def _objective(
-        self, arm: ArmConfig, repeat: int, weight: float | None
-    ) -> tuple[ObjectiveSpec, RowsSpec | ShardPlan | None, int]:
-        if arm.route in ("distillation", "logit_matching"):
-            kinds = self.job.distillation
-            kind = kinds.soft_targets if arm.route == "distillation" else kinds.logit_matching
-            teacher = layout.stage_model_prefix(f"teacher-seed{repeat}")
-            return DistillationSpec(distillation=kind, teacher=teacher), None, 0
-        if arm.route not in ("p_ssl", "pp_p_ssl", "real_unlabelled"):
-            return SupervisedSpec(), None, 0
+            return {"objective": objective}
+        if arm.route not in UNLABELLED:
+            return {}
         loss = self.p_ssl(arm).loss
         if weight is not None:
             loss = loss.model_copy(update={"weight": weight})
-        if loss.weight == 0:  # no unlabelled row is read: this is supervised training
-            return SupervisedSpec(), None, 0
+        if loss.weight == 0:  # supervised training: no unlabelled row is read
+            return {}
         real = arm.route == "real_unlabelled"
         rows = self.rows(repeat, "pool") if real else self.pseudo_shards(arm, repeat).plan()
-        return PSSLSpec(p_ssl=loss), rows, self.unlabelled_batch_size(arm)
+        return {
+            "objective": PSSLSpec(p_ssl=loss),
+            "unlabelled": rows,
+            "unlabelled_batch_size": self._unlabelled_batch_size(arm),
+        }
 
     def _stage(
-        self,
-        name: str,
-        repeat: int,
-        model: ModelSpec,
-        objective: ObjectiveSpec,
-        *,
-        budget: BudgetConfig,
-        labelled: RowsSpec | ShardPlan,
-        unlabelled: RowsSpec | ShardPlan | None = None,
-        unlabelled_batch_size: int = 0,
-        evaluate: RowsSpec | None = None,
+        self, name: str, repeat: int, budget: BudgetConfig, model: ModelSpec, **fields: Any
     ) -> StageSpec:
+        supervised = {
+            "objective": SupervisedSpec(),
+            "labelled": self.rows(repeat, "train"),
+            "evaluate": self.rows(repeat, "test"),
+        }
         return training_stage(
             self.job,
             budget,
             name=name,
             seed=repeat_seed(self.job, repeat),
             model=model,
-            objective=objective,
             image_shape=self.target.image_shape,
-            labelled=labelled,
-            unlabelled=unlabelled,
-            unlabelled_batch_size=unlabelled_batch_size,
             views=self.job.target.data.views,
-            evaluate=evaluate,
+            **{**supervised, **fields},
         )

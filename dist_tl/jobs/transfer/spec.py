@@ -1,10 +1,10 @@
 """The specification of a job of kind `transfer`.
 
-Every default is a sane choice for a real run; the presets in `launch/presets` show small ones.
+The defaults suit real runs; the presets in `launch/presets` are small ones.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -29,74 +29,69 @@ Route = Literal[
     "real_unlabelled",
 ]
 BASELINE = "scratch"
-# These use what the setting withholds: equal architectures, source data, or real target images.
+# They use what the setting rules out: the source architecture, source data, real target images.
 REFERENCES = ("finetune_source", "real_source", "real_unlabelled")
+UNLABELLED = ("p_ssl", "pp_p_ssl", "real_unlabelled")  # routes with the P-SSL loss
 
 
 class TargetConfig(TargetDataConfig):
-    """The target task: little labelled data, and an architecture of the user's choosing."""
+    """The target task: little labelled data, and an architecture that the user chooses."""
 
     network: NetworkConfig
-    training: BudgetConfig = Field(description="Of arms that start from fresh weights.")
+    training: BudgetConfig = Field(description="Training from fresh weights.")
     fine_tuning: BudgetConfig | None = Field(
-        default=None, description="Of arms that start from a trained trunk; absent: as `training`."
+        default=None, description="Training from a pretrained trunk; absent: as `training`."
     )
 
 
-class PPConfig(StrictModel):
-    """Pseudo pre-training."""
+class SamplesConfig(StrictModel):
+    """How many pseudo samples a method draws."""
 
+    key: ClassVar[str]
     mode: Literal["stored", "fresh"] = Field(
         default="stored",
         description="stored: `samples` reused over epochs; fresh: new ones every step.",
     )
     samples: int | None = Field(
-        default=None, ge=1, description="Pseudo samples; mode stored needs it."
+        default=None, ge=1, description="Number of pseudo samples; required by mode stored."
     )
-    training: BudgetConfig
 
     @model_validator(mode="after")
     def _stored_needs_samples(self) -> Self:
-        return _check_samples(self, "pp")
+        name = f"{self.key}.samples"
+        if self.mode == "stored" and self.samples is None:
+            raise ValueError(f"{name} is required with mode stored; e.g. samples: 8192")
+        if self.mode == "fresh" and self.samples is not None:
+            raise ValueError(f"{name} follows from the steps with mode fresh; remove it")
+        return self
+
+
+class PPConfig(SamplesConfig):
+    """Pseudo pre-training."""
+
+    key = "pp"
+    training: BudgetConfig
 
     @property
     def num_samples(self) -> int:
-        """Pseudo samples of the stage: as many as the steps consume, if always fresh."""
+        """Number of pseudo samples in the stage; with mode fresh as many as the steps read."""
         return self.samples or self.training.steps * self.training.batch_size
 
 
-class PSSLArmConfig(StrictModel):
-    """Pseudo semi-supervised learning: its loss, and the samples it draws."""
+class PSSLArmConfig(SamplesConfig):
+    """Pseudo semi-supervised learning: its samples and its loss."""
 
-    mode: Literal["stored", "fresh"] = Field(
-        default="stored",
-        description="stored: `samples` reused over epochs; fresh: new ones every step.",
-    )
-    samples: int | None = Field(
-        default=None, ge=1, description="Pseudo samples; mode stored needs it."
-    )
+    key = "p_ssl"
     loss: PSSLConfig = Field(default_factory=PSSLConfig)
-
-    @model_validator(mode="after")
-    def _stored_needs_samples(self) -> Self:
-        return _check_samples(self, "p_ssl")
-
-
-def _check_samples(config: Any, name: str) -> Any:
-    if config.mode == "stored" and config.samples is None:
-        raise ValueError(f"{name}.samples is required with mode stored; e.g. samples: 8192")
-    if config.mode == "fresh" and config.samples is not None:
-        raise ValueError(f"{name}.samples follows from the steps with mode fresh; remove it")
-    return config
 
 
 class ArmConfig(StrictModel):
-    """One way of getting a target model."""
+    """One way of training a target model."""
 
-    name: str = Field(pattern=NAME, description="Of the row in the table.")
+    name: str = Field(pattern=NAME, description="Row name in the results table.")
     route: Route
     p_ssl: PSSLArmConfig | None = Field(
-        default=None, description="Instead of the job's, for this arm."
+        default=None, description="P-SSL settings of this arm; absent: the job's."
     )
 
 
@@ -109,22 +104,22 @@ class DistillationArmConfig(StrictModel):
     )
     teacher_training: BudgetConfig | None = Field(
         default=None,
-        description="Fine-tuning of the source classifier; absent: as other fine-tuning.",
+        description="Fine-tuning of the source classifier; absent: as `target.fine_tuning`.",
     )
 
 
 class TransferJob(TrainingJobConfig):
-    """Compare ways of getting a target model without source data."""
+    """Compares ways of training a target model without source data."""
 
     seeds: int = Field(
-        default=5, ge=1, description="Repeats: labels, weights and samples drawn anew."
+        default=5, ge=1, description="Repeats, each with its own labels, weights and samples."
     )
     source: SourceConfig | SourceAssets = Field(
-        description="`classifier` and `generator` that exist, or what to train them from."
+        description="Locations of `classifier` and `generator`, or the data to train them on."
     )
     target: TargetConfig
     arms: tuple[ArmConfig, ...] = Field(
-        description="Names of routes, or mappings with name, route and options."
+        description="Routes by name, or mappings with name, route and options."
     )
     pp: PPConfig | None = Field(default=None, description="Required by routes that begin with pp.")
     p_ssl: PSSLArmConfig | None = Field(default=None, description="Required by routes with p_ssl.")
@@ -132,12 +127,9 @@ class TransferJob(TrainingJobConfig):
     generators: GeneratorsConfig = Field(default_factory=GeneratorsConfig)
     trials: TrialsConfig = Field(default_factory=TrialsConfig)
     shards: ShardConfig | None = Field(
-        default=None,
-        description="How pseudo samples are packed; absent: defaults, with the job's lanes.",
+        default=None, description="How pseudo samples are packed into shards; absent: defaults."
     )
-    sample_batch_size: int = Field(
-        default=256, ge=1, description="Rows the generator sees at once."
-    )
+    sample_batch_size: int = Field(default=256, ge=1, description="Batch size of the generator.")
 
     @field_validator("source", mode="before")
     @classmethod
@@ -152,8 +144,7 @@ class TransferJob(TrainingJobConfig):
     def _names_are_routes(cls, arms: Any) -> Any:
         if not isinstance(arms, Sequence) or isinstance(arms, str):
             return arms
-        named = [{"name": a, "route": a} if isinstance(a, str) else a for a in arms]
-        return tuple(named)
+        return tuple({"name": a, "route": a} if isinstance(a, str) else a for a in arms)
 
     @model_validator(mode="after")
     def _arms_fit(self) -> Self:
@@ -163,19 +154,15 @@ class TransferJob(TrainingJobConfig):
         routes = {arm.route for arm in self.arms}
         if BASELINE not in names or self.arms[names.index(BASELINE)].route != BASELINE:
             raise ValueError(f"arms: {BASELINE} is what the others are compared with; add it")
-        if routes & {"pp", "pp_p_ssl"} and self.pp is None:
-            raise ValueError("pp: required by the routes pp and pp_p_ssl, and missing")
+        if "real_source" in routes and not isinstance(self.source, SourceConfig):
+            raise ValueError("arms: real_source reads source data, and source names trained models")
+        if (with_pp := sorted(routes & {"pp", "pp_p_ssl", "real_source"})) and self.pp is None:
+            raise ValueError(f"pp: required by the routes {', '.join(with_pp)}, and missing")
         if "pp_p_ssl" in routes and "pp" not in names:
             raise ValueError("arms: pp_p_ssl is judged against pp; add pp")
         for arm in self.arms:
-            if "p_ssl" in arm.route and (arm.p_ssl or self.p_ssl) is None:
+            if arm.route in UNLABELLED and (arm.p_ssl or self.p_ssl) is None:
                 raise ValueError(f"p_ssl: required by the arm {arm.name}, and missing")
-        if "real_unlabelled" in routes and self.p_ssl is None:
-            raise ValueError("p_ssl: required by the route real_unlabelled, and missing")
-        if "real_source" in routes and not isinstance(self.source, SourceConfig):
-            raise ValueError("arms: real_source needs source data; it exists in a trained source")
-        if "real_source" in routes and self.pp is None:
-            raise ValueError("pp: its budget is used by real_source too; it is missing")
         return self
 
     @model_validator(mode="after")
@@ -184,9 +171,8 @@ class TransferJob(TrainingJobConfig):
             check_source_batches(self, self.source)
         self.check_cpus(max(self.generators.cpus, self.trials.cpus), "a generator or trial")
         self.check_batch("target.training.batch_size", self.target.training.batch_size)
-        if self.target.fine_tuning is not None:
-            batch_size = self.target.fine_tuning.batch_size
-            self.check_batch("target.fine_tuning.batch_size", batch_size)
+        if (tuning := self.target.fine_tuning) is not None:
+            self.check_batch("target.fine_tuning.batch_size", tuning.batch_size)
         if self.pp is not None:
             self.check_batch("pp.training.batch_size", self.pp.training.batch_size)
         if self.shards is not None and self.shards.lanes != self.lanes:
@@ -198,5 +184,5 @@ class TransferJob(TrainingJobConfig):
 
     @property
     def packing(self) -> ShardConfig:
-        """How pseudo samples are packed."""
+        """How pseudo samples are packed into shards."""
         return self.shards or ShardConfig(lanes=self.lanes)
