@@ -12,6 +12,14 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items):
+    """With several pytest workers, a module stays with one of them, and the cluster tests do too."""
+    for item in items:
+        folder = item.path.parent.name
+        group = folder if folder == "cluster" else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs the command in this process; returns exit code, standard output, standard error."""
