@@ -25,13 +25,7 @@ from dist_tl.deploy.kube_api import (
     Resource,
     load_api,
 )
-from dist_tl.deploy.kube_follow import (
-    SubmitterLog,
-    TextCallback,
-    has_ended,
-    lost_head,
-    status_of,
-)
+from dist_tl.deploy.kube_follow import SubmitterLog, TextCallback, has_ended, lost_head, status_of
 from dist_tl.deploy.kube_status import KubeStatus, read_status
 from dist_tl.deploy.manifests import RUN_ANNOTATION, label_of, render
 from dist_tl.deploy.options import KubeOptions
