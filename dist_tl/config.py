@@ -1,7 +1,7 @@
-"""Job files: YAML read into frozen strict models, dotted overrides, and a fingerprint.
+"""Job files: parsing YAML into frozen strict models, dotted overrides, and fingerprints.
 
-Not covered: what a job can say. That lives in `jobs/*/spec.py` and beside what each model
-configures.
+Not covered: the fields of a job. They are defined in `jobs/*/spec.py` and in the modules that they
+configure.
 """
 
 import copy
@@ -19,7 +19,7 @@ from dist_tl.errors import ConfigError
 
 
 class StrictModel(BaseModel):
-    """Base of every configuration: frozen, and an unknown key is an error."""
+    """Base class of all configurations: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -28,10 +28,10 @@ Model = TypeVar("Model", bound=StrictModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people expect it.
+    """YAML loader with fewer surprises.
 
-    1e-3 is a number, only true and false are booleans (so that `lambda_guard: off` and a class
-    named no stay words), and a key given twice is an error.
+    1e-3 is a number, only true and false are booleans (so `lambda_guard: off` and a class named
+    `no` are strings), and duplicate keys are errors.
     """
 
     yaml_implicit_resolvers: ClassVar = {
@@ -67,15 +67,15 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
 
 
 def _plain_data(text: str) -> Any:
-    # _Loader is a SafeLoader: it builds plain data and nothing else.
+    # _Loader is a SafeLoader: it constructs plain data only.
     return yaml.load(text, Loader=_Loader)  # noqa: S506
 
 
 def parse_yaml(text: str, *, source: str) -> dict[str, Any]:
-    """The mapping that a YAML text holds.
+    """Parses a YAML text that contains a mapping.
 
     Raises:
-        ConfigError: the text is not YAML, not a mapping, or gives a key twice.
+        ConfigError: the text is not YAML, not a mapping, or has a duplicate key.
     """
     try:
         data = _plain_data(text)
@@ -87,10 +87,10 @@ def parse_yaml(text: str, *, source: str) -> dict[str, Any]:
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of `data` with each "a.b=value" put in place; values are read as YAML.
+    """Returns a copy of `data` with the overrides "a.b=value" applied; values are parsed as YAML.
 
     Raises:
-        ConfigError: an override has no "=", or walks through something that is not a mapping.
+        ConfigError: an override has no "=", or its path contains a value that is not a mapping.
     """
     result = copy.deepcopy(dict(data))
     for override in overrides:
@@ -98,44 +98,44 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
         keys = path.strip().split(".")
         if not separator or not all(keys):
             raise ConfigError(f"override {override!r}: expected key=value, e.g. trainers.workers=2")
-        place = result
+        node = result
         for key in keys[:-1]:
-            place = _step_into(place, key, override)
+            node = _step_into(node, key, override)
         try:
             parsed = _plain_data(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
-        if isinstance(place, list):
-            place[_list_index(place, keys[-1], override)] = parsed
+        if isinstance(node, list):
+            node[_list_index(node, keys[-1], override)] = parsed
         else:
-            place[keys[-1]] = parsed
-    # Job files are stored as JSON, whose keys are text: `1: [cat]` is read like `"1": [cat]`.
+            node[keys[-1]] = parsed
+    # Job files are stored as JSON, whose keys are strings: `1: [cat]` is read like `"1": [cat]`.
     return json.loads(json.dumps(result, default=str))
 
 
-def _step_into(place: dict[str, Any] | list[Any], key: str, override: str) -> Any:
-    if isinstance(place, list):
-        child = place[_list_index(place, key, override)]
+def _step_into(node: dict[str, Any] | list[Any], key: str, override: str) -> Any:
+    if isinstance(node, list):
+        child = node[_list_index(node, key, override)]
     else:
-        child = place.setdefault(key, {})
+        child = node.setdefault(key, {})
     if not isinstance(child, dict | list):
         raise ConfigError(f"override {override!r}: {key!r} holds {child!r}, which has no keys")
     return child
 
 
-def _list_index(place: list[Any], key: str, override: str) -> int:
-    if not key.isdecimal() or int(key) >= len(place):
-        known = f"0..{len(place) - 1}" if place else "a whole list in place of the empty one"
+def _list_index(node: list[Any], key: str, override: str) -> int:
+    if not key.isdecimal() or int(key) >= len(node):
+        known = f"0..{len(node) - 1}" if node else "a whole list, because this one is empty"
         raise ConfigError(f"override {override!r}: expected {known}, got {key!r}")
     return int(key)
 
 
 def validate(model: type[Model], data: Mapping[str, Any], *, source: str) -> Model:
-    """`data` as a `model`.
+    """Validates `data` as a `model`.
 
     Raises:
-        ConfigError: one line per problem, with the field's path, what was expected, what came,
-            and for an unknown key the nearest name that exists.
+        ConfigError: one line per problem, with the field's path, the expected and the actual value;
+            for an unknown key also the closest known name.
     """
     try:
         return model.model_validate(data)
@@ -145,14 +145,14 @@ def validate(model: type[Model], data: Mapping[str, Any], *, source: str) -> Mod
         lines = [
             f"{path}: {message}" if path else message
             for path, message in problems
-            # Of a union, the members that were not meant complain too, but not as deep.
+            # Unions: all members report errors, but only the intended one reports nested paths.
             if not any(path and other.startswith(f"{path}.") for other in paths)
         ]
         raise ConfigError(f"{source}:\n  " + "\n  ".join(dict.fromkeys(lines))) from None
 
 
 def _explain(problem: Any, model: type[BaseModel], data: Mapping[str, Any]) -> tuple[str, str]:
-    """The path of a problem, and what is wrong there."""
+    """Returns the path of a problem and its description."""
     path = ".".join(_real_path(problem["loc"], model, data))
     if problem["type"] == "extra_forbidden":
         return path, f"unknown key{_nearest(model, problem['loc'])}"
@@ -167,11 +167,11 @@ def _explain(problem: Any, model: type[BaseModel], data: Mapping[str, Any]) -> t
 
 
 def _real_path(loc: tuple[int | str, ...], model: type[BaseModel], data: Any) -> list[str]:
-    """`loc` without what pydantic puts between the keys: the names of a union's members."""
+    """Returns `loc` without the names of union members, which pydantic adds between the keys."""
     path = []
     for i, part in enumerate(loc):
         is_given = isinstance(data, Mapping) and part in data
-        is_field = any(part in place.model_fields for place in _models_at(model, loc[:i]))
+        is_field = any(part in candidate.model_fields for candidate in _models_at(model, loc[:i]))
         if is_given or is_field or isinstance(part, int):
             path.append(str(part))
             data = _descend(data, part)
@@ -187,20 +187,18 @@ def _descend(data: Any, part: int | str) -> Any:
 
 
 def _nearest(model: type[BaseModel], loc: tuple[int | str, ...]) -> str:
-    here = {name for place in _models_at(model, loc[:-1]) for name in place.model_fields}
-    near = difflib.get_close_matches(str(loc[-1]), sorted(here), n=1, cutoff=0.6)
-    return (
-        f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(sorted(here))}"
-    )
+    names = sorted({n for candidate in _models_at(model, loc[:-1]) for n in candidate.model_fields})
+    near = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(names)}"
 
 
 def _models_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[type[BaseModel]]:
-    """What may stand at `loc`: one model, or several where a union does not say which."""
+    """Returns the possible models at `loc`: several if a union is ambiguous."""
     models = [model]
     for part in loc:
-        fields = [place.model_fields[part] for place in models if part in place.model_fields]
-        inner = [found for field in fields for found in _models_in(field.annotation)]
-        chosen = [place for place in models if part in _literals(place)]
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        inner = [nested for field in fields for nested in _models_in(field.annotation)]
+        chosen = [m for m in models if part in _literals(m)]
         models = inner or chosen or models
     return models
 
@@ -208,23 +206,23 @@ def _models_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[type[
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for part in get_args(annotation) for found in _models_in(part)]
+    return [nested for part in get_args(annotation) for nested in _models_in(part)]
 
 
 def _literals(model: type[BaseModel]) -> list[Any]:
-    """Values that tell a member of a union from the others."""
+    """Returns the literal values that distinguish a member of a union."""
     return [v for field in model.model_fields.values() for v in get_args(field.annotation)]
 
 
 def fingerprint(value: StrictModel | Mapping[str, Any] | list[Any]) -> str:
-    """16 hexadecimal digits that change when anything in `value` changes."""
+    """Returns 16 hexadecimal digits that change if anything in `value` changes."""
     plain = value.model_dump(mode="json") if isinstance(value, StrictModel) else value
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted paths at which two plain mappings differ, in order of the keys."""
+    """Returns the dotted paths at which two plain mappings differ, sorted by key."""
     paths: list[str] = []
     for key in sorted(set(old) | set(new)):
         path = f"{prefix}{key}"

@@ -1,7 +1,6 @@
-"""Logs, metric rows and progress: what a run says about itself while it works.
+"""Logs, metrics and progress of a run.
 
-Not covered: how progress is drawn (that is the command's) and where metric rows are kept (the
-caller hands in a sink).
+Not covered: displaying progress (the command line) and storing metrics (the caller passes a sink).
 """
 
 import json
@@ -12,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-# The name of a secret, however it is written, and what follows it up to the end of the value.
+# The name of a secret in any notation, and its value.
 _NAMED = re.compile(
     r"""(?ix)
     ((?: secret | token(?!s|iz) | passw(?:or)?d | access_?key | api_?key | credential
@@ -22,12 +21,12 @@ _NAMED = re.compile(
 )
 _OPTION = re.compile(r"(?i)(--[\w-]*(?:secret|token(?!s|iz)|password|key)[\w-]*\s+)[^\s-]\S*")
 _BEARER = re.compile(r"(?i)(\bbearer\s+)[\w.~+/-]{8,}=*")
-# A password may hold slashes, as AWS secrets do; a port in front of a path is none.
+# A password may contain slashes, as AWS secrets do; a port before a path is not a password.
 _LOGIN = re.compile(r"(?i)(\b[a-z][a-z0-9+.-]*://)(?:[^/\s:@]*:(?!\d{1,5}/)[^\s@]+|[^/\s:@]{16,})@")
 
 
 def redact(text: str) -> str:
-    """`text` with logins in URLs and values of secret-looking keys replaced by stars."""
+    """Returns `text` with logins in URLs and values of secret-looking keys replaced by stars."""
     for pattern in (_NAMED, _OPTION, _BEARER):
         text = pattern.sub(r"\1***", text)
     return _LOGIN.sub(r"\1***@", text)
@@ -39,7 +38,7 @@ class _RedactingFormatter(logging.Formatter):
 
 
 def configure_logging(level: int = logging.INFO) -> None:
-    """Send dist_tl's log lines to standard error, secrets redacted. Safe to call again."""
+    """Sends dist_tl's log lines to standard error with secrets redacted. Safe to call again."""
     logger = logging.getLogger("dist_tl")
     logger.setLevel(level)
     logger.propagate = False
@@ -50,17 +49,17 @@ def configure_logging(level: int = logging.INFO) -> None:
 
 
 class Progress(Protocol):
-    """Where long work reports how far it is. Implementations must be safe to call from threads."""
+    """Reports the progress of long work. Implementations must be thread-safe."""
 
     def update(self, task: str, done: int, total: int, note: str = "") -> None:
-        """Say that `done` of `total` units of `task` are finished; `note` is shown beside it."""
+        """Reports that `done` of `total` units of `task` are finished; `note` is shown with it."""
 
     def say(self, line: str) -> None:
-        """Show one line that stays."""
+        """Shows a permanent line."""
 
 
 class SilentProgress:
-    """Progress that is not shown to anybody."""
+    """Progress that is not displayed."""
 
     def update(self, task: str, done: int, total: int, note: str = "") -> None:
         pass
@@ -70,11 +69,11 @@ class SilentProgress:
 
 
 class MetricsLog:
-    """Rows of numbers as JSON lines, kept whole in memory and handed to a sink now and then.
+    """Metric rows as JSON lines, kept in memory and passed to a sink periodically.
 
     Object stores cannot append, so every flush writes the whole text. A resumed stage passes the
-    text it finds and the step it resumes from; rows from beyond that step are dropped, because
-    they will be made again.
+    existing text and the step from which it resumes; rows after that step are dropped, because
+    they are logged again.
     """
 
     def __init__(
@@ -92,12 +91,12 @@ class MetricsLog:
         self._flushed_at = time.monotonic()
 
     def log(self, **row: Any) -> None:
-        """Add one row; numbers stay numbers, a wall-clock `time` in seconds is added."""
+        """Adds one row and a wall-clock `time` in seconds."""
         self._lines.append(json.dumps({"time": round(time.time(), 3), **row}))
         if time.monotonic() - self._flushed_at >= self._flush_every_s:
             self.flush()
 
     def flush(self) -> None:
-        """Hand all rows to the sink."""
+        """Passes all rows to the sink."""
         self._sink("".join(line + "\n" for line in self._lines).encode())
         self._flushed_at = time.monotonic()

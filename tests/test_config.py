@@ -1,4 +1,4 @@
-"""Job files: what is read, what is refused and in which words, and what a fingerprint sees."""
+"""Job files: YAML, overrides, validation errors, and fingerprints."""
 
 import copy
 from typing import Annotated, Literal
@@ -43,7 +43,7 @@ class Task(StrictModel):
     seed: int = 0
 
 
-def complaint(data):
+def error_of(data):
     with pytest.raises(ConfigError) as caught:
         validate(Task, data, source="job.yaml")
     return str(caught.value)
@@ -61,7 +61,7 @@ def test_numbers_in_scientific_notation_are_numbers(text):
     assert read(f"rate: {text}") == {"rate": 0.001}
 
 
-def test_words_that_yaml_takes_for_booleans_stay_words():
+def test_only_true_and_false_are_booleans():
     assert read("a: off\nb: no\nc: yes\nd: y\ne: true\nf: FALSE") == {
         "a": "off",
         "b": "no",
@@ -72,16 +72,16 @@ def test_words_that_yaml_takes_for_booleans_stay_words():
     }
 
 
-def test_a_key_given_twice_is_refused_and_its_line_named():
+def test_the_error_of_a_duplicate_key_names_its_line():
     with pytest.raises(ConfigError, match="line 3: key 'width' is given twice"):
         read("network:\n  width: 1\n  width: 2")
 
 
-def test_the_same_key_in_two_places_is_two_keys():
+def test_the_same_key_in_two_mappings_is_allowed():
     assert read("a: {width: 1}\nb: {width: 2}") == {"a": {"width": 1}, "b": {"width": 2}}
 
 
-def test_a_mapping_can_be_written_once_and_merged_where_it_is_used():
+def test_anchors_and_merge_keys_are_supported():
     assert read("a: &budget {steps: 5, rate: 1}\nb: {<<: *budget, rate: 2}")["b"] == {
         "steps": 5,
         "rate": 2,
@@ -89,7 +89,7 @@ def test_a_mapping_can_be_written_once_and_merged_where_it_is_used():
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "message"),
     [
         ("a: [", "job.yaml is not valid YAML"),
         ("- 1\n- 2", "expected a mapping of keys, got list"),
@@ -98,8 +98,8 @@ def test_a_mapping_can_be_written_once_and_merged_where_it_is_used():
         ("a: &loop [*loop]", "not valid YAML"),
     ],
 )
-def test_what_is_not_a_plain_mapping_is_refused(text, complaint):
-    with pytest.raises(ConfigError, match=complaint):
+def test_other_documents_than_plain_mappings_are_rejected(text, message):
+    with pytest.raises(ConfigError, match=message):
         read(text)
 
 
@@ -110,7 +110,7 @@ def overridden(*overrides):
     data = {"name": "a", "network": {"kind": "small"}, "stages": [{"width": 1}, {"width": 2}]}
     before = copy.deepcopy(data)
     result = apply_overrides(data, overrides)
-    assert data == before, "the job that was read stays as it is"
+    assert data == before, "the input is not modified"
     return result
 
 
@@ -127,19 +127,19 @@ def overridden(*overrides):
         ("name=", ["name"], None),
     ],
 )
-def test_an_override_creates_or_replaces_what_its_path_names(override, path, value):
-    place = overridden(override)
+def test_an_override_sets_the_value_at_its_path(override, path, value):
+    node = overridden(override)
     for key in path:
-        place = place[key]
-    assert place == value
+        node = node[key]
+    assert node == value
 
 
-def test_later_overrides_win():
+def test_later_overrides_take_precedence():
     assert overridden("name=b", "name=c")["name"] == "c"
 
 
 @pytest.mark.parametrize(
-    ("override", "complaint"),
+    ("override", "message"),
     [
         ("name", "expected key=value"),
         ("=3", "expected key=value"),
@@ -153,26 +153,26 @@ def test_later_overrides_win():
         ("name=[", "the value is not YAML"),
     ],
 )
-def test_an_override_that_cannot_work_is_refused(override, complaint):
+def test_invalid_overrides_are_rejected(override, message):
     with pytest.raises(ConfigError) as caught:
         overridden(override)
-    assert complaint in str(caught.value)
+    assert message in str(caught.value)
     assert repr(override) in str(caught.value)
 
 
-def test_no_override_reaches_into_a_scalar_in_a_list():
+def test_overrides_into_a_scalar_in_a_list_are_rejected():
     with pytest.raises(ConfigError, match="'0' holds 'pp', which has no keys"):
         apply_overrides({"arms": ["pp"]}, ["arms.0.name=x"])
 
 
-def test_keys_that_yaml_reads_as_numbers_are_text():
+def test_numeric_keys_become_strings():
     assert apply_overrides(read("groups: {1: [a]}"), []) == {"groups": {"1": ["a"]}}
 
 
 # Validation.
 
 
-def test_a_valid_job_is_read_with_its_defaults():
+def test_a_valid_job_is_completed_with_defaults():
     task = validate(Task, {"name": "a", "network": {"kind": "large", "depth": 2}}, source="job")
     assert task == Task(name="a", network=Large(depth=2), guard=Guard(folds=3), seed=0)
 
@@ -191,65 +191,65 @@ def test_a_valid_job_is_read_with_its_defaults():
         ),
     ],
 )
-def test_an_unknown_key_is_answered_with_the_nearest_that_exists_there(data, line):
-    assert complaint(data) == f"job.yaml:\n  {line}"
+def test_the_error_of_an_unknown_key_suggests_the_closest_key(data, line):
+    assert error_of(data) == f"job.yaml:\n  {line}"
 
 
-def test_a_key_of_another_place_is_answered_with_the_keys_of_this_one():
+def test_the_error_of_an_unknown_key_lists_the_known_keys():
     data = {"name": "a", "network": {"kind": "small", "rates": [3]}}
-    assert complaint(data) == "job.yaml:\n  network.rates: unknown key; expected one of kind, width"
+    assert error_of(data) == "job.yaml:\n  network.rates: unknown key; expected one of kind, width"
 
 
 @pytest.mark.parametrize(
     ("value", "got"), [("ten", "'ten'"), (1.5, "1.5"), ([1], "a list"), ({"a": 1}, "a mapping")]
 )
-def test_a_wrong_type_says_what_was_expected_and_what_came(value, got):
-    line = complaint({"name": "a", "seed": value})
+def test_the_error_of_a_wrong_type_names_the_expected_type_and_the_value(value, got):
+    line = error_of({"name": "a", "seed": value})
     assert "seed: Input should be a valid integer" in line
     assert line.endswith(f"got {got}")
 
 
-def test_a_number_out_of_range_says_the_range():
-    line = complaint({"name": "a", "network": {"width": 0, "kind": "small"}})
+def test_the_error_of_a_number_out_of_range_names_the_range():
+    line = error_of({"name": "a", "network": {"width": 0, "kind": "small"}})
     assert line.endswith("network.width: Input should be greater than or equal to 1, got 0")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_must_be_finite(value):
     data = {"name": "a", "network": {"kind": "large", "depth": 1, "rates": [value]}}
-    assert "network.rates.0: Input should be a finite number" in complaint(data)
+    assert "network.rates.0: Input should be a finite number" in error_of(data)
 
 
-def test_a_missing_key_is_named_without_the_name_of_its_class():
+def test_the_error_of_a_missing_key_omits_the_class_name():
     data = {"name": "a", "network": {"kind": "large"}}
-    assert complaint(data) == "job.yaml:\n  network.depth: this key is required and missing"
+    assert error_of(data) == "job.yaml:\n  network.depth: this key is required and missing"
 
 
-def test_all_problems_are_told_at_once():
-    lines = complaint({"seed": "x", "network": {"kind": "small", "width": "y"}}).splitlines()
+def test_all_problems_are_reported_together():
+    lines = error_of({"seed": "x", "network": {"kind": "small", "width": "y"}}).splitlines()
     assert [line.split(":")[0].strip() for line in lines[1:]] == ["name", "network.width", "seed"]
 
 
-def test_only_the_member_of_a_union_that_was_meant_complains():
-    assert complaint({"name": "a", "guard": {"folds": "x"}}).splitlines()[1:] == [
+def test_only_the_intended_union_member_reports_errors():
+    assert error_of({"name": "a", "guard": {"folds": "x"}}).splitlines()[1:] == [
         "  guard.folds: Input should be a valid integer, unable to parse string as an integer, "
         "got 'x'"
     ]
 
 
-def test_where_no_member_of_a_union_was_meant_each_says_what_it_takes():
-    lines = complaint({"name": "a", "guard": "on"}).splitlines()[1:]
+def test_all_union_members_report_errors_if_none_was_intended():
+    lines = error_of({"name": "a", "guard": "on"}).splitlines()[1:]
     assert all(line.startswith("  guard: Input should be ") for line in lines)
     assert lines[-1].endswith("'off', got 'on'")
 
 
-def test_an_unknown_kind_is_answered_with_the_kinds_that_exist():
-    line = complaint({"name": "a", "network": {"kind": "medium"}})
+def test_the_error_of_an_unknown_kind_lists_the_known_kinds():
+    line = error_of({"name": "a", "network": {"kind": "medium"}})
     assert "network: Input tag 'medium'" in line
     assert "'small', 'large'" in line
 
 
-def test_a_configuration_cannot_be_changed():
+def test_configurations_are_frozen():
     task = Task(name="a")
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         task.seed = 1
@@ -259,7 +259,7 @@ def test_a_configuration_cannot_be_changed():
 
 
 def every_leaf_changed(value):
-    """`value` with one leaf changed, once for each leaf."""
+    """Yields a copy of `value` for each leaf, with that leaf changed."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from ({**value, key: changed} for changed in every_leaf_changed(inner))
@@ -273,34 +273,34 @@ def every_leaf_changed(value):
 
 def test_the_fingerprint_changes_with_every_field():
     task = Task(name="a", network=Large(depth=2, rates=(0.1, 0.2)), stages=(Small(), Small()))
-    variants = [task.model_dump(mode="json")]
-    variants += every_leaf_changed(variants[0])
+    plain = task.model_dump(mode="json")
+    variants = [plain, *every_leaf_changed(plain)]
     assert len(variants) == 12
     assert len({fingerprint(variant) for variant in variants}) == len(variants)
 
 
 @given(st.dictionaries(st.text(), st.integers() | st.text() | st.lists(st.booleans()), max_size=6))
-def test_the_order_of_the_keys_does_not_reach_the_fingerprint(data):
+def test_the_fingerprint_does_not_depend_on_the_order_of_keys(data):
     assert fingerprint(data) == fingerprint(dict(reversed(data.items())))
 
 
-def test_a_fingerprint_never_changes_between_versions():
-    # Stored runs are compared by it.
+def test_fingerprints_never_change_between_versions():
+    # Stored runs are compared by fingerprint.
     assert fingerprint(Task(name="a")) == "032134a7f777b365"
     assert fingerprint({"b": [1, 0.5, None], "a": "é"}) == "fc71bc7d381e329c"
 
 
-def test_a_model_and_its_plain_form_have_one_fingerprint():
+def test_a_model_and_its_plain_form_have_the_same_fingerprint():
     task = Task(name="a")
     assert fingerprint(task) == fingerprint(task.model_dump(mode="json"))
 
 
-def test_differing_fields_are_named_by_their_path_in_order():
+def test_differing_fields_returns_sorted_paths():
     old = {"a": 1, "b": {"c": 1, "d": [1, 2], "e": {"f": 0}}, "g": None}
     new = {"a": 1, "b": {"c": 2, "d": [1, 3], "e": {"f": 0}}, "h": 1}
     assert differing_fields(old, new) == ["b.c", "b.d", "h"]
     assert differing_fields(old, copy.deepcopy(old)) == []
 
 
-def test_a_mapping_in_place_of_a_value_is_one_difference():
+def test_a_mapping_instead_of_a_value_is_one_difference():
     assert differing_fields({"a": 1}, {"a": {"b": 1}}) == ["a"]

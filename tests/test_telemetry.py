@@ -1,4 +1,4 @@
-"""Logs that hold no secret, and metric rows that survive a resume."""
+"""Redaction of secrets in logs, and metric rows of resumed runs."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ SECRET = "hUnter/2+x"
         "https://hUnter0123456789abcdef@github.com/x.git",
     ],
 )
-def test_secrets_are_starred_in_every_form(text):
+def test_secrets_are_redacted_in_every_notation(text):
     assert "hUnter" not in redact(text)
     assert "***" in redact(text)
 
@@ -52,11 +52,11 @@ def test_secrets_are_starred_in_every_form(text):
         "no secret is kept here, and no password",
     ],
 )
-def test_other_text_stays_as_it_is(text):
+def test_other_text_is_not_changed(text):
     assert redact(text) == text
 
 
-def test_what_surrounds_a_secret_stays():
+def test_text_around_a_secret_is_not_changed():
     assert redact(f"a=1, token={SECRET}, b=2") == "a=1, token=***, b=2"
     assert redact(f"s3://key:{SECRET}@bucket/run") == "s3://***@bucket/run"
 
@@ -76,7 +76,7 @@ def log_lines(capsys):
         logging.getLogger(name).disabled = value
 
 
-def test_log_lines_hold_no_secret_even_from_arguments_and_tracebacks(log_lines):
+def test_log_lines_are_redacted_including_arguments_and_tracebacks(log_lines):
     configure_logging()
     try:
         raise ValueError(f"refused password={SECRET}")
@@ -95,7 +95,7 @@ def test_configuring_twice_writes_each_line_once(log_lines):
     assert [line.split(": ")[-1] for line in log_lines()] == ["shown"]
 
 
-def test_silent_progress_says_nothing(capsys):
+def test_silent_progress_prints_nothing(capsys):
     progress = SilentProgress()
     progress.update("task", 1, 2, "note")
     progress.say("line")
@@ -106,44 +106,44 @@ def rows(data):
     return [json.loads(line) for line in data.splitlines()]
 
 
-def test_the_sink_is_handed_all_rows_every_time():
-    kept = []
-    log = MetricsLog(kept.append, flush_every_s=1e9)
+def test_every_flush_passes_all_rows_to_the_sink():
+    flushed = []
+    log = MetricsLog(flushed.append, flush_every_s=1e9)
     log.log(step=1, loss=0.5)
     log.flush()
     log.log(step=2, loss=0.25, note="é")
     log.flush()
-    assert [[row["step"] for row in rows(data)] for data in kept] == [[1], [1, 2]]
-    assert rows(kept[1])[0]["loss"] == 0.5
-    assert rows(kept[1])[1]["note"] == "é"
-    assert kept[1].endswith(b"\n")
+    assert [[row["step"] for row in rows(data)] for data in flushed] == [[1], [1, 2]]
+    assert rows(flushed[1])[0]["loss"] == 0.5
+    assert rows(flushed[1])[1]["note"] == "é"
+    assert flushed[1].endswith(b"\n")
 
 
-def test_a_resumed_log_drops_what_will_be_made_again():
-    kept = []
-    first = MetricsLog(kept.append)
+def test_a_resumed_log_drops_rows_after_the_resume_step():
+    flushed = []
+    first = MetricsLog(flushed.append)
     for step in range(1, 8):
         first.log(step=step, attempt=0)
     first.flush()
-    resumed = MetricsLog(kept.append, existing=kept[-1], resume_step=5)
+    resumed = MetricsLog(flushed.append, existing=flushed[-1], resume_step=5)
     for step in range(6, 9):
         resumed.log(step=step, attempt=1)
     resumed.flush()
-    found = [(row["step"], row["attempt"]) for row in rows(kept[-1])]
-    assert found == [(s, 0) for s in range(1, 6)] + [(s, 1) for s in range(6, 9)]
+    steps = [(row["step"], row["attempt"]) for row in rows(flushed[-1])]
+    assert steps == [(s, 0) for s in range(1, 6)] + [(s, 1) for s in range(6, 9)]
 
 
-def test_a_log_that_starts_over_keeps_nothing():
-    kept = []
-    MetricsLog(kept.append, existing=b'{"step": 1}\n\n{"step": 2}\n', resume_step=0).flush()
-    assert kept == [b""]
+def test_a_restarted_log_drops_all_rows():
+    flushed = []
+    MetricsLog(flushed.append, existing=b'{"step": 1}\n\n{"step": 2}\n', resume_step=0).flush()
+    assert flushed == [b""]
 
 
-def test_rows_are_handed_over_now_and_then(monkeypatch):
-    now, kept = [100.0], []
+def test_rows_are_flushed_periodically(monkeypatch):
+    now, flushed = [100.0], []
     monkeypatch.setattr(telemetry.time, "monotonic", lambda: now[0])
-    log = MetricsLog(kept.append, flush_every_s=10)
+    log = MetricsLog(flushed.append, flush_every_s=10)
     for step in range(25):
         now[0] += 1
         log.log(step=step)
-    assert [len(rows(data)) for data in kept] == [10, 20]
+    assert [len(rows(data)) for data in flushed] == [10, 20]

@@ -1,1 +1,1 @@
-"""Labelled target data held in memory, how it is split, and the views (augmentation) of it."""
+"""Labelled target data in memory: sources, splits, and views (augmentation)."""

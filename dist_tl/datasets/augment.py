@@ -1,10 +1,10 @@
-"""Image operations on batches, one amount an image: moves, warps, colour changes, cut-outs.
+"""Image operations on batches, with one amount per image: shifts, warps, colour, cut-outs.
 
-All take and return float [N, C, H, W] in [-1, 1] on any device and draw nothing: what is random
-comes from the caller (`views.py`) as tensors of length N. Results may leave [-1, 1] a little;
-the caller clamps.
+All functions take and return float [N, C, H, W] in [-1, 1] on any device and are deterministic:
+random values are passed by the caller (`views.py`) as tensors of length N. Results may slightly
+exceed [-1, 1]; the caller clamps.
 
-`fill` is what lies outside an image: a pixel value, or "reflect" or "edge".
+`fill` defines the pixels outside an image: a pixel value, or "reflect" or "edge".
 """
 
 import math
@@ -18,11 +18,11 @@ Fill = float | str
 
 
 def shift(images: Tensor, down: Tensor, right: Tensor, mirrored: Tensor, *, fill: Fill) -> Tensor:
-    """Images moved by whole pixels, then mirrored left to right where asked; no interpolation.
+    """Shifts images by whole pixels and mirrors the selected ones, without interpolation.
 
     Args:
-        down, right: int64 [N], pixels; negative moves up and left.
-        mirrored: bool [N].
+        down, right: int64 [N], pixels; negative values shift up and left.
+        mirrored: bool [N], whether to mirror left to right after the shift.
     """
     num, channels, height, width = images.shape
     rows = torch.arange(height, device=images.device) - down[:, None]
@@ -46,14 +46,14 @@ def _inside(index: Tensor, length: int, fill: Fill) -> Tensor:
 
 
 def warp(images: Tensor, matrix: Tensor, offset: Tensor, *, fill: Fill) -> Tensor:
-    """Images resampled bilinearly: the pixel at p from the centre is read at matrix @ p + offset.
+    """Resamples images bilinearly: pixel p, relative to the centre, reads matrix @ p + offset.
 
     Args:
         matrix: [N, 2, 2] over (x, y), in pixels.
-        offset: [N, 2] over (x, y), as a share of the width and height.
+        offset: [N, 2] over (x, y), as a fraction of the width and height.
     """
     height, width = images.shape[2:]
-    # grid_sample counts both sides as 2, whatever their length.
+    # grid_sample defines both sides as 2, regardless of their length.
     aspect = torch.tensor([[1.0, height / width], [width / height, 1.0]], device=images.device)
     theta = torch.cat([matrix * aspect, 2.0 * offset[:, :, None]], dim=2).to(images.dtype)
     grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
@@ -64,10 +64,10 @@ def warp(images: Tensor, matrix: Tensor, offset: Tensor, *, fill: Fill) -> Tenso
 
 
 def cut_out(images: Tensor, row: Tensor, col: Tensor, side: Tensor, *, value: float) -> Tensor:
-    """Images with a square set to `value`; what of it lies outside the image is lost.
+    """Sets a square of each image to `value`; clips it at the border.
 
     Args:
-        row, col, side: int64 [N], the middle of the square and its side in pixels.
+        row, col, side: int64 [N], centre of the square and its side in pixels.
     """
     rows = torch.arange(images.shape[2], device=images.device) - (row - side // 2)[:, None]
     cols = torch.arange(images.shape[3], device=images.device) - (col - side // 2)[:, None]
@@ -77,7 +77,7 @@ def cut_out(images: Tensor, row: Tensor, col: Tensor, side: Tensor, *, value: fl
 
 
 def apply_operation(name: str, images: Tensor, amount: Tensor, *, fill: Fill) -> Tensor:
-    """The operation `name` with an amount in [-1, 1] an image; 0 leaves the image as it is."""
+    """Applies the operation `name` with an amount in [-1, 1] per image; 0 is the identity."""
     if name in COLOUR:
         return COLOUR[name](images, amount.to(images.dtype)[:, None, None, None])
     matrix, offset = _geometry(name, amount)
@@ -85,7 +85,7 @@ def apply_operation(name: str, images: Tensor, amount: Tensor, *, fill: Fill) ->
 
 
 GEOMETRIC = ("rotate", "scale", "shear_x", "shear_y", "translate_x", "translate_y")
-# What amount 1 means: degrees, factor, slope, share of the side.
+# Strength at amount 1: degrees, factor, slope, fraction of the side.
 _MAX_ROTATION_DEG, _MAX_SCALE, _MAX_SHEAR, _MAX_TRANSLATION = 30.0, 1.5, 0.3, 0.3
 
 
@@ -117,7 +117,7 @@ def _gray(images: Tensor) -> Tensor:
     return (images * luma[:, None, None]).sum(dim=1, keepdim=True)
 
 
-# Enhancements go from 0.1 times to 1.9 times what distinguishes the image from its reference.
+# Scales the difference between the image and its reference by 0.1 to 1.9.
 def _enhance(reference: Tensor | float, images: Tensor, amount: Tensor) -> Tensor:
     return (reference + (images - reference) * (1.0 + 0.9 * amount)).clamp(-1.0, 1.0)
 
@@ -131,7 +131,7 @@ def _contrast(images: Tensor, amount: Tensor) -> Tensor:
 
 
 def _saturation(images: Tensor, amount: Tensor) -> Tensor:
-    # A gray image is its own reference, so it stays as it is.
+    # A gray image equals its reference, so it does not change.
     return _enhance(_gray(images), images, amount)
 
 
@@ -145,7 +145,7 @@ def _sharpness(images: Tensor, amount: Tensor) -> Tensor:
 
 
 def _posterize(images: Tensor, amount: Tensor) -> Tensor:
-    # Up to 4 of the 8 bits of a level are dropped.
+    # Drops up to 4 of the 8 bits of a level.
     step = 2.0 ** (4.0 * amount.abs()).round()
     levels = ((images + 1.0) * 127.5).round()
     posterized = (levels / step).floor() * step / 127.5 - 1.0

@@ -1,4 +1,4 @@
-"""Encoded images to uint8 arrays: limits, orientation, channels, size.
+"""Decodes images to uint8 arrays: limits, orientation, channels, size.
 
 Not covered: fetching the bytes (`folder.py`, `tars.py`).
 """
@@ -19,15 +19,15 @@ _GRAY_MODES = ("1", "L", "LA", "La", "I", "F")
 
 
 def decode_image(data: bytes, *, name: str) -> Image.Image:
-    """A JPEG or PNG, decoded whole and turned upright as its EXIF tag says.
+    """Decodes a JPEG or PNG and applies its EXIF orientation.
 
     Args:
-        name: what messages call the image.
+        name: name of the image for error messages.
 
     Raises:
-        DataError: neither JPEG nor PNG, truncated or damaged, or of more than 64 million pixels.
+        DataError: neither JPEG nor PNG, truncated, damaged, or more than 64 million pixels.
     """
-    # Decoders answer damaged bytes with nearly any exception; all of them mean the same here.
+    # Decoders raise nearly any exception for damaged bytes; all of them mean the same here.
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
     except Image.DecompressionBombError:
@@ -49,12 +49,12 @@ def decode_image(data: bytes, *, name: str) -> Image.Image:
 
 
 def as_array(image: Image.Image, *, size: int | None, channels: int | None) -> NDArray[np.uint8]:
-    """An image as uint8 [H, W, C].
+    """Converts an image to uint8 [H, W, C].
 
     Args:
-        size: side of the square to make, in pixels: the largest centred square is resized
-            (bilinear, averaging where it shrinks). None keeps height and width.
-        channels: 1 for gray, 3 for colour. None keeps what the image has; transparency goes.
+        size: side of the square output, in pixels: the largest centred square is resized
+            (bilinear, with antialiasing). None keeps height and width.
+        channels: 1 for gray, 3 for colour. None keeps the image's own; transparency is dropped.
     """
     image = _eight_bits(image)
     gray = channels == 1 or (channels is None and image.mode in _GRAY_MODES)
@@ -66,7 +66,7 @@ def as_array(image: Image.Image, *, size: int | None, channels: int | None) -> N
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    # Pillow clips 16-bit gray at 255 when it converts; scaling keeps the picture.
+    # Pillow clips 16-bit gray at 255 in conversions; scaling preserves the picture.
     if not image.mode.startswith("I;16"):
         return image
     levels = np.asarray(image).astype(np.uint32)

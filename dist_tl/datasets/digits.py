@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1797 gray images of 8x8 pixels that need no download."""
+"""scikit-learn's handwritten digits: 1797 gray images of 8x8 pixels, no download required."""
 
 from typing import Literal
 
@@ -12,20 +12,22 @@ from dist_tl.datasets.views import ViewsConfig
 
 
 class DigitsConfig(SourceConfig):
-    """The digits 0 to 9, classes named "0" to "9"."""
+    """The digits 0 to 9; class names are "0" to "9"."""
 
     source: Literal["digits"] = "digits"
     views: ViewsConfig = Field(
-        default=ViewsConfig(kind="digits"), description="How images are varied in training."
+        default=ViewsConfig(kind="digits"), description="Data augmentation in training."
     )
 
 
 def list_digits() -> Listing:
-    """All 1797 digits, with levels 0..16 spread over 0..255 and rounded."""
-    # scikit-learn takes a second to import, which `dist-tl plan` of other data need not wait for.
+    """Returns all 1797 digits, with levels 0..16 scaled to 0..255 and rounded."""
+    # Imported lazily: the import takes a second, and `dist-tl plan` of other data does not need it.
     from sklearn.datasets import load_digits
+    from sklearn.utils import Bunch
 
     digits = load_digits()
+    assert isinstance(digits, Bunch)
     images = np.rint(digits.images * (255.0 / 16.0)).astype(np.uint8)
     return Listing(
         names=[f"digit {i}" for i in range(len(images))],

@@ -1,6 +1,6 @@
-"""Another domain of the same images: turned, shrunk, noisy, inverted.
+"""Domain shifts of images: rotation, shrinking, noise, inversion.
 
-For experts that know one domain each, and for targets that mix them, without a second data set.
+Create experts for one domain each, and targets that mix domains, from a single data set.
 """
 
 from collections.abc import Sequence
@@ -16,28 +16,28 @@ from dist_tl.seeds import numpy_rng
 
 
 class DomainConfig(StrictModel):
-    """A fixed change of every image; the steps are taken in this order."""
+    """A fixed transformation of every image; the steps are applied in this order."""
 
     scale: float = Field(
-        default=1.0, gt=0, le=1, description="Side of the shrunken image, in the middle of black."
+        default=1.0, gt=0, le=1, description="Scale of the image, centred on black."
     )
     rotate: Literal[0, 90, 180, 270] = Field(default=0, description="Degrees, counterclockwise.")
-    mirror: bool = Field(default=False, description="Left and right change places.")
-    invert: bool = Field(default=False, description="Black becomes white.")
+    mirror: bool = Field(default=False, description="Mirror left to right.")
+    invert: bool = Field(default=False, description="Invert the levels.")
     noise: float = Field(
-        default=0.0, ge=0, le=1, description="Standard deviation of noise, as a share of white."
+        default=0.0, ge=0, le=1, description="Standard deviation of noise, as a fraction of white."
     )
-    seed: int = Field(default=0, ge=0, description="Fixes the noise.")
+    seed: int = Field(default=0, ge=0, description="Seed of the noise.")
 
 
 def change_domain(
     images: NDArray[np.uint8], config: DomainConfig, *, numbers: Sequence[int]
 ) -> NDArray[np.uint8]:
-    """The images in another domain, uint8 [N, H, W, C]; square ones keep their shape.
+    """Transforms images to another domain. Returns uint8 [N, H, W, C].
 
     Args:
-        images: uint8 [N, H, W, C].
-        numbers: which images of the source these are: an image's noise follows from its number.
+        images: uint8 [N, H, W, C]; square images keep their shape.
+        numbers: positions of the images in the source; they seed the noise.
     """
     changed = images if config.scale == 1.0 else _shrunk(images, config.scale)
     changed = np.rot90(changed, config.rotate // 90, axes=(1, 2))

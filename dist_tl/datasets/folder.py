@@ -1,4 +1,4 @@
-"""Images in a local folder that has one sub-folder a class."""
+"""Images in a local folder with one sub-folder per class."""
 
 from pathlib import Path
 from typing import Literal
@@ -14,22 +14,22 @@ from dist_tl.errors import ConfigError, DataError
 
 
 class FolderConfig(SourceConfig):
-    """A folder of classes, each a folder of JPEG and PNG files, at any depth below it."""
+    """A folder with one sub-folder of JPEG and PNG files, at any depth, per class."""
 
     source: Literal["folder"] = "folder"
-    path: str = Field(min_length=1, description="Local folder with one sub-folder a class.")
+    path: str = Field(min_length=1, description="Local folder with one sub-folder per class.")
     unlabelled: bool = Field(
         default=False,
-        description="All images below the folder, as one class: for pools without labels.",
+        description="Read all images below the folder as one class: for unlabelled pools.",
     )
 
     _local = field_validator("path")(require_local)
 
 
 def list_folder(config: FolderConfig) -> Listing:
-    """Every image below the class folders, by sorted class name and sorted path.
+    """Lists all images below the class folders, sorted by class name and path.
 
-    Hidden files and folders, and files of other kinds, are passed over.
+    Skips hidden files and folders, and files of other types.
 
     Raises:
         ConfigError: the path is not a folder.
@@ -51,13 +51,11 @@ def list_folder(config: FolderConfig) -> Listing:
 
 def _list_unlabelled(root: Path) -> Listing:
     if not root.is_dir():
-        found = "a file" if root.exists() else "nothing"
-        raise ConfigError(f"path: expected a folder at {root}, found {found}")
+        existing = "a file" if root.exists() else "nothing"
+        raise ConfigError(f"path: expected a folder at {root}, found {existing}")
     paths = _images_below(root)
     if not paths:
-        raise DataError(
-            f"{root} has no images below it; expected {', '.join(IMAGE_SUFFIXES)} files"
-        )
+        raise DataError(f"{root} contains no images; expected {', '.join(IMAGE_SUFFIXES)} files")
     return Listing(
         names=[str(path) for path in paths],
         labels=np.zeros(len(paths), dtype=np.int64),
@@ -68,16 +66,16 @@ def _list_unlabelled(root: Path) -> Listing:
 
 def _class_folders(root: Path) -> list[Path]:
     if not root.is_dir():
-        found = "a file" if root.exists() else "nothing"
-        raise ConfigError(f"path: expected a folder at {root}, found {found}")
+        existing = "a file" if root.exists() else "nothing"
+        raise ConfigError(f"path: expected a folder at {root}, found {existing}")
     entries = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
     if not entries:
-        raise DataError(f"{root} is empty; expected one sub-folder of images a class")
+        raise DataError(f"{root} is empty; expected one sub-folder of images per class")
     folders = sorted((entry for entry in entries if entry.is_dir()), key=lambda entry: entry.name)
     if not folders:
         raise DataError(
             f"{root} has files ({min(entry.name for entry in entries)}, ...) but no sub-folders; "
-            "move the images of each class into a sub-folder that bears the name of the class"
+            "move the images of each class into a sub-folder with the name of the class"
         )
     return folders
 

@@ -1,6 +1,6 @@
-"""Labelled images at rest (uint8), and the one mapping between uint8 and float pixels.
+"""Labelled images in memory (uint8), and their conversion to and from float pixels.
 
-Not covered: where images come from (`spec.py`) and what is drawn from them (`views.py`).
+Not covered: sources of images (`spec.py`) and augmentation (`views.py`).
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from dist_tl.errors import NumericsError
 
 
 def to_float(images: NDArray[np.uint8]) -> Tensor:
-    """Pixels as networks see them: x / 127.5 - 1.
+    """Converts pixels to network inputs: x / 127.5 - 1.
 
     Args:
         images: uint8 [N, H, W, C].
 
     Returns:
-        float32 [N, C, H, W] in [-1, 1], a fresh tensor.
+        float32 [N, C, H, W] in [-1, 1], a new tensor.
 
     Raises:
         ValueError: the input is not uint8 with four dimensions.
@@ -33,7 +33,7 @@ def to_float(images: NDArray[np.uint8]) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:
-    """The inverse of :func:`to_float`: rounded to the nearest level, clamped to 0..255.
+    """Inverts :func:`to_float`: rounds to the nearest level and clamps to 0..255.
 
     Args:
         images: floating point [N, C, H, W] on any device.
@@ -58,14 +58,14 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
-    """A data set in memory.
+    """A labelled data set in memory.
 
     Attributes:
-        images: uint8 [N, H, W, C], C being 1 or 3.
+        images: uint8 [N, H, W, C], C = 1 or 3.
         labels: int64 [N], indices into `class_names`.
-        class_names: one name a class, in the order of the labels.
-        domains: int64 [N], indices into `domain_names`; None where there is one domain only.
-        domain_names: one name a domain.
+        class_names: one name per class, in the order of the labels.
+        domains: int64 [N], indices into `domain_names`; None if there is only one domain.
+        domain_names: one name per domain.
     """
 
     images: NDArray[np.uint8]
@@ -79,17 +79,17 @@ class LabelledImages:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are; a subset keeps those of the whole."""
+        """Number of classes; a subset keeps all classes."""
         return len(self.class_names)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W), as networks ask for it."""
+        """(C, H, W), the input shape of networks."""
         _, height, width, channels = self.images.shape
         return channels, height, width
 
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> "LabelledImages":
-        """The images at `indices`, in that order, with the same class names."""
+        """Returns the images at `indices`, in that order, with the same class names."""
         chosen = np.asarray(indices, dtype=np.int64)
         return replace(
             self,
@@ -99,5 +99,5 @@ class LabelledImages:
         )
 
     def tensor(self, indices: Sequence[int] | NDArray[np.int64] | None = None) -> Tensor:
-        """The images (at `indices`, or all) as float32 [N, C, H, W] in [-1, 1]."""
+        """Returns the images (at `indices`, or all) as float32 [N, C, H, W] in [-1, 1]."""
         return to_float(self.images if indices is None else self.subset(indices).images)

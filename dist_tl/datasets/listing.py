@@ -1,4 +1,4 @@
-"""What a source says about its images before any of them is decoded."""
+"""Listing of a source's images, before any of them is decoded."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,20 +7,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-UNLABELLED = "unlabelled"  # the one class of images without labels
+UNLABELLED = "unlabelled"  # the only class of images without labels
 
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """All images of a source: names and labels now, pixels on request.
+    """All images of a source: names and labels, with lazy decoding.
 
-    Only the images that a job keeps are ever decoded, so `limit: 200` of a large set is quick.
+    Only the images that a job keeps are decoded, so `limit: 200` of a large set is fast.
 
     Attributes:
-        names: one a image, for messages, e.g. the path of its file.
+        names: one name per image for messages, e.g. the path of its file.
         labels: int64 [N], indices into `class_names`.
-        class_names: the source's own classes, those without an image included.
-        read: the image at a position, decoded whole.
+        class_names: all classes of the source, including classes without images.
+        read: decodes the image at a position.
     """
 
     names: Sequence[str]

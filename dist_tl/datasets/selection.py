@@ -1,7 +1,7 @@
-"""What a job keeps of a source: classes, groups of classes, a part, a limit.
+"""Selection of a source's images: classes, groups of classes, a part, a limit.
 
-The part is taken before classes are chosen or grouped, so that part 0 under one naming of the
-classes and part 1 under another never share an image.
+The part is selected before classes are chosen or grouped, so that part 0 with one set of class
+names and part 1 with another never share an image.
 """
 
 import difflib
@@ -17,22 +17,22 @@ from pydantic import Field, StrictInt, StrictStr, model_validator
 from dist_tl.config import StrictModel
 from dist_tl.datasets.domains import DomainConfig
 from dist_tl.datasets.listing import Listing
-from dist_tl.datasets.splits import deal, draw_evenly
+from dist_tl.datasets.splits import assign_parts, draw_evenly
 from dist_tl.datasets.views import ViewsConfig
 from dist_tl.errors import ConfigError, DataError
 from dist_tl.seeds import numpy_rng
 
-# Strict, because YAML reads `no` and `yes` as booleans, which would pass for the indices 0 and 1.
+# Strict, because YAML 1.1 reads `no` and `yes` as booleans, which would be indices 0 and 1.
 ClassKey = StrictInt | StrictStr
 
 
 class PartConfig(StrictModel):
-    """One of several disjoint parts, each holding every class in the same proportion."""
+    """One of several disjoint parts with the same class proportions."""
 
-    index: int | tuple[int, ...] = Field(description="Which part or parts, counted from 0.")
-    of: int = Field(ge=1, description="Into how many parts the data is divided.")
+    index: int | tuple[int, ...] = Field(description="Part or parts to keep, from 0.")
+    of: int = Field(ge=1, description="Number of parts.")
     seed: int = Field(
-        default=0, description="Fixes the division; the same for parts that must not meet."
+        default=0, description="Seed of the division; use the same seed for disjoint parts."
     )
 
     @model_validator(mode="after")
@@ -43,23 +43,23 @@ class PartConfig(StrictModel):
 
     @property
     def indices(self) -> tuple[int, ...]:
-        """The parts that are kept."""
+        """Indices of the parts to keep."""
         return (self.index,) if isinstance(self.index, int) else self.index
 
 
 class SourceConfig(StrictModel):
-    """What every source of labelled images understands."""
+    """Options of every source of labelled images."""
 
     classes: tuple[ClassKey, ...] | None = Field(
         default=None,
         min_length=1,
-        description="Classes to keep, by name or index; they are renumbered in this order.",
+        description="Classes to keep, by name or index; renumbered in this order.",
     )
     groups: dict[str, tuple[ClassKey, ...]] | None = Field(
         default=None,
         min_length=1,
-        description="New class name -> its original classes. New classes are numbered in the "
-        "order of their sorted names; classes in no group are dropped.",
+        description="New class name -> original classes. New classes are numbered in sorted "
+        "order of their names; classes in no group are dropped.",
     )
     part: PartConfig | None = Field(
         default=None, description="Keep one disjoint part of the source."
@@ -68,19 +68,19 @@ class SourceConfig(StrictModel):
         default=None,
         ge=1,
         le=2048,
-        description="Side in pixels of the square images; default: as stored.",
+        description="Side of the square images in pixels; default: as stored.",
     )
     channels: Literal[1, 3] | None = Field(
         default=None, description="1 gray, 3 colour; default: as stored."
     )
     limit: int | None = Field(
-        default=None, ge=1, description="Keep at most this many images, all classes alike."
+        default=None, ge=1, description="Maximum number of images, drawn evenly from all classes."
     )
     domain: DomainConfig | None = Field(
-        default=None, description="A fixed change of every image: another domain of the same data."
+        default=None, description="Fixed transformation of every image to another domain."
     )
     views: ViewsConfig = Field(
-        default=ViewsConfig(kind="natural"), description="How images are varied in training."
+        default=ViewsConfig(kind="natural"), description="Data augmentation in training."
     )
 
     @model_validator(mode="after")
@@ -92,7 +92,7 @@ class SourceConfig(StrictModel):
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Positions in a listing, sorted, with the labels and class names that the job gives them."""
+    """Sorted positions in a listing, with the job's labels and class names."""
 
     indices: NDArray[np.int64]
     labels: NDArray[np.int64]
@@ -100,10 +100,10 @@ class Selection:
 
 
 def select(listing: Listing, config: SourceConfig, *, seed: int) -> Selection:
-    """The images that a job keeps.
+    """Selects the images that a job keeps.
 
     Args:
-        seed: fixes which images a `limit` keeps, and nothing else.
+        seed: determines which images `limit` keeps, and nothing else.
 
     Raises:
         ConfigError: a class that does not exist or is chosen twice, or too few images for the
@@ -115,7 +115,7 @@ def select(listing: Listing, config: SourceConfig, *, seed: int) -> Selection:
     keep = new_label[listing.labels] >= 0
     if config.part is not None:
         rng = numpy_rng(config.part.seed, "part of the data", config.part.of)
-        keep &= np.isin(deal(listing.labels, config.part.of, rng), config.part.indices)
+        keep &= np.isin(assign_parts(listing.labels, config.part.of, rng), config.part.indices)
     indices = np.flatnonzero(keep)
     labels = new_label[listing.labels[indices]]
     if config.limit is not None and config.limit < len(indices):
@@ -130,15 +130,15 @@ def select(listing: Listing, config: SourceConfig, *, seed: int) -> Selection:
 
 
 def require_local(path: str) -> str:
-    """`path` itself.
+    """Returns `path` if it is a local path.
 
     Raises:
-        ValueError: it is a URL; labelled data is read from local files only.
+        ValueError: it is a URL; labelled data must be local.
     """
     if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+://", path):
         raise ValueError(
-            f"{path} is a URL, and labelled data is read from local paths only; "
-            "mount the bucket or copy it to a local folder, and give that path"
+            f"{path} is a URL, but labelled data must be in local files; mount the bucket or copy "
+            "it to a local folder, and use that path"
         )
     return path
 
@@ -146,34 +146,34 @@ def require_local(path: str) -> str:
 def _relabelling(
     config: SourceConfig, class_names: tuple[str, ...]
 ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """The new label of every original class (-1: dropped), and the new class names."""
+    """Returns the new label of each original class (-1: dropped), and the new class names."""
     groups = _groups(config, class_names)
     new_label = np.full(len(class_names), -1, dtype=np.int64)
     for label, (name, members) in enumerate(groups):
         for member in members:
             if new_label[member] >= 0:
                 before = groups[new_label[member]][0]
-                where = f"in {before!r} and {name!r}" if before != name else f"twice in {name!r}"
-                where = where if config.groups else "listed twice"
-                raise ConfigError(f"class {class_names[member]!r} is {where}; keep it once")
+                twice = f"in {before!r} and {name!r}" if before != name else f"twice in {name!r}"
+                twice = twice if config.groups else "listed twice"
+                raise ConfigError(f"class {class_names[member]!r} is {twice}; keep it once")
             new_label[member] = label
     return new_label, tuple(name for name, _ in groups)
 
 
 def _groups(config: SourceConfig, class_names: tuple[str, ...]) -> list[tuple[str, list[int]]]:
     if config.classes is not None:
-        chosen = [_find(key, class_names) for key in config.classes]
+        chosen = [_class_index(key, class_names) for key in config.classes]
         return [(class_names[index], [index]) for index in chosen]
     if config.groups is not None:
-        # Sorted: a job's fingerprint ignores the order of keys, so the labels must as well.
+        # Sorted, like the keys in a job's fingerprint: the labels must not depend on their order.
         return [
-            (name, [_find(key, class_names) for key in members])
+            (name, [_class_index(key, class_names) for key in members])
             for name, members in sorted(config.groups.items())
         ]
     return [(name, [index]) for index, name in enumerate(class_names)]
 
 
-def _find(key: int | str, class_names: Sequence[str]) -> int:
+def _class_index(key: int | str, class_names: Sequence[str]) -> int:
     if isinstance(key, int):
         if 0 <= key < len(class_names):
             return key
@@ -191,7 +191,7 @@ def _require_images(listing: Listing, new_label: NDArray[np.int64], *, num_parts
         name = listing.class_names[index]
         if counts[index] == 0:
             raise DataError(
-                f"class {name!r} has no images; add some, or leave it out with classes or groups"
+                f"class {name!r} has no images; add some, or exclude it with classes or groups"
             )
         if counts[index] < num_parts:
             raise ConfigError(

@@ -1,9 +1,9 @@
-"""What a job says about labelled data, and loading it into memory.
+"""Configuration of labelled data, and loading it into memory.
 
-Sources: `digits` (nothing to download), `folder` (one sub-folder a class), `wds` (local tars),
-and `mixture` of these, whose images remember their domain.
-Not covered: URLs. Stores belong to `dist_tl.storage`; labelled target sets are small, so they are
-read from a local path, a mounted bucket included.
+Sources: `digits` (no download), `folder` (one sub-folder per class), `wds` (local tars), and
+`mixture` of these, which records the domain of each image.
+Not covered: URLs. Labelled target sets are small, so they are read from local paths, including
+mounted buckets; object stores belong to `dist_tl.storage`.
 """
 
 from collections.abc import Iterable
@@ -29,12 +29,12 @@ OneSource = Annotated[DigitsConfig | FolderConfig | WdsConfig, Field(discriminat
 
 
 class MixtureConfig(StrictModel):
-    """Data sets with the same classes, side by side; each is a domain of its own."""
+    """Several data sets with the same classes; each one is a domain."""
 
     source: Literal["mixture"]
-    domains: dict[str, OneSource] = Field(min_length=1, description="Domain name -> its data.")
+    domains: dict[str, OneSource] = Field(min_length=1, description="Domain name -> data source.")
     views: ViewsConfig = Field(
-        default=ViewsConfig(kind="natural"), description="How images are varied in training."
+        default=ViewsConfig(kind="natural"), description="Data augmentation in training."
     )
 
 
@@ -44,32 +44,33 @@ DataConfig = Annotated[
 
 
 def load_images(config: DataConfig, *, seed: int = 0) -> LabelledImages:
-    """The images that a job names, decoded, in the order of the source.
+    """Loads and decodes the images of a job, in the order of the source.
 
     Args:
-        seed: fixes which images `limit` keeps, and nothing else. The arms and repeats of a job
-            pass the same one, so that they share their data.
+        seed: determines which images `limit` keeps, and nothing else. All arms and repeats of a
+            job use the same seed, so that they share their data.
 
     Raises:
-        ConfigError: the job asks for what the source cannot give; the message says what to change.
+        ConfigError: the options do not match the source; the message says what to change.
         DataError: the source exists but is damaged; the message names the file or class.
     """
     if isinstance(config, MixtureConfig):
         return _mixture(config, seed)
     listing = _list(config)
     chosen = select(listing, config, seed=seed)
+    positions: list[int] = chosen.indices.tolist()
     images = (
         (listing.names[i], as_array(listing.read(i), size=config.size, channels=config.channels))
-        for i in chosen.indices
+        for i in positions
     )
-    stacked = _stack(images, len(chosen.indices))
+    stacked = _stack(images, len(positions))
     if config.domain is not None:
-        stacked = change_domain(stacked, config.domain, numbers=chosen.indices.tolist())
+        stacked = change_domain(stacked, config.domain, numbers=positions)
     return LabelledImages(stacked, chosen.labels, chosen.class_names)
 
 
 def _mixture(config: MixtureConfig, seed: int) -> LabelledImages:
-    # Sorted: a job's fingerprint ignores the order of keys, so the order of images must as well.
+    # Sorted, like the keys in a job's fingerprint: the images must not depend on their order.
     parts = {name: load_images(config.domains[name], seed=seed) for name in sorted(config.domains)}
     first_name, first = next(iter(parts.items()))
     for name, part in parts.items():
@@ -100,7 +101,7 @@ def _list(config: OneSource) -> Listing:
 
 
 def _stack(images: Iterable[tuple[str, NDArray[np.uint8]]], num_images: int) -> NDArray[np.uint8]:
-    stacked: NDArray[np.uint8] | None = None
+    stacked, first, shape = None, "", ()
     for i, (name, image) in enumerate(images):
         if stacked is None:
             first, shape = name, image.shape
@@ -108,7 +109,7 @@ def _stack(images: Iterable[tuple[str, NDArray[np.uint8]]], num_images: int) -> 
         if image.shape != shape:
             raise ConfigError(_difference(first, shape, name, image.shape))
         stacked[i] = image
-    assert stacked is not None, "a selection holds at least one image of every class"
+    assert stacked is not None, "a selection has at least one image of every class"
     return stacked
 
 

@@ -1,4 +1,4 @@
-"""Stratified divisions of labelled data: test split, label draw, folds, parts.
+"""Stratified splits of labelled data: test split, label draw, folds, parts.
 
 All functions are pure: the same labels and seeds give the same indices on every machine.
 """
@@ -18,12 +18,12 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class TargetSplit:
-    """Disjoint sorted int64 positions that together cover the data.
+    """Disjoint sorted int64 positions that cover all the data.
 
     Attributes:
-        train: the labelled images that a method may learn from.
-        pool: what remains; a method may see these images but never their labels.
-        test: what accuracy is measured on.
+        train: labelled images for training.
+        pool: remaining images; a method may use the images but not their labels.
+        test: images for measuring accuracy.
     """
 
     train: Indices
@@ -40,19 +40,19 @@ def split_target(
     draw_seed: int,
     class_names: Sequence[str] | None = None,
 ) -> TargetSplit:
-    """Set a test split aside, then draw a few labelled images a class from the rest.
+    """Splits off a test set, then draws a few labelled images per class from the rest.
 
-    The test split follows from `data_seed` alone, so arms and repeats with other draw seeds are
-    measured on the same images. A larger `labels_per_class` adds images to those of a smaller one.
+    The test set depends on `data_seed` only, so arms and repeats with other draw seeds are
+    evaluated on the same images. A larger `labels_per_class` extends the draw of a smaller one.
 
     Args:
         labels: int64 [N].
-        test_fraction: share of every class for the test split, rounded, but at least one image
+        test_fraction: fraction of every class in the test set, rounded, but at least one image
             of each class and never all of them.
-        class_names: for messages; without it classes are called by their label.
+        class_names: for messages; labels are used by default.
 
     Raises:
-        ConfigError: a number is out of its range, or a class has too few images.
+        ConfigError: a value is out of range, or a class has too few images.
     """
     _require_labels(labels)
     if not 0.0 < test_fraction < 1.0:
@@ -70,7 +70,7 @@ def split_target(
     for label, test_size in zip(classes, num_test, strict=True):
         members = np.flatnonzero(labels == label)
         shuffled = numpy_rng(data_seed, "test split", label).permutation(members)
-        # Sorted, so that the draw depends on which images remain and not on how they came.
+        # Sorted, so that the draw depends on the set of remaining images, not on their order.
         rest = np.sort(shuffled[test_size:])
         drawn = numpy_rng(draw_seed, "label draw", label).permutation(rest)
         test.append(shuffled[:test_size])
@@ -80,16 +80,16 @@ def split_target(
 
 
 def folds(labels: Labels, num_folds: int, seed: int) -> list[tuple[Indices, Indices]]:
-    """Stratified cross-validation: one (train, test) pair of sorted positions a fold.
+    """Returns stratified cross-validation folds: (train, test) pairs of sorted positions.
 
-    Every image is in the test part of exactly one fold, and both parts of every fold hold every
-    class.
+    Every image is in the test part of exactly one fold, and both parts of every fold contain
+    every class.
 
     Args:
         labels: int64 [N].
 
     Raises:
-        ConfigError: fewer than 2 folds, or more than the smallest class has images.
+        ConfigError: fewer than 2 folds, or more folds than images of the smallest class.
     """
     _require_labels(labels)
     if num_folds < 2:
@@ -101,32 +101,32 @@ def folds(labels: Labels, num_folds: int, seed: int) -> list[tuple[Indices, Indi
             f"folds: {num_folds} is more than the {counts[smallest]} images of class "
             f"{classes[smallest]}; use at most that many folds"
         )
-    fold = deal(labels, num_folds, numpy_rng(seed, "folds", num_folds))
+    fold = assign_parts(labels, num_folds, numpy_rng(seed, "folds", num_folds))
     return [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(num_folds)]
 
 
-def deal(labels: Labels, num_hands: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """The hand (0..num_hands-1) that each image falls to, dealt class after class like cards.
+def assign_parts(labels: Labels, num_parts: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Assigns each image to a part in 0..num_parts-1, stratified by class.
 
-    Sizes of hands differ by at most one, in every class and in total.
+    Sizes of parts differ by at most one, in every class and in total.
     """
     order = _shuffled_by_class(labels, rng)
-    hand = np.empty(len(labels), dtype=np.int64)
-    hand[order] = np.arange(len(labels)) % num_hands
-    return hand
+    part = np.empty(len(labels), dtype=np.int64)
+    part[order] = np.arange(len(labels)) % num_parts
+    return part
 
 
 def draw_evenly(labels: Labels, num_drawn: int, rng: np.random.Generator) -> Indices:
-    """Sorted positions of `num_drawn` images, every class in its proportion.
+    """Draws `num_drawn` images with the class proportions of the data. Returns sorted positions.
 
-    Every class keeps at least one image when `num_drawn` is at least the number of classes.
+    Every class has at least one image if `num_drawn` is at least the number of classes.
     """
     order = _shuffled_by_class(labels, rng)
     _, counts = np.unique(labels, return_counts=True)
     starts = np.cumsum(counts) - counts
     rank = np.arange(len(labels)) - np.repeat(starts, counts)
     depth = (rank + 0.5) / np.repeat(counts, counts)
-    depth[rank == 0] = -1.0  # the first of each class comes before all others
+    depth[rank == 0] = -1.0  # the first image of each class precedes all others
     return np.sort(order[np.argsort(depth, kind="stable")[:num_drawn]])
 
 
@@ -152,11 +152,11 @@ def _require_enough(
     name = repr(class_names[label]) if class_names is not None else str(label)
     if counts.min() < 2:
         raise ConfigError(
-            f"class {name} has a single image; at least 2 are needed, one to learn from and one "
+            f"class {name} has a single image; at least 2 are required, one for training and one "
             "for the test split"
         )
     if most < labels_per_class:
         raise ConfigError(
-            f"labels_per_class: {labels_per_class} is more than class {name} can give: it has "
-            f"{count} images, {most} of them outside the test split; use at most {most}"
+            f"labels_per_class: {labels_per_class} is more than class {name} has: {most} of its "
+            f"{count} images are outside the test split; use at most {most}"
         )

@@ -1,7 +1,7 @@
 """Labelled images in local webdataset tars: members KEY.jpg or KEY.png, and KEY.cls.
 
-The tars are indexed once and images are read at their offsets, so only what a job keeps is
-decoded. Nothing is ever extracted to disk or unpickled.
+The tars are indexed once and images are read at their offsets, so only the images that a job keeps
+are decoded. Nothing is extracted to disk or unpickled.
 """
 
 import glob
@@ -23,20 +23,20 @@ MAX_LABEL = 1_000_000
 
 
 class WdsConfig(SourceConfig):
-    """Tars of images with integer labels, as webdataset lays them out."""
+    """Webdataset tars of images with integer labels."""
 
     source: Literal["wds"] = "wds"
     path: str | tuple[str, ...] = Field(
-        min_length=1, description="One tar, several tars, or patterns such as data/train-*.tar."
+        min_length=1, description="One tar, several tars, or glob patterns (data/train-*.tar)."
     )
     classes_file: str | None = Field(
         default=None,
-        description="Text file of class names, one a line; default: the labels themselves.",
+        description="Text file of class names, one per line; default: the labels themselves.",
     )
 
     unlabelled: bool = Field(
         default=False,
-        description="Images alone, as one class, with or without .cls: for unlabelled pools.",
+        description="Read all images as one class and ignore .cls: for unlabelled pools.",
     )
 
     @field_validator("path", "classes_file")
@@ -49,7 +49,7 @@ class WdsConfig(SourceConfig):
 
 @dataclass(frozen=True)
 class _Member:
-    """Where the bytes of one tar member lie."""
+    """Location of the bytes of one tar member."""
 
     tar: Path
     name: str
@@ -69,14 +69,14 @@ class _Member:
 
 
 def list_tars(config: WdsConfig) -> Listing:
-    """Every sample of the tars, in the order of the paths and of their members.
+    """Lists all samples of the tars, in the order of the paths and of their members.
 
-    Members that are neither images nor `.cls` are passed over.
+    Skips members that are neither images nor `.cls`.
 
     Raises:
         ConfigError: a path or pattern matches nothing, or a tar is named twice.
-        DataError: a file is no plain tar, a member has an unsafe name or is too large, a sample
-            lacks its image or label, or a label is not an integer that names a class.
+        DataError: a file is not an uncompressed tar, a member has an unsafe name or is too large, a
+            sample lacks its image or label, or a label is not a valid class index.
     """
     patterns = (config.path,) if isinstance(config.path, str) else config.path
     if config.unlabelled:
@@ -121,7 +121,7 @@ def _images(tar: Path) -> dict[str, _Member]:
     for member in _members(tar):
         key, suffix = _key_and_suffix(member.name)
         if suffix in IMAGE_SUFFIXES:
-            _keep(images, key, member)
+            _add(images, key, member)
     return images
 
 
@@ -129,35 +129,35 @@ def _tar_paths(patterns: tuple[str, ...]) -> list[Path]:
     paths: list[Path] = []
     for pattern in patterns:
         literal = Path(pattern).expanduser()
-        # A name that exists is meant as it stands, even where it holds a bracket.
-        found = [literal] if literal.exists() else sorted(map(Path, glob.glob(str(literal))))
-        if not found:
+        # An existing path is used literally, even if it contains a bracket.
+        matches = [literal] if literal.exists() else sorted(map(Path, glob.glob(str(literal))))
+        if not matches:
             raise ConfigError(f"path: nothing matches {pattern}; expected a local tar or a pattern")
-        paths += found
+        paths += matches
     for path in paths:
         if path.is_dir():
-            raise ConfigError(f"path: {path} is a folder; give its tars, e.g. {path}/*.tar")
+            raise ConfigError(f"path: {path} is a folder; use its tars, e.g. {path}/*.tar")
         if paths.count(path) > 1:
-            raise ConfigError(f"path: {path} is named twice, so its images would count twice")
+            raise ConfigError(f"path: {path} is named twice; name each tar once")
     return paths
 
 
 def _samples(tar: Path) -> Iterator[tuple[_Member, _Member]]:
-    """(image, label) of every sample of a tar."""
+    """Yields (image, label) of every sample of a tar."""
     images: dict[str, _Member] = {}
     labels: dict[str, _Member] = {}
     for member in _members(tar):
         key, suffix = _key_and_suffix(member.name)
         if suffix in IMAGE_SUFFIXES:
-            _keep(images, key, member)
+            _add(images, key, member)
         elif suffix == "cls":
-            _keep(labels, key, member)
+            _add(labels, key, member)
     for key, label in labels.items():
         if key not in images:
-            raise DataError(f"{label} has no image {key}.jpg or {key}.png beside it; add it")
+            raise DataError(f"{label} has no image {key}.jpg or {key}.png in its tar; add it")
     for key, image in images.items():
         if key not in labels:
-            raise DataError(f"{image} has no label {key}.cls beside it; add it")
+            raise DataError(f"{image} has no label {key}.cls in its tar; add it")
         yield image, labels[key]
 
 
@@ -168,14 +168,14 @@ def _key_and_suffix(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", suffix.lower()
 
 
-def _keep(members: dict[str, _Member], key: str, member: _Member) -> None:
+def _add(members: dict[str, _Member], key: str, member: _Member) -> None:
     if key in members:
         raise DataError(f"{member} and {members[key].name} share the key {key!r}; keep one")
     members[key] = member
 
 
 def _members(tar: Path) -> Iterator[_Member]:
-    """The regular files of an uncompressed tar, with their names and sizes checked."""
+    """Yields the regular files of an uncompressed tar, with checked names and sizes."""
     end = 0
     try:
         with tarfile.open(tar, mode="r:") as archive:
@@ -186,25 +186,25 @@ def _members(tar: Path) -> Iterator[_Member]:
                 end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         _require_end_mark(tar, end)
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{tar} is no plain tar ({error}); unpack it if compressed") from None
+        raise DataError(f"{tar} is not an uncompressed tar ({error}); decompress it") from None
     except OSError as error:
         raise DataError(f"{tar} cannot be read: {error.strerror}") from None
 
 
 def _require_end_mark(tar: Path, end: int) -> None:
-    # tarfile takes a cut or a damaged header after the first member for the end of the archive.
+    # tarfile treats truncated or damaged headers after the first member as the end of the archive.
     with tar.open("rb") as file:
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise DataError(f"{tar} is cut off or damaged at byte {end}; copy the file again")
+            raise DataError(f"{tar} is truncated or damaged at byte {end}; copy the file again")
 
 
 def _check_member(info: tarfile.TarInfo, tar: Path) -> None:
     path = PurePosixPath(info.name)
     if path.is_absolute() or ".." in path.parts or "\\" in info.name:
-        raise DataError(f"{tar} has a member with the unsafe name {info.name!r}; pack it again")
+        raise DataError(f"{tar} has a member with the unsafe name {info.name!r}; repack it")
     if not (info.isreg() or info.isdir()) or info.issparse():
-        raise DataError(f"{info.name} in {tar} is a link or special file; pack plain files only")
+        raise DataError(f"{info.name} in {tar} is a link or special file; use regular files only")
     if info.size > MAX_FILE_BYTES:
         raise DataError(
             f"{info.name} in {tar} has {info.size} bytes, more than {MAX_FILE_BYTES}; scale it down"
@@ -216,9 +216,9 @@ def _label(member: _Member) -> int:
     try:
         label = int(text)
     except ValueError:
-        raise DataError(f"{member} holds {text[:20]!r}; expected an integer label") from None
+        raise DataError(f"{member} contains {text[:20]!r}; expected an integer label") from None
     if not 0 <= label < MAX_LABEL:
-        raise DataError(f"{member} holds {label}; expected a label in 0..{MAX_LABEL - 1}")
+        raise DataError(f"{member} contains {label}; expected a label in 0..{MAX_LABEL - 1}")
     return label
 
 
@@ -228,7 +228,7 @@ def _class_names(path: Path) -> tuple[str, ...]:
     except OSError as error:
         raise ConfigError(f"classes_file: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text; expected one class name a line") from None
+        raise DataError(f"{path} is not UTF-8 text; expected one class name per line") from None
     if not names or "" in names or len(set(names)) < len(names):
-        raise DataError(f"{path} has no names, an empty line or a name twice; one name a line")
+        raise DataError(f"{path} is empty or has an empty or duplicate line; use one name per line")
     return names

@@ -1,4 +1,4 @@
-"""Folders of classes: what is read, in which order, and every way it can be wrong."""
+"""Folders of classes: which images are read, their order, and invalid folders."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def pets(tmp_path):
     return tmp_path
 
 
-def test_classes_and_files_come_in_the_order_of_their_names(pets):
+def test_classes_and_files_are_sorted_by_name(pets):
     data = load(pets)
     assert data.class_names == ("cat", "dog")
     assert data.labels.tolist() == [0, 0, 1, 1, 1]
@@ -43,13 +43,13 @@ def test_classes_and_files_come_in_the_order_of_their_names(pets):
     assert abs(levels[1] - 100) <= 2  # JPEG
 
 
-def test_the_order_does_not_follow_the_file_system(tmp_path):
+def test_the_order_does_not_depend_on_the_file_system(tmp_path):
     for level in np.random.default_rng(0).permutation(30):
         write(tmp_path / "a" / f"{level:02d}.png", level)
     assert load(tmp_path).images[:, 0, 0, 0].tolist() == list(range(30))
 
 
-def test_hidden_files_and_other_kinds_of_files_are_passed_over(pets):
+def test_hidden_files_and_other_file_types_are_skipped(pets):
     (pets / ".git").mkdir()
     (pets / "README.md").write_text("pets")
     (pets / "cat/.DS_Store").write_bytes(b"x")
@@ -58,21 +58,21 @@ def test_hidden_files_and_other_kinds_of_files_are_passed_over(pets):
     assert len(load(pets)) == 5
 
 
-def test_only_images_that_are_kept_are_decoded(pets):
+def test_only_selected_images_are_decoded(pets):
     (pets / "dog/d.png").write_bytes(b"damaged")
     assert len(load(pets, classes=["cat"])) == 2
     with pytest.raises(DataError, match=r"d\.png is neither"):
         load(pets)
 
 
-def test_a_class_without_images_is_refused_unless_it_is_left_out(pets):
+def test_a_class_without_images_is_rejected_unless_it_is_excluded(pets):
     (pets / "bird").mkdir()
     with pytest.raises(DataError, match="class 'bird' has no images"):
         load(pets)
     assert load(pets, classes=["cat", "dog"]).class_names == ("cat", "dog")
 
 
-def test_a_folder_that_is_missing_empty_or_flat_is_refused(tmp_path):
+def test_missing_empty_and_flat_folders_are_rejected(tmp_path):
     with pytest.raises(ConfigError, match=r"expected a folder at .*nowhere, found nothing"):
         load(tmp_path / "nowhere")
     with pytest.raises(DataError, match="is empty"):
@@ -84,39 +84,39 @@ def test_a_folder_that_is_missing_empty_or_flat_is_refused(tmp_path):
         load(tmp_path / "a.png")
 
 
-def test_a_truncated_image_is_named(pets):
+def test_the_error_of_a_truncated_image_names_it(pets):
     data = (pets / "cat/2.jpg").read_bytes()
     (pets / "cat/2.jpg").write_bytes(data[:-20])
     with pytest.raises(DataError, match=r"cat/2\.jpg cannot be decoded"):
         load(pets)
 
 
-def test_a_file_above_the_limit_is_named(pets, monkeypatch):
+def test_the_error_of_a_file_above_the_limit_names_it(pets, monkeypatch):
     monkeypatch.setattr(folder, "MAX_FILE_BYTES", 10)
     with pytest.raises(DataError, match=r"cat/1\.png is larger than 10 bytes"):
         load(pets)
 
 
-def test_images_of_differing_sizes_need_a_size(pets):
+def test_images_of_different_sizes_require_a_size(pets):
     write(pets / "dog/e.png", 9, shape=(6, 5, 3))
     with pytest.raises(ConfigError, match=r"4 x 4 pixels and .*e\.png has 5 x 6; add size:"):
         load(pets)
     assert load(pets, size=4).images.shape == (6, 4, 4, 3)
 
 
-def test_images_of_differing_channels_need_channels(pets):
+def test_images_of_different_channels_require_channels(pets):
     write(pets / "dog/e.png", 9, shape=(4, 4))
     with pytest.raises(ConfigError, match=r"3 channel\(s\) and .*e\.png has 1; add channels:"):
         load(pets)
     assert load(pets, channels=1).images.shape == (6, 4, 4, 1)
 
 
-def test_a_misspelt_class_is_answered_with_the_nearest(pets):
+def test_the_error_of_a_misspelt_class_suggests_the_closest(pets):
     with pytest.raises(ConfigError, match="no class 'dogs'; did you mean 'dog'"):
         load(pets, classes=["dogs"])
 
 
-def test_a_number_for_a_name_is_told_to_use_quotes(tmp_path):
+def test_the_error_of_a_number_used_as_a_name_suggests_quotes(tmp_path):
     for name in ("7", "9"):
         write(tmp_path / name / "a.png", 0)
     assert load(tmp_path, classes=["9"]).class_names == ("9",)
@@ -124,12 +124,12 @@ def test_a_number_for_a_name_is_told_to_use_quotes(tmp_path):
         load(tmp_path, classes=[9])
 
 
-def test_a_url_is_refused_before_anything_is_read():
+def test_urls_are_rejected_before_anything_is_read():
     with pytest.raises(ConfigError, match=r"s3://bucket/pets is a URL.*mount.*or copy"):
         load("s3://bucket/pets")
 
 
-def test_a_pool_without_labels_needs_no_class_folders(tmp_path):
+def test_an_unlabelled_pool_requires_no_class_folders(tmp_path):
     write(tmp_path / "b.png", 2)
     write(tmp_path / "deep" / "a.png", 1)
     pool = load(tmp_path, unlabelled=True)
@@ -137,7 +137,7 @@ def test_a_pool_without_labels_needs_no_class_folders(tmp_path):
     assert pool.images[:, 0, 0, 0].tolist() == [2, 1]
     assert pool.labels.tolist() == [0, 0]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no images below"):
+    with pytest.raises(DataError, match="contains no images"):
         load(tmp_path / "empty", unlabelled=True)
     with pytest.raises(ConfigError, match="expected a folder"):
         load(tmp_path / "nowhere", unlabelled=True)

@@ -1,4 +1,4 @@
-"""Webdataset tars: what is read, and every way a tar or a sample can be wrong."""
+"""Webdataset tars: which samples are read, and invalid tars and samples."""
 
 import gzip
 import io
@@ -21,7 +21,7 @@ class Job(StrictModel):
 
 
 def load(path, **fields):
-    path = [str(one) for one in path] if isinstance(path, list) else str(path)
+    path = [str(item) for item in path] if isinstance(path, list) else str(path)
     data = {"source": "wds", "path": path, **fields}
     return load_images(validate(Job, {"data": data}, source="job").data)
 
@@ -47,7 +47,7 @@ def samples(labels, first=0):
         yield f"{i:06d}.cls", str(label).encode()
 
 
-def test_samples_come_in_the_order_of_the_tars_and_their_members(tmp_path):
+def test_samples_follow_the_order_of_the_tars_and_their_members(tmp_path):
     write_tar(tmp_path / "a-1.tar", samples([0, 1], first=2))
     write_tar(tmp_path / "a-0.tar", samples([1, 2]))
     data = load(tmp_path / "a-*.tar")
@@ -70,7 +70,7 @@ def test_keys_end_at_the_first_dot_of_the_file_name_as_in_webdataset(tmp_path):
     assert load(write_tar(tmp_path / "a.tar", members)).images[:, 0, 0, 0].tolist() == [7, 8]
 
 
-def test_a_classes_file_names_the_labels(tmp_path):
+def test_a_classes_file_names_the_classes(tmp_path):
     write_tar(tmp_path / "a.tar", samples([1, 0, 1]))
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     data = load(tmp_path / "a.tar", classes_file=str(tmp_path / "classes.txt"), classes=["dog"])
@@ -78,7 +78,7 @@ def test_a_classes_file_names_the_labels(tmp_path):
     assert data.images[:, 0, 0, 0].tolist() == [0, 2]
 
 
-def test_a_label_without_a_name_and_a_name_without_an_image_are_refused(tmp_path):
+def test_labels_without_names_and_classes_without_images_are_rejected(tmp_path):
     write_tar(tmp_path / "a.tar", samples([0, 3]))
     names = tmp_path / "classes.txt"
     names.write_text("a\nb\nc\n")
@@ -93,10 +93,10 @@ def test_a_label_without_a_name_and_a_name_without_an_image_are_refused(tmp_path
 
 
 @pytest.mark.parametrize("text", ["", "a\n\nb", "a\na\n"])
-def test_a_classes_file_that_is_no_list_of_names_is_refused(tmp_path, text):
+def test_invalid_classes_files_are_rejected(tmp_path, text):
     write_tar(tmp_path / "a.tar", samples([0]))
     (tmp_path / "classes.txt").write_text(text)
-    with pytest.raises(DataError, match=r"classes\.txt has no names, an empty line or a name"):
+    with pytest.raises(DataError, match=r"classes\.txt is empty or has an empty or duplicate"):
         load(tmp_path / "a.tar", classes_file=str(tmp_path / "classes.txt"))
     with pytest.raises(ConfigError, match=r"classes_file: .* cannot be read"):
         load(tmp_path / "a.tar", classes_file=str(tmp_path / "nowhere.txt"))
@@ -109,11 +109,14 @@ def test_a_classes_file_that_is_no_list_of_names_is_refused(tmp_path, text):
         ([("a.json", b"{}")], "no members KEY.jpg or KEY.png"),
         ([("a.png", png(0))], r"a\.png in .* has no label a\.cls"),
         ([("a.cls", b"0")], r"a\.cls in .* has no image a\.jpg"),
-        ([("a.png", png(0)), ("a.cls", b"cat")], r"a\.cls in .* holds b'cat'; expected an integer"),
+        (
+            [("a.png", png(0)), ("a.cls", b"cat")],
+            r"a\.cls in .* contains b'cat'; expected an integer",
+        ),
         ([("a.png", png(0)), ("a.cls", b"")], "expected an integer"),
         ([("a.png", png(0)), ("a.cls", b"\x80\x04K\x01.")], "expected an integer"),  # a pickle
-        ([("a.png", png(0)), ("a.cls", b"-1")], "holds -1; expected a label in 0"),
-        ([("a.png", png(0)), ("a.cls", b"99999999")], "holds 99999999; expected a label in 0"),
+        ([("a.png", png(0)), ("a.cls", b"-1")], "contains -1; expected a label in 0"),
+        ([("a.png", png(0)), ("a.cls", b"99999999")], "contains 99999999; expected a label in 0"),
         ([("a.png", png(0)), ("a.jpg", png(0)), ("a.cls", b"0")], "share the key 'a'"),
         ([("a.png", b"damaged"), ("a.cls", b"0")], r"a\.png in .* is neither a JPEG nor a PNG"),
         ([("../a.png", png(0)), ("../a.cls", b"0")], r"unsafe name '\.\./a\.png'"),
@@ -121,7 +124,7 @@ def test_a_classes_file_that_is_no_list_of_names_is_refused(tmp_path, text):
         ([("c:\\a.png", png(0))], "unsafe name"),
     ],
 )
-def test_a_bad_member_is_refused_by_name(tmp_path, members, message):
+def test_the_error_of_an_invalid_member_names_it(tmp_path, members, message):
     with pytest.raises(DataError, match=message):
         load(write_tar(tmp_path / "a.tar", members))
 
@@ -129,7 +132,7 @@ def test_a_bad_member_is_refused_by_name(tmp_path, members, message):
 @pytest.mark.parametrize(
     "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE]
 )
-def test_links_and_special_files_are_refused(tmp_path, kind):
+def test_links_and_special_files_are_rejected(tmp_path, kind):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         info = tarfile.TarInfo("a.png")
         info.type, info.linkname = kind, "/etc/passwd"
@@ -138,44 +141,44 @@ def test_links_and_special_files_are_refused(tmp_path, kind):
         load(tmp_path / "a.tar")
 
 
-def test_a_member_above_the_limit_is_refused(tmp_path, monkeypatch):
+def test_a_member_above_the_limit_is_rejected(tmp_path, monkeypatch):
     write_tar(tmp_path / "a.tar", samples([0]))
     monkeypatch.setattr(tars, "MAX_FILE_BYTES", 10)
     with pytest.raises(DataError, match=r"000000\.png in .* bytes, more than 10"):
         load(tmp_path / "a.tar")
 
 
-def test_a_tar_that_ends_early_is_refused(tmp_path):
+def test_truncated_tars_are_rejected(tmp_path):
     data = write_tar(tmp_path / "a.tar", samples([0, 1])).read_bytes()
     for length in (100, 600, 2148, 2600, 3072, 4096):
-        (tmp_path / "cut.tar").write_bytes(data[:length])
-        with pytest.raises(DataError, match=r"cut\.tar"):
-            load(tmp_path / "cut.tar")
+        (tmp_path / "truncated.tar").write_bytes(data[:length])
+        with pytest.raises(DataError, match=r"truncated\.tar"):
+            load(tmp_path / "truncated.tar")
 
 
-def test_a_damaged_header_in_the_middle_does_not_pass_for_the_end(tmp_path):
+def test_a_damaged_header_is_not_treated_as_the_end(tmp_path):
     data = bytearray(write_tar(tmp_path / "a.tar", samples([0, 1])).read_bytes())
     data[2048 : 2048 + 8] = b"\xff" * 8
     (tmp_path / "a.tar").write_bytes(data)
-    with pytest.raises(DataError, match="cut off or damaged at byte 2048"):
+    with pytest.raises(DataError, match="truncated or damaged at byte 2048"):
         load(tmp_path / "a.tar")
 
 
-def test_what_is_no_plain_tar_is_refused(tmp_path):
+def test_other_and_compressed_files_are_rejected(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"not a tar at all" * 100)
-    with pytest.raises(DataError, match=r"a\.tar is no plain tar"):
+    with pytest.raises(DataError, match=r"a\.tar is not an uncompressed tar"):
         load(tmp_path / "a.tar")
     packed = gzip.compress(write_tar(tmp_path / "b.tar", samples([0])).read_bytes())
     (tmp_path / "b.tar.gz").write_bytes(packed)
-    with pytest.raises(DataError, match=r"no plain tar .* unpack it"):
+    with pytest.raises(DataError, match=r"not an uncompressed tar .* decompress it"):
         load(tmp_path / "b.tar.gz")
 
 
-def test_paths_that_match_nothing_or_twice_are_refused(tmp_path):
+def test_paths_that_match_nothing_or_twice_are_rejected(tmp_path):
     tar = write_tar(tmp_path / "a.tar", samples([0]))
     with pytest.raises(ConfigError, match=r"nothing matches .*none-"):
         load(tmp_path / "none-*.tar")
-    with pytest.raises(ConfigError, match=r"is a folder; give its tars"):
+    with pytest.raises(ConfigError, match=r"is a folder; use its tars"):
         load(tmp_path)
     with pytest.raises(ConfigError, match="is named twice"):
         load([tar, tmp_path / "*.tar"])
@@ -183,7 +186,7 @@ def test_paths_that_match_nothing_or_twice_are_refused(tmp_path):
         load([])
 
 
-def test_urls_are_refused_for_every_path():
+def test_urls_are_rejected_for_every_path():
     with pytest.raises(ConfigError, match=r"https://example\.org/b\.tar is a URL"):
         load(["a.tar", "https://example.org/b.tar"])
     with pytest.raises(ConfigError, match="s3://bucket/classes is a URL"):
@@ -197,9 +200,9 @@ def shared_cifar():
 
 @pytest.mark.skipif(
     not (shared_cifar() / "test-0000.tar").is_file(),
-    reason="no CIFAR-10 tars beside the checkout; point DIST_TL_SHARED at their folder",
+    reason="no CIFAR-10 tars next to the checkout; set DIST_TL_SHARED to their folder",
 )
-def test_two_hundred_real_images_are_read_twenty_a_class():
+def test_200_real_images_are_read_with_20_per_class():
     folder = shared_cifar()
     classes = str(folder / "classes.txt")
     data = load(folder / "test-0000.tar", classes_file=classes, limit=200)
@@ -209,7 +212,7 @@ def test_two_hundred_real_images_are_read_twenty_a_class():
     assert data.images.std() > 30.0
 
 
-def test_a_pool_without_labels_is_one_class_whatever_labels_lie_beside(tmp_path):
+def test_an_unlabelled_pool_is_one_class_and_ignores_labels(tmp_path):
     write_tar(tmp_path / "a.tar", [("0.png", png(1)), ("1.png", png(2)), ("1.cls", b"7")])
     pool = load(tmp_path / "a.tar", unlabelled=True)
     assert pool.class_names == ("unlabelled",)

@@ -1,4 +1,4 @@
-"""Decoding of JPEG and PNG: exact where it can be, refused by name where it cannot."""
+"""Decoding of JPEG and PNG: conversions, and errors that name the image."""
 
 import io
 import zlib
@@ -26,28 +26,28 @@ def decoded(data, size=None, channels=None):
     return as_array(decode_image(data, name="x.png"), size=size, channels=channels)
 
 
-def test_a_png_comes_back_bit_for_bit_in_gray_and_in_colour():
+def test_gray_and_colour_pngs_are_decoded_exactly():
     np.testing.assert_array_equal(decoded(encoded(noise(5, 7))), noise(5, 7)[:, :, None])
     np.testing.assert_array_equal(decoded(encoded(noise(5, 7, 3))), noise(5, 7, 3))
 
 
-def test_channels_are_made_as_asked():
+def test_channels_are_converted():
     gray = encoded(noise(4, 4))
     np.testing.assert_array_equal(decoded(gray, channels=3), np.dstack([noise(4, 4)] * 3))
     assert decoded(encoded(noise(4, 4, 3)), channels=1).shape == (4, 4, 1)
-    assert decoded(encoded(noise(4, 4, 4))).shape == (4, 4, 3)  # transparency goes
+    assert decoded(encoded(noise(4, 4, 4))).shape == (4, 4, 3)  # drops transparency
 
 
-def test_the_stored_size_asked_for_changes_no_pixel():
+def test_the_stored_size_changes_no_pixel():
     np.testing.assert_array_equal(decoded(encoded(noise(6, 6, 3)), size=6), noise(6, 6, 3))
 
 
-def test_shrinking_averages_instead_of_skipping_pixels():
+def test_shrinking_averages_pixels():
     stripes = np.tile(np.array([0, 200], np.uint8), (32, 16))
     assert np.abs(decoded(encoded(stripes), size=8).astype(int) - 100)[1:-1, 1:-1].max() <= 2
 
 
-def test_an_oblong_image_is_cut_to_its_centre_and_not_squashed():
+def test_a_wide_image_is_cropped_to_its_centre():
     wide = np.zeros((4, 12), np.uint8)
     wide[:, 4:8] = 255
     assert decoded(encoded(wide), size=4).min() == 255
@@ -58,42 +58,42 @@ def test_sixteen_bit_gray_is_scaled_and_not_clipped():
     assert decoded(encoded(levels)).ravel().tolist() == [0, 1, 128, 255]
 
 
-def test_a_photo_taken_sideways_is_turned_upright():
+def test_the_exif_orientation_is_applied():
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn clockwise by a quarter
+    exif[0x0112] = 6  # orientation: rotate 90 degrees clockwise
     array = decoded(encoded(noise(8, 16, 3), "JPEG", exif=exif))
     assert array.shape == (16, 8, 3)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_a_truncated_image_is_refused_by_name(kind):
+def test_the_error_of_a_truncated_image_names_it(kind):
     data = encoded(noise(32, 32, 3), kind)
     with pytest.raises(DataError, match=r"x\.png cannot be decoded"):
         decode_image(data[: len(data) // 2], name="x.png")
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", encoded(noise(4, 4), "GIF")])
-def test_what_is_neither_jpeg_nor_png_is_refused_by_name(data):
+def test_the_error_of_another_format_names_the_image(data):
     with pytest.raises(DataError, match=r"cat/3\.jpg is neither a JPEG nor a PNG"):
         decode_image(data, name="cat/3.jpg")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_damaged_bytes_raise_a_data_error_or_decode_but_nothing_else(kind):
+def test_damaged_bytes_are_decoded_or_raise_a_data_error(kind):
     rng = np.random.default_rng(1)
-    good = np.frombuffer(encoded(noise(16, 16, 3), kind), np.uint8)
-    num_refused = 0
+    intact = np.frombuffer(encoded(noise(16, 16, 3), kind), np.uint8)
+    num_rejected = 0
     for _ in range(150):
-        data = good.copy()
+        data = intact.copy()
         data[rng.integers(len(data), size=4)] = rng.integers(256, size=4)
         try:
             assert decoded(data.tobytes()).dtype == np.uint8
         except DataError:
-            num_refused += 1
-    assert num_refused > 0
+            num_rejected += 1
+    assert num_rejected > 0
 
 
-def test_an_image_above_the_pixel_limit_is_refused_before_it_is_decoded(monkeypatch):
+def test_an_image_above_the_pixel_limit_is_rejected_before_decoding(monkeypatch):
     monkeypatch.setattr(decode, "MAX_PIXELS", 100)
     assert decoded(encoded(noise(10, 10))).shape == (10, 10, 1)
     truncated = encoded(noise(10, 11))[:-30]  # decoding would fail on it

@@ -1,4 +1,4 @@
-"""The one mapping between uint8 and float pixels, and what a data set in memory offers."""
+"""Conversion between uint8 and float pixels, and labelled data sets in memory."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,12 @@ from dist_tl.errors import NumericsError
 
 
 def every_level():
-    """All 256 levels, each in a place of its own of a 3-channel image."""
+    """Returns all 256 levels at distinct positions of a 3-channel image."""
     levels = np.arange(256, dtype=np.uint8)
     return np.stack([levels, levels[::-1], np.roll(levels, 7)], axis=-1).reshape(1, 16, 16, 3)
 
 
-def test_every_level_survives_the_round_trip():
+def test_every_level_round_trips():
     np.testing.assert_array_equal(to_uint8(to_float(every_level())), every_level())
 
 
@@ -27,27 +27,28 @@ def test_the_mapping_is_x_over_127_5_minus_1_with_channels_first():
     assert (mapped.min().item(), mapped.max().item()) == (-1.0, 1.0)
 
 
-def test_values_beyond_the_range_are_clamped_and_others_go_to_the_nearest_level():
+def test_values_are_clamped_and_rounded_to_the_nearest_level():
     values = torch.tensor([-1.7, 1.01, 0.0 + 0.3 / 127.5]).view(1, 1, 1, 3)
     assert to_uint8(values).ravel().tolist() == [0, 255, 128]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_pixel_that_is_not_finite_is_refused_with_its_image(bad):
+def test_the_error_of_a_non_finite_pixel_names_the_image(bad):
     images = torch.zeros(4, 1, 2, 2)
     images[2, 0, 1, 1] = bad
     with pytest.raises(NumericsError, match="image 2 of 4"):
         to_uint8(images)
 
 
-def test_wrong_dtypes_and_shapes_are_refused():
+@pytest.mark.parametrize("dtype", [np.float32])
+def test_invalid_dtypes_and_shapes_are_rejected(dtype):
     with pytest.raises(ValueError, match="expected uint8"):
-        to_float(np.zeros((1, 2, 2, 1), dtype=np.float32))
+        to_float(np.zeros((1, 2, 2, 1), dtype))
     with pytest.raises(ValueError, match="expected floating"):
         to_uint8(torch.zeros(2, 2))
 
 
-def test_an_empty_batch_passes_both_ways():
+def test_empty_batches_are_converted():
     assert to_float(np.zeros((0, 4, 5, 3), dtype=np.uint8)).shape == (0, 3, 4, 5)
     assert to_uint8(torch.zeros(0, 3, 4, 5)).shape == (0, 4, 5, 3)
 

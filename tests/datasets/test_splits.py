@@ -1,4 +1,4 @@
-"""Stratified divisions: nothing lost, nothing shared, and what each seed may change."""
+"""Stratified splits: disjoint, complete, and dependent on the right seeds only."""
 
 from itertools import pairwise
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_tl.datasets.splits import deal, draw_evenly, folds, split_target
+from dist_tl.datasets.splits import assign_parts, draw_evenly, folds, split_target
 from dist_tl.errors import ConfigError
 
 SEEDS = st.integers(0, 2**31)
@@ -15,7 +15,7 @@ SEEDS = st.integers(0, 2**31)
 
 @st.composite
 def shuffled_labels(draw, smallest=4, largest=25):
-    """1 to 5 classes, each with `smallest` to `largest` images, in random order."""
+    """Draws 1 to 5 classes of `smallest` to `largest` images each, in random order."""
     counts = draw(st.lists(st.integers(smallest, largest), min_size=1, max_size=5))
     labels = np.repeat(np.arange(len(counts)), counts)
     return np.random.default_rng(draw(SEEDS)).permutation(labels)
@@ -38,7 +38,7 @@ def counts(labels, indices):
 
 @settings(deadline=None, max_examples=60)
 @given(shuffled_labels(), st.floats(0.01, 0.5), st.integers(1, 2), SEEDS, SEEDS)
-def test_a_split_is_disjoint_sorted_covers_all_and_counts_as_asked(labels, share, k, seed, draw):
+def test_a_split_is_disjoint_sorted_complete_and_stratified(labels, share, k, seed, draw):
     result = split(labels, k, share, seed, draw)
     parts = (result.train, result.pool, result.test)
     assert np.sort(np.concatenate(parts)).tolist() == list(range(len(labels)))
@@ -53,12 +53,12 @@ def test_a_split_is_disjoint_sorted_covers_all_and_counts_as_asked(labels, share
 
 @settings(deadline=None, max_examples=30)
 @given(shuffled_labels(smallest=8), SEEDS, SEEDS)
-def test_the_test_split_depends_on_the_data_seed_alone(labels, draw, other_draw):
+def test_the_test_split_depends_on_the_data_seed_only(labels, draw, other_draw):
     first, second = split(labels, 1, draw_seed=draw), split(labels, 4, draw_seed=other_draw)
     assert first.test.tolist() == second.test.tolist()
 
 
-def test_each_seed_changes_what_it_should():
+def test_each_seed_changes_its_own_split():
     labels = np.arange(400) % 4
     base = split(labels, 10)
     assert split(labels, 10, draw_seed=1).train.tolist() != base.train.tolist()
@@ -66,19 +66,19 @@ def test_each_seed_changes_what_it_should():
     assert split(labels, 10).train.tolist() == base.train.tolist()
 
 
-def test_more_labels_a_class_keep_those_of_fewer():
+def test_more_labels_per_class_extend_a_smaller_draw():
     labels = np.arange(60) % 3
     draws = [set(split(labels, k).train) for k in (1, 2, 5, 14)]
     assert all(few < many for few, many in pairwise(draws))
 
 
-def test_a_class_is_split_alike_whatever_other_classes_there_are():
+def test_the_split_of_a_class_does_not_depend_on_other_classes():
     labels = np.repeat([0, 1, 2], 20)
     only_last = split(labels[40:])
     assert split(labels).test[-6:].tolist() == (only_last.test + 40).tolist()
 
 
-def test_the_smallest_classes_still_give_one_image_to_each_side():
+def test_the_smallest_classes_have_one_image_in_each_split():
     result = split(np.array([0, 0, 1, 1]), 1, 0.01)
     assert (len(result.train), len(result.pool), len(result.test)) == (2, 0, 2)
     assert len(split(np.array([0, 0, 1, 1]), 1, 0.99).train) == 2
@@ -88,29 +88,29 @@ def test_the_smallest_classes_still_give_one_image_to_each_side():
     ("arguments", "message"),
     [
         ({"labels_per_class": 4}, "labels_per_class: 4 is more than class 1 .* 5 images.* most 3"),
-        ({"labels_per_class": 4, "class_names": ("cat", "dog")}, "class 'dog' can give"),
+        ({"labels_per_class": 4, "class_names": ("cat", "dog")}, "class 'dog' has"),
         ({"labels_per_class": 0}, "at least 1, got 0"),
         ({"test_fraction": 0.0}, "test_fraction: expected more than 0"),
         ({"test_fraction": 1.0}, "less than 1, got 1.0"),
     ],
 )
-def test_an_impossible_split_is_refused_with_what_works(arguments, message):
+def test_the_error_of_an_impossible_split_suggests_a_valid_one(arguments, message):
     labels = np.array([0] * 9 + [1] * 5)
     with pytest.raises(ConfigError, match=message):
         split(labels, **{"test_fraction": 0.4, **arguments})
 
 
-def test_the_largest_number_of_labels_that_the_message_names_works():
+def test_the_suggested_number_of_labels_is_valid():
     labels = np.array([0] * 9 + [1] * 5)
     assert counts(labels, split(labels, 3, 0.4).train).tolist() == [3, 3]
 
 
-def test_a_class_of_a_single_image_is_refused():
+def test_a_class_of_a_single_image_is_rejected():
     with pytest.raises(ConfigError, match="class 1 has a single image"):
         split(np.array([0, 0, 0, 1]), 1)
 
 
-def test_labels_that_are_not_integers_in_a_row_are_refused():
+def test_labels_of_invalid_dtype_or_shape_are_rejected():
     for labels in (np.zeros(3), np.zeros((2, 2), np.int64), np.zeros(0, np.int64)):
         with pytest.raises(ValueError, match="expected integer labels"):
             split(labels)
@@ -118,7 +118,7 @@ def test_labels_that_are_not_integers_in_a_row_are_refused():
 
 @settings(deadline=None, max_examples=40)
 @given(shuffled_labels(), st.integers(2, 4), SEEDS)
-def test_every_image_is_tested_in_one_fold_and_every_class_is_in_both_parts(labels, num, seed):
+def test_every_image_is_tested_once_and_every_class_is_in_both_parts(labels, num, seed):
     pairs = folds(labels, num, seed)
     assert len(pairs) == num
     tested = np.concatenate([test for _, test in pairs])
@@ -130,13 +130,13 @@ def test_every_image_is_tested_in_one_fold_and_every_class_is_in_both_parts(labe
     assert np.ptp([len(test) for _, test in pairs]) <= 1
 
 
-def test_folds_follow_their_seed():
+def test_folds_depend_on_their_seed():
     labels = np.arange(40) % 2
     first, again, other = (folds(labels, 4, seed)[0][1].tolist() for seed in (0, 0, 1))
     assert first == again != other
 
 
-def test_too_few_or_too_many_folds_are_refused():
+def test_too_few_or_too_many_folds_are_rejected():
     labels = np.array([0] * 6 + [7] * 3)
     assert len(folds(labels, 3, 0)) == 3
     with pytest.raises(ConfigError, match="4 is more than the 3 images of class 7"):
@@ -147,16 +147,16 @@ def test_too_few_or_too_many_folds_are_refused():
 
 @settings(deadline=None, max_examples=40)
 @given(shuffled_labels(smallest=1), st.integers(1, 6), SEEDS)
-def test_hands_differ_by_at_most_one_in_every_class_and_in_total(labels, num_hands, seed):
-    hand = deal(labels, num_hands, np.random.default_rng(seed))
-    table = np.array([counts(labels, hand == k) for k in range(num_hands)])
-    assert np.ptp(table, axis=0).max() <= 1
-    assert np.ptp(table.sum(axis=1)) <= 1
+def test_part_sizes_differ_by_at_most_one_in_every_class_and_in_total(labels, num_parts, seed):
+    part = assign_parts(labels, num_parts, np.random.default_rng(seed))
+    sizes = np.array([counts(labels, part == k) for k in range(num_parts)])
+    assert np.ptp(sizes, axis=0).max() <= 1
+    assert np.ptp(sizes.sum(axis=1)) <= 1
 
 
 @settings(deadline=None, max_examples=40)
 @given(shuffled_labels(smallest=1), st.data())
-def test_an_even_draw_has_its_size_and_leaves_no_class_out(labels, data):
+def test_draw_evenly_returns_the_number_of_images_and_includes_every_class(labels, data):
     num_classes = labels.max() + 1
     num_drawn = data.draw(st.integers(num_classes, len(labels)))
     drawn = draw_evenly(labels, num_drawn, np.random.default_rng(data.draw(SEEDS)))

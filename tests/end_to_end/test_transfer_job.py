@@ -266,7 +266,7 @@ def test_a_second_start_takes_the_run_over_and_the_first_stops(
     second = start(job, "pp.training.steps=400")
     _, err = first.communicate(timeout=120)
     assert first.returncode == 3
-    assert "attempt 2 at this run was started" in " ".join(err.split())
+    assert "attempt 2 of this run was started" in " ".join(err.split())
     results = finish(second)
     assert {s["arm"] for s in results["scores"]} == {"scratch", "pp"}
     run, _ = undisturbed
