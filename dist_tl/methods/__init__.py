@@ -1,1 +1,1 @@
-"""The mathematics of each method: pure torch, one sub-package a paper, no machinery."""
+"""The mathematics of each method: pure PyTorch, one sub-package per paper, no distributed code."""

@@ -157,7 +157,7 @@ def test_too_few_experts_left_are_a_named_error_even_with_degrade(stored):
         experts.wait_until_up()
         for index in (0, 2):
             ray.kill(experts.replicas[index].actors[0], no_restart=True)
-        with pytest.raises(WorkerError, match="1 experts are left, 2 are needed"):
+        with pytest.raises(WorkerError, match="1 experts are available, every sample needs 2"):
             experts.answer(SOURCE, plan)
 
 

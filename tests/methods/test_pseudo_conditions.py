@@ -1,4 +1,4 @@
-"""Conditions: exact limits of every kind, the laws of their draws, and draws that never move."""
+"""Conditions: exact limits of every kind, distributions of draws, and reproducible draws."""
 
 import inspect
 import math
@@ -72,13 +72,13 @@ def test_a_vanishing_temperature_gives_the_hard_condition():
     assert torch.equal(cold, one_hot(q.argmax(dim=1), 4))
 
 
-def test_probabilities_do_not_depend_on_the_batch_an_image_sits_in():
+def test_probabilities_do_not_depend_on_the_batch():
     network, images = classifier(5), some_images(11)
     together = source_probabilities(network, images, batch_size=11)
     torch.testing.assert_close(source_probabilities(network, images, batch_size=2), together)
 
 
-def test_the_source_classifier_comes_out_as_it_went_in():
+def test_the_source_classifier_does_not_change():
     network = classifier(5).train()
     network[1].eval()
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -89,21 +89,21 @@ def test_the_source_classifier_comes_out_as_it_went_in():
     assert all(weight.grad is None for weight in network.parameters())
 
 
-def test_a_classifier_in_training_mode_is_asked_in_eval_mode():
+def test_a_classifier_in_training_mode_is_evaluated_in_eval_mode():
     network, images = classifier(5), some_images(8)
-    network(images * 3)  # moves the running statistics away from those of the batch
+    network(images * 3)  # makes the running statistics differ from those of the batch
     in_training = source_probabilities(network.train(), images)
     assert torch.equal(in_training, source_probabilities(network.eval(), images))
 
 
-def test_a_temperature_of_zero_is_refused():
+def test_a_temperature_of_zero_is_rejected():
     with pytest.raises(ConfigError, match="temperature above 0"):
         source_probabilities(classifier(3), some_images(2), temperature=0.0)
     with pytest.raises(ConfigError, match="temperature"):
         validate(ConditionConfig, {"temperature": 0.0}, source="job")
 
 
-def test_a_source_of_one_class_is_refused():
+def test_a_source_of_one_class_is_rejected():
     with pytest.raises(ConfigError, match=">= 2 source classes"):
         source_probabilities(classifier(1), some_images(2))
 
@@ -117,16 +117,16 @@ def test_logits_that_are_not_finite_name_the_image():
 
 def test_a_sample_that_is_not_finite_is_named_by_its_number():
     values = torch.zeros(3, 2, 2)
-    require_finite(values, what="pseudo image")
+    require_finite(values, name="pseudo image")
     values[1, 0, 1] = math.inf
     with pytest.raises(NumericsError, match="pseudo image 41 "):
-        require_finite(values, what="pseudo image", sample_indices=[40, 41, 42])
+        require_finite(values, name="pseudo image", sample_indices=[40, 41, 42])
 
 
 # Kinds
 
 
-def test_a_soft_condition_is_the_row_it_names():
+def test_a_soft_condition_is_its_row():
     q = some_q()
     condition, row = draw("soft", q, range(50))
     assert torch.equal(condition, q[row])
@@ -152,12 +152,12 @@ def test_top_k_with_all_classes_is_soft_and_with_one_is_hard():
     assert torch.equal(draw("top_k", q, range(20), k=1).condition_SK, hard.condition_SK)
 
 
-def test_more_kept_classes_than_there_are_is_refused():
+def test_top_k_of_more_classes_than_exist_is_rejected():
     with pytest.raises(ConfigError, match="k <= 5"):
         draw("top_k", some_q(), [0], k=6)
 
 
-def test_hard_is_the_likeliest_class_with_ties_to_the_lowest_index():
+def test_hard_is_the_most_likely_class_with_ties_to_the_lowest_index():
     q = torch.tensor([[0.2, 0.4, 0.4]])
     assert draw("hard", q, [0]).condition_SK.tolist() == [[0.0, 1.0, 0.0]]
 
@@ -172,20 +172,20 @@ def test_every_condition_lies_on_the_simplex(kind):
 
 
 @pytest.mark.parametrize("kind", ["marginal", "uniform"])
-def test_controls_name_no_target_image(kind):
+def test_controls_have_no_target_image(kind):
     condition, row = draw(kind, some_q(), range(30))
     assert (row == -1).all()
     assert (condition.amax(dim=1) == 1).all()
 
 
-def test_q_of_a_single_class_or_no_image_is_refused():
+def test_q_of_a_single_class_or_no_image_is_rejected():
     with pytest.raises(ConfigError, match="K >= 2"):
         draw("soft", torch.ones(4, 1), [0])
     with pytest.raises(ConfigError, match="N >= 1"):
         draw("soft", torch.ones(0, 3), [0])
 
 
-# Laws of the draws
+# Distributions of the draws
 
 
 def test_images_are_drawn_uniformly():
@@ -205,7 +205,7 @@ def test_marginal_draws_follow_the_mean_condition():
     assert chi_square_p(counts.double(), mean / mean.sum() * num) > 1e-3
 
 
-def test_a_class_drawn_from_a_soft_condition_has_the_law_of_marginal():
+def test_a_class_drawn_from_a_soft_condition_has_the_marginal_distribution():
     q, num = some_q(), 20_000
     soft = draw("soft", q, range(num)).condition_SK
     rng = torch.Generator().manual_seed(5)
@@ -213,7 +213,7 @@ def test_a_class_drawn_from_a_soft_condition_has_the_law_of_marginal():
     marginal = draw("marginal", q, range(num)).condition_SK.sum(dim=0)
     table = torch.stack([drawn.double(), marginal.double()])
     assert stats.chi2_contingency(table).pvalue > 1e-3
-    # The same test tells the uniform control from both.
+    # The same test distinguishes the uniform control from both.
     uniform = draw("uniform", q, range(num)).condition_SK.sum(dim=0)
     assert stats.chi2_contingency(torch.stack([drawn, uniform])).pvalue < 1e-6
 
@@ -225,7 +225,7 @@ def test_a_class_of_probability_zero_is_never_drawn():
     assert (drawn[[1, 3]] > 0).all()
 
 
-def test_the_uniform_control_sees_every_class_whatever_q_says():
+def test_the_uniform_control_draws_every_class_for_any_q():
     q = one_hot(torch.zeros(4, dtype=torch.int64), 5)
     counts = draw("uniform", q, range(10_000)).condition_SK.sum(dim=0)
     assert chi_square_p(counts.double(), [2000] * 5) > 1e-3
@@ -235,7 +235,7 @@ def test_the_uniform_control_sees_every_class_whatever_q_says():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sample_is_the_same_whoever_draws_it_and_when(kind):
+def test_a_sample_does_not_depend_on_worker_or_order(kind):
     q = some_q()
     alone = draw(kind, q, range(64))
     shares = [draw(kind, q, range(worker, 64, 4)) for worker in (3, 1, 0, 2)]
@@ -245,7 +245,7 @@ def test_a_sample_is_the_same_whoever_draws_it_and_when(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_another_seed_or_purpose_draws_other_conditions(kind):
+def test_another_seed_or_purpose_draws_different_conditions(kind):
     q, config = some_q(num_rows=40), ConditionConfig(kind=kind, k=2)
     drawn = [
         draw_conditions(q, config, run_seed=s, purpose=p, sample_indices=range(40)).condition_SK
@@ -255,7 +255,7 @@ def test_another_seed_or_purpose_draws_other_conditions(kind):
     assert not torch.equal(drawn[0], drawn[2])
 
 
-def test_draws_leave_the_global_generators_alone():
+def test_draws_do_not_change_the_global_generators():
     state = torch.get_rng_state()
     source_probabilities(classifier_without_draws(), some_images(3))
     draw("soft", some_q(), range(5))
@@ -270,7 +270,7 @@ def classifier_without_draws():
 
 @pytest.mark.parametrize("draws", [source_probabilities, draw_conditions, draw_classes])
 def test_target_labels_cannot_enter_a_condition(draws):
-    # Stronger than permuting them: there is no argument to hand them in by.
+    # Stronger than permuting them: there is no argument for labels.
     given = set(inspect.signature(draws).parameters)
     assert given <= {
         *("classifier", "images", "temperature", "batch_size", "num_classes"),
@@ -279,7 +279,7 @@ def test_target_labels_cannot_enter_a_condition(draws):
 
 
 def test_conditions_of_permuted_images_are_the_permuted_conditions():
-    # So splitting by class, or renaming classes, cannot change which images are drawn how often.
+    # So splitting by class or renaming classes cannot change how often an image is drawn.
     network, images = classifier(5), some_images(10)
     order = torch.from_numpy(numpy_rng(0, "order").permutation(10))
     q = source_probabilities(network, images)

@@ -1,4 +1,4 @@
-"""Distillation against closed forms and its limits."""
+"""Distillation losses: closed forms and limits."""
 
 import math
 
@@ -54,7 +54,7 @@ def test_a_high_temperature_matches_centred_logits():
     assert loss.item() == pytest.approx(limit.item(), rel=0.05)
 
 
-def test_soft_targets_ignore_a_shift_of_the_logits_and_logit_matching_does_not():
+def test_soft_targets_are_invariant_to_a_shift_of_the_logits_and_logit_matching_is_not():
     student, teacher = some_logits(0), some_logits(1)
     torch.testing.assert_close(
         soft_targets_loss(student, teacher + 7.0, LABELS),
@@ -76,10 +76,10 @@ def test_the_teacher_gets_no_gradient_and_the_student_does():
         assert student.grad.abs().sum() > 0
 
 
-def test_logits_of_unequal_shapes_are_refused():
-    with pytest.raises(ValueError, match="one shape"):
+def test_logits_of_unequal_shapes_are_rejected():
+    with pytest.raises(ValueError, match="equal shape"):
         logit_matching_loss(torch.zeros(2, 3), torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="equal shape"):
         soft_targets_loss(torch.zeros(2, 3), torch.zeros(1, 3), LABELS[:2])
 
 

@@ -1,4 +1,4 @@
-"""The guard never keeps a weight that the labels do not support, to the last item."""
+"""The guard keeps a weight only if the labels support it, exact to a single item."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from dist_tl.methods.pseudo.guard import (
 
 
 def items(wins, losses, num=40):
-    """Weight 0 is right on half of the items; weight 0.1 wins and loses some of them."""
+    """Weight 0 is correct on half of the items; weight 0.1 gains and loses some of them."""
     reference = np.arange(num) % 2
     ours = reference.copy()
     ours[np.flatnonzero(reference == 0)[:wins]] = 1
@@ -39,7 +39,7 @@ def test_an_arm_within_one_standard_error_is_not_kept():
 
 
 @pytest.mark.parametrize("num", [2, 3, 7, 10, 49, 100])
-def test_one_item_won_is_exactly_one_standard_error_and_not_enough(num):
+def test_one_gained_item_is_exactly_one_standard_error_and_not_enough(num):
     decision = choose_lambda({0.0: [0] * num, 0.1: [1] + [0] * (num - 1)})
     assert decision.arms[1].difference == pytest.approx(decision.arms[1].standard_error)
     assert decision.weight == 0.0
@@ -51,7 +51,7 @@ def test_a_clearly_better_arm_is_kept():
     assert decision.arms[1].difference == pytest.approx(8 / 40)
 
 
-def test_an_arm_that_wins_every_item_is_kept_with_standard_error_zero():
+def test_an_arm_that_gains_every_item_is_kept_with_standard_error_zero():
     assert choose_lambda({0.0: [0, 0, 0], 0.1: [1, 1, 1]}).weight == 0.1
 
 
@@ -72,7 +72,7 @@ def test_a_noisier_arm_cannot_pass_on_its_accuracy_alone():
     steady, noisy = reference.copy(), reference.copy()
     steady[:3] = 1
     noisy[:18] = 1
-    noisy[20:34] = 0  # 4 items more in the end, but 18 won against 14 lost
+    noisy[20:34] = 0  # 4 more items in total, but 18 gained and 14 lost
     assert choose_lambda({0.0: reference, 0.1: steady, 1.0: noisy}).weight == 0.1
 
 
@@ -89,25 +89,25 @@ def test_the_rule_is_the_one_standard_error_rule(pairs):
         assert (decision.weight == 0.5) == (difference.mean() > error)
 
 
-def test_scores_between_right_and_wrong_are_compared_too():
+def test_fractional_scores_are_compared():
     reference = [0.2, 0.4, 0.6, 0.8]
     assert choose_lambda({0.0: reference, 0.1: [x + 0.1 for x in reference]}).weight == 0.1
     assert choose_lambda({0.0: reference, 0.1: [0.3, 0.3, 0.7, 0.7]}).weight == 0.0
 
 
-def test_the_decision_ignores_the_order_of_items():
+def test_the_decision_does_not_depend_on_the_order_of_items():
     correct = items(wins=6, losses=3)
     order = np.random.default_rng(0).permutation(40)
     assert choose_lambda({w: row[order] for w, row in correct.items()}) == choose_lambda(correct)
 
 
-def test_a_decision_survives_json():
+def test_a_decision_round_trips_through_json():
     decision = choose_lambda(items(wins=9, losses=1))
     assert type(decision).model_validate_json(decision.model_dump_json()) == decision
 
 
 @pytest.mark.parametrize("correct", [{0.1: [1, 0]}, {0.0: [1, 0], 0.1: [1]}, {0.0: [], 0.1: []}])
-def test_arms_that_cannot_be_compared_are_refused(correct):
+def test_arms_that_cannot_be_compared_are_rejected(correct):
     with pytest.raises(ValueError, match="expected"):
         choose_lambda(correct)
 
@@ -133,13 +133,13 @@ def test_one_label_in_a_class_makes_the_result_unguarded():
 # Configuration
 
 
-def test_the_arms_default_to_zero_and_the_weight_in_question():
+def test_the_arms_default_to_zero_and_the_configured_weight():
     assert GuardConfig().candidates(0.1) == (0.0, 0.1)
     assert GuardConfig().candidates(0.0) == (0.0,)
     assert GuardConfig(lambdas=(1.0, 0.0, 0.1)).candidates(0.3) == (0.0, 0.1, 1.0)
 
 
 @pytest.mark.parametrize("lambdas", [(0.1, 1.0), (0.0,), (0.0, -1.0), ()])
-def test_lambdas_without_zero_or_without_a_rival_are_refused(lambdas):
+def test_lambdas_without_zero_or_without_another_weight_are_rejected(lambdas):
     with pytest.raises(ValueError, match="expected 0"):
         GuardConfig(lambdas=lambdas)

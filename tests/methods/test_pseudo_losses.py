@@ -1,4 +1,4 @@
-"""The unsupervised losses against closed forms: values, masks, and where gradients may go."""
+"""The unsupervised losses: closed forms, masks and gradients."""
 
 import math
 
@@ -16,7 +16,7 @@ def logits_of(*rows):
 
 
 def mostly_unmasked(algorithm):
-    """Options under which most rows of two_views() count, but not all."""
+    """Options that mask some rows of two_views(), but less than half."""
     return {"algorithm": algorithm} | ({"threshold": 0.6} if algorithm in MASKED else {})
 
 
@@ -54,7 +54,7 @@ def test_uda_with_a_vanishing_temperature_is_fixmatch():
     )
 
 
-def test_fixmatch_asks_the_strong_view_for_the_weak_views_class():
+def test_fixmatch_trains_the_strong_view_on_the_weak_views_class():
     loss = unsupervised_loss(logits_of([0.01, 0.99]), logits_of([0.7, 0.3]), algorithm="fixmatch")
     assert loss.item() == pytest.approx(-math.log(0.3), rel=1e-5)
 
@@ -94,7 +94,7 @@ def test_half_precision_logits_are_raised_to_float32(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_loss_ignores_the_order_and_repetition_of_images(algorithm):
+def test_a_loss_does_not_depend_on_the_order_and_repetition_of_images(algorithm):
     weak, strong = two_views()
     options = mostly_unmasked(algorithm)
     once = unsupervised_loss(weak, strong, **options)
@@ -125,7 +125,7 @@ def test_masked_images_count_as_zero_in_the_mean():
 
 
 @pytest.mark.parametrize(("algorithm", "kept"), [("uda", 0), ("fixmatch", 1), ("pseudo_label", 1)])
-def test_a_confidence_equal_to_the_threshold_is_left_out_by_uda_alone(algorithm, kept):
+def test_a_confidence_equal_to_the_threshold_is_masked_by_uda_only(algorithm, kept):
     half = torch.zeros(1, 2)  # softmax is exactly one half
     assert unmasked_fraction(half, algorithm=algorithm, threshold=0.5).item() == kept
     loss = unsupervised_loss(half, torch.ones(1, 2), algorithm=algorithm, threshold=0.5)
@@ -141,7 +141,7 @@ def test_default_thresholds_are_those_of_the_public_code(algorithm, confidences,
     assert unmasked_fraction(weak, algorithm=algorithm).item() == pytest.approx(expected)
 
 
-def test_udas_mask_sees_the_unsharpened_prediction():
+def test_udas_mask_uses_the_unsharpened_prediction():
     weak = logits_of([0.7, 0.3])  # sharpened it would be 0.89
     assert unsupervised_loss(weak, torch.zeros(1, 2), algorithm="uda").item() == 0.0
 
@@ -162,7 +162,7 @@ def test_the_weak_view_gets_no_gradient_and_the_strong_one_does(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ["pseudo_label", "entropy_min"])
-def test_losses_of_one_view_train_the_weak_view_alone(algorithm):
+def test_losses_of_one_view_train_the_weak_view_only(algorithm):
     weak, strong = two_views()
     unsupervised_loss(weak, strong, **mostly_unmasked(algorithm)).backward()
     assert weak.grad.abs().sum() > 0
@@ -191,10 +191,10 @@ def test_entropys_gradient_agrees_with_finite_differences():
         assert leaf.grad[0, i].item() == pytest.approx((up - down).item() / 2e-2, abs=1e-4)
 
 
-# Wrong use
+# Invalid arguments
 
 
-def test_views_that_do_not_match_are_refused():
+def test_views_that_do_not_match_are_rejected():
     with pytest.raises(ValueError, match="strong logits"):
         unsupervised_loss(torch.zeros(3, 2), torch.zeros(2, 2), algorithm="uda")
     with pytest.raises(ValueError, match="strong logits"):
@@ -203,7 +203,7 @@ def test_views_that_do_not_match_are_refused():
         unsupervised_loss(torch.zeros(0, 2), torch.zeros(0, 2), algorithm="uda")
 
 
-def test_options_of_another_algorithm_are_refused():
+def test_options_of_another_algorithm_are_rejected():
     weak, strong = two_views()
     with pytest.raises(ValueError, match="belongs to uda"):
         unsupervised_loss(weak, strong, algorithm="fixmatch", sharpening=0.4)
@@ -234,7 +234,7 @@ def test_a_weight_of_zero_stays_zero():
 
 
 @pytest.mark.parametrize("arguments", [(-1, 0.1, 5), (0, -0.1, 5), (0, 0.1, 0)])
-def test_negative_steps_or_weights_are_refused(arguments):
+def test_negative_steps_or_weights_are_rejected(arguments):
     step, weight, num_steps = arguments
     with pytest.raises(ValueError, match="expected step"):
         loss_weight(step, weight=weight, num_steps=num_steps)

@@ -1,4 +1,4 @@
-"""The P-SSL objective: weight 0 is supervised training, and batch-norm is touched as promised."""
+"""The P-SSL objective: weight 0 is supervised training; batch norm behaves as documented."""
 
 import copy
 
@@ -74,7 +74,7 @@ def a_batch(num=6, num_pseudo=10, num_classes=3, seed=0):
 
 
 def lowered_threshold(algorithm):
-    """An untrained network is never as confident as the default thresholds ask."""
+    """An untrained network never reaches the default confidence thresholds."""
     return {} if algorithm == "entropy_min" else {"threshold": 0.3}
 
 
@@ -137,7 +137,7 @@ def test_weight_zero_needs_no_pseudo_images_and_draws_nothing():
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, cumulative_norm, tracked_instance_norm])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_separate_leaves_buffers_as_the_labelled_pass_left_them(norm, algorithm):
+def test_separate_changes_buffers_only_in_the_labelled_pass(norm, algorithm):
     network = SmallNet(norm=norm)
     reference = copy.deepcopy(network)
     batch = a_batch()
@@ -147,7 +147,7 @@ def test_separate_leaves_buffers_as_the_labelled_pass_left_them(norm, algorithm)
     assert same(buffers_of(network), buffers_of(reference))
 
 
-def test_joint_moves_the_statistics_to_those_of_all_images():
+def test_joint_uses_the_statistics_of_all_images():
     network = SmallNet()
     reference = copy.deepcopy(network)
     batch = a_batch()
@@ -160,7 +160,7 @@ def test_joint_moves_the_statistics_to_those_of_all_images():
     assert not same(buffers_of(network), buffers_of(labelled_only))
 
 
-def test_a_frozen_pass_uses_batch_statistics_and_remembers_nothing():
+def test_a_frozen_pass_uses_batch_statistics_and_updates_none():
     network, images = SmallNet(), a_batch()[2]
     before = buffers_of(network)
     held = dict(network.named_buffers())
@@ -172,16 +172,16 @@ def test_a_frozen_pass_uses_batch_statistics_and_remembers_nothing():
     assert not torch.equal(frozen, copy.deepcopy(network).eval()(images))
 
 
-def test_statistics_come_back_after_an_error_too():
+def test_statistics_are_restored_after_an_error():
     network = SmallNet()
     before = buffers_of(network)
     with pytest.raises(RuntimeError), frozen_running_statistics(network):
-        network(a_batch()[0][:, :, :, :1])  # moves the first layer's, then fails in the second
+        network(a_batch()[0][:, :, :, :1])  # updates the first layer, then fails in the second
     assert same(before, buffers_of(network))
 
 
 def test_separate_trains_through_a_labelled_pass_and_a_pseudo_pass():
-    # Both graphs are alive at backward: no buffer may have been changed in place in between.
+    # Backward uses both graphs, so no buffer may be changed in place in between.
     network = SmallNet()
     loss, _ = pssl_loss(network, *a_batch(), weight=1.0, batchnorm="separate", threshold=0.0)
     loss.backward()
@@ -224,7 +224,7 @@ def test_the_loss_is_the_sum_of_its_two_parts(algorithm, batchnorm):
 
 @pytest.mark.parametrize(("algorithm", "views"), [("uda", 2), ("pseudo_label", 1)])
 @pytest.mark.parametrize("batchnorm", ["joint", "separate"])
-def test_passes_hold_the_images_that_the_loss_needs_and_no_more(algorithm, views, batchnorm):
+def test_passes_contain_only_the_images_that_the_loss_needs(algorithm, views, batchnorm):
     network, batch, sizes = Perceptron(), a_batch(num=5, num_pseudo=7), []
     network.register_forward_hook(lambda *call: sizes.append(len(call[2])))
     pssl_loss(network, *batch, weight=1.0, algorithm=algorithm, batchnorm=batchnorm)
@@ -258,7 +258,7 @@ def test_fewer_or_more_source_than_target_classes_train_any_architecture(num_cla
     assert all(weight.grad is None for weight in source.parameters())
 
 
-# Wrong use
+# Invalid arguments
 
 
 def test_a_logit_that_is_not_finite_names_the_pseudo_sample():
@@ -272,7 +272,7 @@ def test_a_logit_that_is_not_finite_names_the_pseudo_sample():
             )  # fmt: skip
 
 
-def test_views_missing_or_of_another_size_are_refused():
+def test_missing_views_and_views_of_another_size_are_rejected():
     images, labels, weak, strong = a_batch()
     with pytest.raises(ValueError, match="strong view"):
         pssl_loss(SmallNet(), images, labels, weak, None, weight=0.1)
@@ -285,7 +285,7 @@ def test_views_missing_or_of_another_size_are_refused():
 # Configuration
 
 
-def test_the_defaults_are_those_that_were_measured_to_be_safe():
+def test_the_defaults_are_those_measured_to_be_safe():
     config = PSSLConfig()
     assert (config.algorithm, config.weight, config.batchnorm) == ("uda", 0.1, "joint")
     assert config.condition.kind == "soft"
@@ -307,6 +307,6 @@ def test_the_guard_can_be_switched_off(off):
         ({"condition": {"k": 0}}, "condition.k"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(data, message):
+def test_invalid_settings_are_rejected(data, message):
     with pytest.raises(ConfigError, match=message):
         validate(PSSLConfig, data, source="job")

@@ -1,4 +1,4 @@
-"""Quality figures: agreement, and the Frechet distance against its closed forms."""
+"""Quality measures: agreement, and closed forms of the Frechet distance."""
 
 import math
 
@@ -19,13 +19,13 @@ def some_rotation(dim=5):
     return torch.linalg.qr(torch.randn(dim, dim, generator=rng, dtype=torch.float64)).Q
 
 
-def test_agreement_counts_samples_that_show_what_was_asked():
+def test_agreement_counts_samples_of_their_requested_class():
     logits = torch.tensor([[3.0, 1.0], [0.0, 1.0], [2.0, 5.0], [9.0, 1.0]])
     assert agreement(logits, torch.tensor([0, 1, 0, 0])) == 0.75
     assert agreement(logits, logits.argmax(dim=1)) == 1.0
 
 
-def test_agreement_of_nothing_is_refused():
+def test_agreement_without_samples_is_rejected():
     with pytest.raises(ValueError, match="S >= 1"):
         agreement(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64))
 
@@ -54,7 +54,7 @@ def test_the_distance_is_symmetric():
     assert frechet_distance(*left, *right) == pytest.approx(frechet_distance(*right, *left))
 
 
-def test_the_distance_ignores_shift_and_rotation_and_grows_with_the_square_of_scale():
+def test_the_distance_is_invariant_to_shift_and_rotation_and_scales_quadratically():
     (m1, c1), (m2, c2), q = some_moments(0), some_moments(1), some_rotation()
     plain = frechet_distance(m1, c1, m2, c2)
     assert frechet_distance(m1 + 7, c1, m2 + 7, c2) == pytest.approx(plain)
@@ -63,7 +63,7 @@ def test_the_distance_ignores_shift_and_rotation_and_grows_with_the_square_of_sc
     assert frechet_distance(3 * m1, 9 * c1, 3 * m2, 9 * c2) == pytest.approx(9 * plain)
 
 
-def test_a_shift_of_the_mean_alone_costs_its_square():
+def test_the_distance_of_a_mean_shift_is_its_square():
     mean, cov = some_moments(0)
     shift = torch.arange(5.0, dtype=torch.float64)
     assert frechet_distance(mean, cov, mean + shift, cov) == pytest.approx(30.0)
@@ -95,7 +95,7 @@ def test_fewer_samples_than_features_still_give_a_distance():
     )
 
 
-def test_moments_that_do_not_fit_are_refused():
+def test_moments_that_do_not_fit_are_rejected():
     mean, cov = some_moments(0)
     with pytest.raises(ValueError, match="covariances"):
         frechet_distance(mean[:3], cov, mean, cov)

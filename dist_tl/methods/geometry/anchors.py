@@ -1,13 +1,13 @@
-"""Mode B: choose anchors among points, greedily of maximum volume, as a map-reduce.
+"""Mode B: selects anchors among points, greedily by maximum volume, as a map-reduce.
 
-Every chunk keeps its points' squared heights over the flat of those chosen, and its rows of the
-Cholesky factor. A step takes one proposal from each chunk, and gives one point back to all: the
-same anchors for any cut into chunks. Equal to QR with column pivoting of the differences to
-vertex 0, the point farthest from the mean.
+Every chunk stores its points' squared heights over the flat of the selected anchors, and its rows
+of the Cholesky factor. In each step every chunk proposes one point, and all chunks receive the best
+one; the anchors do not depend on the chunks. Equivalent to QR with column pivoting of the
+differences to vertex 0, the point farthest from the mean.
 
 After Kender et al., arXiv:2207.03554; the notes' Mode B.
 
-Shape suffixes: N = points of a chunk, D = feature width, j = anchors chosen so far.
+Shape suffixes: N = points of a chunk, D = feature width, j = anchors selected so far.
 """
 
 import math
@@ -23,7 +23,7 @@ from dist_tl.methods.geometry.item_labels import TOLERANCE
 
 @dataclass(frozen=True, eq=False)
 class Proposal:
-    """A chunk's best candidate: its squared height, its global index, its point and factor row."""
+    """A chunk's best candidate: squared height, global index, point and row of the factor."""
 
     sq_height: float
     index: int
@@ -32,7 +32,7 @@ class Proposal:
 
 
 class AnchorChunk:
-    """The points of one chunk; global indices from `first` on."""
+    """The points of one chunk, with global indices starting at `first`."""
 
     def __init__(self, points_ND: Tensor, first: int) -> None:
         if not bool(points_ND.isfinite().all()):
@@ -42,19 +42,19 @@ class AnchorChunk:
         self._taken: list[int] = []
 
     def answer(self, name: str, *arguments: object) -> object:
-        """One of the methods below by its name, for chunks that are asked from afar."""
+        """Calls a method below by name, for chunks in other processes."""
         return getattr(self, name)(*arguments)
 
     def sums(self) -> tuple[int, Tensor]:
-        """Number of points and their sum, for the mean of all chunks."""
+        """Returns the number of points and their sum, for the mean of all chunks."""
         return len(self._points_ND), self._points_ND.sum(dim=0)
 
     def farthest(self, mean_D: Tensor) -> Proposal:
-        """The point farthest from the mean: the candidate for vertex 0."""
+        """Returns the point farthest from the mean, the candidate for vertex 0."""
         return self._best((self._points_ND - mean_D).square().sum(dim=1), self._points_ND[:, :0])
 
     def begin(self, vertex: Proposal) -> None:
-        """Measure all heights from vertex 0."""
+        """Initialises all heights relative to vertex 0."""
         self._origin_D = vertex.point_D
         self._differences_ND = self._points_ND - self._origin_D
         self._left_N = self._differences_ND.square().sum(dim=1)
@@ -62,11 +62,11 @@ class AnchorChunk:
         self._exclude(vertex.index)
 
     def propose(self) -> Proposal:
-        """The point of largest height that is not taken."""
+        """Returns the point of largest height that is not selected yet."""
         return self._best(self._left_N, self._factor_Nj)
 
     def accept(self, chosen: Proposal) -> None:
-        """Take the chosen point into the flat."""
+        """Adds the selected point to the flat and updates all heights."""
         along_N = self._differences_ND @ (chosen.point_D - self._origin_D)
         along_N = along_N - self._factor_Nj @ chosen.factor_j
         column_N = along_N / math.sqrt(chosen.sq_height)
@@ -89,60 +89,60 @@ class AnchorChunk:
 
 
 def choose(proposals: Sequence[Proposal]) -> Proposal:
-    """The largest height; of equal ones the lowest index."""
+    """Returns the proposal of largest height; ties go to the lowest index."""
     return max(proposals, key=lambda proposal: (proposal.sq_height, -proposal.index))
 
 
 def choose_anchors(chunks: Sequence[AnchorChunk], m: int) -> list[int]:
-    """Global indices of m anchors in order of choice, with all chunks in this process.
+    """Selects m anchors with all chunks in this process; returns global indices in order.
 
     Raises:
-        ConfigError: fewer points than m, or m above the affine rank of the points.
+        ConfigError: fewer points than m, or m exceeds the affine rank of the points.
     """
 
-    def everywhere(name: str, *arguments: object) -> list:
+    def call_all(name: str, *arguments: object) -> list:
         return [chunk.answer(name, *arguments) for chunk in chunks]
 
-    return [proposal.index for proposal in drive_choice(everywhere, m)]
+    return [proposal.index for proposal in drive_choice(call_all, m)]
 
 
 def drive_choice(
-    everywhere: Callable[..., list], m: int, *, on_step: Callable[[int], None] = lambda step: None
+    call_all: Callable[..., list], m: int, *, on_step: Callable[[int], None] = lambda step: None
 ) -> list[Proposal]:
-    """The choice of m anchors over chunks that may lie anywhere.
+    """Selects m anchors over chunks in any processes.
 
     Args:
-        everywhere: calls `AnchorChunk.answer` of every chunk with its arguments; the answers, in
-            any fixed order.
-        on_step: told how many anchors are chosen, before each further one.
+        call_all: calls `AnchorChunk.answer` of every chunk with the given arguments and returns
+            the results in a fixed order.
+        on_step: called with the number of selected anchors before each further step.
 
     Raises:
         ConfigError: as :func:`choose_anchors`.
     """
-    counts, sums = zip(*everywhere("sums"), strict=True)
+    counts, sums = zip(*call_all("sums"), strict=True)
     if not 1 <= m <= sum(counts):
-        raise ConfigError(f"anchors: expected 1 to {sum(counts)} (the points), got {m}")
-    vertex = choose(everywhere("farthest", torch.stack(sums).sum(dim=0) / sum(counts)))
-    everywhere("begin", vertex)
+        raise ConfigError(f"anchors: expected 1 to {sum(counts)} (number of points), got {m}")
+    vertex = choose(call_all("farthest", torch.stack(sums).sum(dim=0) / sum(counts)))
+    call_all("begin", vertex)
     chosen, scale = [vertex], 0.0
     while len(chosen) < m:
         on_step(len(chosen))
-        found = choose(everywhere("propose"))
-        scale = scale or math.sqrt(max(found.sq_height, 0.0))
-        check_height(found, scale, chosen=len(chosen), wanted=m)
-        everywhere("accept", found)
-        chosen.append(found)
+        best = choose(call_all("propose"))
+        scale = scale or math.sqrt(max(best.sq_height, 0.0))
+        _check_height(best, scale, chosen=len(chosen), m=m)
+        call_all("accept", best)
+        chosen.append(best)
     return chosen
 
 
-def check_height(found: Proposal, scale: float, *, chosen: int, wanted: int) -> None:
-    """Refuse to go on where no point is off the flat of those chosen.
+def _check_height(best: Proposal, scale: float, *, chosen: int, m: int) -> None:
+    """Checks that a point lies off the flat of the selected anchors.
 
     Raises:
-        ConfigError: naming the affine rank.
+        ConfigError: none does; the message names the affine rank.
     """
-    if not math.sqrt(max(found.sq_height, 0.0)) > TOLERANCE * scale:
+    if not math.sqrt(max(best.sq_height, 0.0)) > TOLERANCE * scale:
         raise ConfigError(
-            f"anchors: {wanted} are asked for, and all points lie in the flat of {chosen} of them; "
-            f"ask for {chosen} or fewer, or for features of more dimensions"
+            f"anchors: expected at most {chosen}, got {m}: all points lie in the flat of {chosen} "
+            f"anchors; set {chosen} or fewer, or use features of more dimensions"
         )

@@ -1,8 +1,8 @@
-"""Mode A: each item is vertex 0, and grows a simplex through the anchors, greedily.
+"""Mode A: each item is vertex 0 of a simplex that grows greedily through the anchors.
 
-At a step all candidates share the content so far, so the one of extremal content is the one of
-extremal height over the flat of those chosen: a pivot of a partial Cholesky factorisation. No
-determinant is formed. The order of the chosen anchors is the item's label.
+In each step all candidates share the content so far, so the candidate of extremal content is the
+one of extremal height over the flat of the selected anchors: a pivot of a partial Cholesky
+factorisation. No determinant is computed. The order of the selected anchors is the item's label.
 
 After Kender et al., arXiv:2207.03554; the notes' Mode A.
 
@@ -20,34 +20,34 @@ from torch import Tensor
 from dist_tl.config import StrictModel
 from dist_tl.errors import ConfigError, NumericsError
 
-TOLERANCE = 1e-7  # of the item's scale: heights at or under it count as zero
+TOLERANCE = 1e-7  # relative to the item's scale: heights up to this count as zero
 
 
 class LabelConfig(StrictModel):
-    """How an item's tuple of anchors is grown."""
+    """Construction of an item's label, a tuple of anchors."""
 
-    m: int = Field(default=3, ge=1, description="Anchors in a label.")
+    m: int = Field(default=3, ge=1, description="Number of anchors in a label.")
     start: Literal["nearest", "farthest"] = Field(
-        default="nearest", description="The first anchor."
+        default="nearest", description="Selection of the first anchor."
     )
     grow: Literal["max", "min"] = Field(
-        default="max", description="The content of each larger simplex."
+        default="max", description="Maximise or minimise the content of each larger simplex."
     )
     factor: Literal["cholesky", "qr"] = Field(
         default="cholesky",
-        description="qr is slower and exact where heights are small (grow: min).",
+        description="qr is slower, and exact for small heights (grow: min).",
     )
 
 
 @dataclass(frozen=True, eq=False)
 class Anchors:
-    """Anchor points, centred once.
+    """Centred anchor points.
 
     Attributes:
-        origin_D: their mean; distances are taken after subtracting it, or large offsets would
-            drown them.
-        points_MD: float64, centred.
-        sq_dist_MM: squared distances between them.
+        origin_D: mean of the anchors; it is subtracted before computing distances, because large
+            offsets cause cancellation.
+        points_MD: centred anchors, float64.
+        sq_dist_MM: squared distances between anchors.
     """
 
     origin_D: Tensor
@@ -56,10 +56,10 @@ class Anchors:
 
     @classmethod
     def of(cls, points_MD: Tensor) -> "Anchors":
-        """Anchors at these points.
+        """Builds anchors from points.
 
         Raises:
-            ConfigError: none, or two at the same place.
+            ConfigError: no points, or two equal points.
             NumericsError: a coordinate is not finite.
         """
         points_MD = points_MD.double()
@@ -67,7 +67,7 @@ class Anchors:
             raise ConfigError(f"expected anchors (M, D), M >= 1, got {tuple(points_MD.shape)}")
         if not bool(points_MD.isfinite().all()):
             raise NumericsError(
-                "an anchor is NaN or infinite; check the features it is the mean of"
+                "an anchor is NaN or infinite; check the features that it is the mean of"
             )
         origin_D = points_MD.mean(dim=0)
         centred_MD = points_MD - origin_D
@@ -75,7 +75,7 @@ class Anchors:
             centred_MD, centred_MD, compute_mode="donot_use_mm_for_euclid_dist"
         )
         sq_dist_MM = sq_dist_MM.square()
-        _refuse_duplicates(sq_dist_MM)
+        _reject_duplicates(sq_dist_MM)
         return cls(origin_D, centred_MD, sq_dist_MM)
 
 
@@ -85,9 +85,9 @@ class ItemLabels:
 
     Attributes:
         tuples_Nm: int64 anchor indices, distinct within a row.
-        heights_Nm: the height at which each was chosen, float64, the distance of the first.
-        degenerate_N: whether a height counted as zero, so that the choice says nothing.
-        margin_N: smallest lead of the chosen height over the next candidate's, over the scale.
+        heights_Nm: height of each anchor when selected, float64; for the first, its distance.
+        degenerate_N: whether a height counts as zero, so that the selection is arbitrary.
+        margin_N: smallest relative lead of the selected height over that of the next candidate.
     """
 
     tuples_Nm: Tensor
@@ -97,15 +97,15 @@ class ItemLabels:
 
 
 def label_items(features_ND: Tensor, anchors: Anchors, config: LabelConfig) -> ItemLabels:
-    """The label of every item; items do not depend on each other.
+    """Labels every item independently.
 
     Raises:
-        ConfigError: m larger than the number of anchors.
-        NumericsError: a feature is not finite; names the item.
+        ConfigError: m exceeds the number of anchors.
+        NumericsError: a feature is not finite; the message names the item.
     """
     count = len(anchors.points_MD)
     if config.m > count:
-        raise ConfigError(f"labels: m = {config.m} anchors a label, and there are {count}")
+        raise ConfigError(f"labels: m = {config.m} exceeds the number of anchors, {count}")
     x_ND = features_ND.double() - anchors.origin_D
     finite_N = x_ND.isfinite().all(dim=1)
     if not bool(finite_N.all()):
@@ -128,7 +128,7 @@ def _grow(heights: "_Heights", sq_dist_NM: Tensor, config: LabelConfig) -> ItemL
     used_NM = torch.zeros(count, width, dtype=torch.bool)
     degenerate_N = torch.zeros(count, dtype=torch.bool)
     margin_N = torch.full((count,), math.inf, dtype=torch.float64)
-    chosen, emitted = [], []
+    picks, heights_picked = [], []
     for step in range(config.m):
         wants_max = (config.start == "farthest") if step == 0 else (config.grow == "max")
         height_NM = heights.squared().clamp_min(0.0).sqrt()
@@ -136,48 +136,48 @@ def _grow(heights: "_Heights", sq_dist_NM: Tensor, config: LabelConfig) -> ItemL
         pick_N, lead_N = _choose(height_NM, used_NM, flat_NM, wants_max)
         picked_N1 = pick_N[:, None]
         degenerate_N |= flat_NM.gather(1, picked_N1)[:, 0]
-        chosen.append(pick_N)
-        emitted.append(height_NM.gather(1, picked_N1)[:, 0])
+        picks.append(pick_N)
+        heights_picked.append(height_NM.gather(1, picked_N1)[:, 0])
         margin_N = torch.minimum(margin_N, lead_N / scale_N.clamp_min(1e-300))
         used_NM.scatter_(1, picked_N1, True)
         heights.fix(pick_N, TOLERANCE * scale_N)
     return ItemLabels(
-        torch.stack(chosen, dim=1), torch.stack(emitted, dim=1), degenerate_N, margin_N
+        torch.stack(picks, dim=1), torch.stack(heights_picked, dim=1), degenerate_N, margin_N
     )
 
 
 def _choose(
     height_NM: Tensor, used_NM: Tensor, flat_NM: Tensor, wants_max: bool
 ) -> tuple[Tensor, Tensor]:
-    """Index of the extremal unused anchor, lowest of ties, and its lead over the next.
+    """Returns the extremal unused anchor, ties to the lowest index, and its lead over the next.
 
-    Flat candidates come last either way: for max they are the smallest, and where only they are
-    left the lowest unused index is taken; for min they are passed over while others remain.
+    Flat candidates come last: for max they are the smallest, for min they are skipped while others
+    remain. If only flat candidates remain, the lowest unused index is selected.
     """
     key_NM = height_NM if wants_max else -height_NM
     key_NM = key_NM.masked_fill(flat_NM, -1e300)
     key_NM = key_NM.masked_fill(used_NM, -math.inf)
     best_N1 = key_NM.amax(dim=1, keepdim=True)
-    pick_N = (key_NM == best_N1).int().argmax(dim=1)  # the first of equals, as argmax promises not
+    pick_N = (key_NM == best_N1).int().argmax(dim=1)  # the first of equal values
     rest_NM = key_NM.scatter(1, pick_N[:, None], -math.inf)
     lead_N = best_N1[:, 0] - rest_NM.amax(dim=1)
     return pick_N, torch.where(lead_N.isfinite(), lead_N, math.inf)
 
 
 class _Heights:
-    """Squared heights of all anchors over the flat of each item and its chosen anchors."""
+    """Squared heights of all anchors over the flat of each item and its selected anchors."""
 
     def squared(self) -> Tensor:
-        """(N, M) float64."""
+        """Returns squared heights (N, M), float64."""
         raise NotImplementedError
 
     def fix(self, pick_N: Tensor, tolerance_N: Tensor) -> None:
-        """Add the chosen anchors to the flats."""
+        """Adds the selected anchors to the flats."""
         raise NotImplementedError
 
 
 class _CholeskyHeights(_Heights):
-    """By distances alone: one row of a Cholesky factor a step."""
+    """Heights from distances only: one row of a Cholesky factor per step."""
 
     def __init__(self, sq_dist_NM: Tensor, anchors_MM: Tensor) -> None:
         self._sq_dist_NM, self._anchors_MM = sq_dist_NM, anchors_MM
@@ -201,7 +201,7 @@ class _CholeskyHeights(_Heights):
 
 
 class _QRHeights(_Heights):
-    """By differences and twice-repeated Gram-Schmidt: exact for small heights, D times the work."""
+    """Heights from differences by Gram-Schmidt, applied twice: exact but D times more costly."""
 
     def __init__(self, x_ND: Tensor, anchors_MD: Tensor) -> None:
         self._left_NMD = anchors_MD[None] - x_ND[:, None]
@@ -221,12 +221,12 @@ class _QRHeights(_Heights):
             self._left_NMD = self._left_NMD - along_NM[:, :, None] * unit_ND[:, None]
 
 
-def _refuse_duplicates(sq_dist_MM: Tensor) -> None:
+def _reject_duplicates(sq_dist_MM: Tensor) -> None:
     scale = float(sq_dist_MM.max())
     same = (sq_dist_MM <= (TOLERANCE**2) * scale).fill_diagonal_(False)
     if bool(same.any()):
         one, other = (int(i) for i in same.nonzero()[0])
         raise ConfigError(
-            f"anchors {one} and {other} are at the same place; every anchor needs one of its own: "
-            "remove one, or name other source sets"
+            f"anchors {one} and {other} are equal; anchors must be distinct: remove one, or use "
+            "other source sets"
         )

@@ -1,8 +1,8 @@
-"""Content (generalised volume) of simplices, from pairwise distances alone.
+"""Content (generalised volume) of simplices, from pairwise distances only.
 
-Two ways that must agree: the Cayley-Menger determinant, and the Gram matrix of the edges at one
-vertex. Labels are made by neither (see `item_labels.py`, which only needs heights); they are what
-the fast way is tested against.
+Two equivalent methods: the Cayley-Menger determinant, and the Gram matrix of the edges at one
+vertex. Labels use neither (`item_labels.py` only needs heights); they are the reference for tests
+of the fast method.
 
 Source: Kender et al., arXiv:2207.03554; formulas as in the notes, section "Geometry".
 
@@ -16,17 +16,19 @@ from torch import Tensor
 
 from dist_tl.errors import NotEuclideanError
 
-NEGATIVE = 1e-10  # of the largest eigenvalue: below minus this, distances are of no points
+NEGATIVE = (
+    1e-10  # relative to the largest eigenvalue: below -NEGATIVE, no points have the distances
+)
 
 
 def log_content(sq_dist_BMM: Tensor) -> Tensor:
-    """Natural logarithm of each simplex's content, by the Gram matrix of edges at vertex 0.
+    """Returns the natural logarithm of each simplex's content, by the Gram matrix of edges.
 
     Args:
         sq_dist_BMM: squared Euclidean distances, float64, symmetric, zero on the diagonal.
 
     Returns:
-        (B,) float64; -inf where the vertices lie in a flat of fewer than N dimensions. A single
+        (B,) float64; -inf if the vertices lie in a flat of fewer than N dimensions. A single
         vertex has content 1.
 
     Raises:
@@ -41,8 +43,8 @@ def log_content(sq_dist_BMM: Tensor) -> Tensor:
     if bool((eigenvalue_BN[:, 0] < -NEGATIVE * scale_B).any()):
         raise NotEuclideanError(
             "no points have these distances (a squared length would be "
-            f"{float(eigenvalue_BN.min()):.3g}); expected Euclidean ones: use features and squared "
-            "differences, or Hellinger or root Jensen-Shannon distances"
+            f"{float(eigenvalue_BN.min()):.3g}); expected Euclidean distances: use features and "
+            "squared differences, or Hellinger or root Jensen-Shannon distances"
         )
     flat_B = eigenvalue_BN[:, 0] <= NEGATIVE * scale_B
     log_det_B = eigenvalue_BN.clamp_min(1e-300).log().sum(dim=1)
@@ -51,9 +53,9 @@ def log_content(sq_dist_BMM: Tensor) -> Tensor:
 
 
 def cayley_menger_log_content(sq_dist_BMM: Tensor) -> Tensor:
-    """The same by the determinant of the bordered distance matrix; exact zeros become noise.
+    """Returns the log content by the Cayley-Menger determinant; exact zeros become noise.
 
-    V_k^2 = (-1)^(k+1) det B_k / (2^k (k!)^2), in logs, for the factor overflows from k = 92 on.
+    V_k^2 = (-1)^(k+1) det B_k / (2^k (k!)^2), in logs, because the factor overflows from k = 92.
 
     Raises:
         ValueError: another shape or dtype.
@@ -69,13 +71,13 @@ def cayley_menger_log_content(sq_dist_BMM: Tensor) -> Tensor:
     if bool((sign_B * (-1.0) ** (k + 1) < 0).any()):
         raise NotEuclideanError(
             "the Cayley-Menger determinant has the wrong sign: no points have these distances, or "
-            "the simplex is flat to rounding"
+            "the simplex is flat up to rounding"
         )
     return 0.5 * (log_det_B - k * math.log(2.0)) - math.lgamma(k + 1)
 
 
 def squared_heights(sq_dist_BMM: Tensor) -> Tensor:
-    """(B, N) squared distances of vertex j from the flat through vertices 0 to j - 1, j = 1..N.
+    """Returns squared heights (B, N) of vertex j over the flat of vertices 0 to j - 1, j = 1..N.
 
     They are the pivots of the Gram matrix of the edges at vertex 0.
 

@@ -1,8 +1,8 @@
-"""The non-linearities of the model, and what of them a Gaussian input sees.
+"""The activations of the model and their Gaussian coefficients.
 
-With Gaussian input of variance r a function acts, up to second moments, like its mean plus a slope
-plus noise: f(s) ~ mean + k1 s + kstar g, with g independent of s. These three numbers carry the
-non-linearities into the analytic covariances of `gaussian_model`.
+For Gaussian input of variance r a function is equivalent, up to second moments, to its mean plus a
+slope plus noise: f(s) ~ mean + k1 s + kstar g, with g independent of s. The analytic covariances of
+`gaussian_model` depend on the activation through these three coefficients only.
 
 After Gerace et al., arXiv:2106.05418, and Loureiro et al., arXiv:2102.08127.
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 Activation = Literal["tanh", "relu", "erf", "identity"]
 
-# Odd functions keep a symmetric input symmetric: their features have mean zero.
+# Odd functions of a symmetric input have mean zero.
 ODD: frozenset[Activation] = frozenset({"tanh", "erf", "identity"})
 
 _REACH = 12.0  # the normal density beyond is below 1e-31
@@ -28,18 +28,18 @@ _NODES_PER_PANEL = 32
 
 
 class Coefficients(NamedTuple):
-    """What second moments see of f(s), s ~ N(0, r)."""
+    """Coefficients of f(s) up to second moments, s ~ N(0, r)."""
 
     mean: float  # E f
     k1: float  # E[s f] / r
-    kstar: float  # the root of E f^2 - (E f)^2 - k1^2 r, never negative
+    kstar: float  # square root of E f^2 - (E f)^2 - k1^2 r, never negative
 
 
 def apply(name: Activation, x: Tensor) -> Tensor:
-    """f(x), elementwise, in the shape and dtype of `x`.
+    """Applies the activation elementwise; keeps shape and dtype of `x`.
 
     Raises:
-        ValueError: no activation has this name.
+        ValueError: unknown activation.
     """
     if name == "tanh":
         return torch.tanh(x)
@@ -54,12 +54,12 @@ def apply(name: Activation, x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def gaussian_coefficients(name: Activation, variance: float) -> Coefficients:
-    """Mean, k1 and kstar of an activation under N(0, variance).
+    """Returns mean, k1 and kstar of an activation under N(0, variance).
 
-    relu and identity in closed form, the others by quadrature, to a relative 1e-10.
+    In closed form for relu and identity, by quadrature with relative error 1e-10 for the others.
 
     Raises:
-        ValueError: a variance that is not finite and above 0, or an unknown activation.
+        ValueError: the variance is not finite and > 0, or unknown activation.
     """
     if not (math.isfinite(variance) and variance > 0):
         raise ValueError(f"expected a finite variance > 0, got {variance}")
@@ -72,17 +72,17 @@ def gaussian_coefficients(name: Activation, variance: float) -> Coefficients:
     g_Q, weight_Q = _normal_quadrature()
     f_Q = apply(name, deviation * g_Q)
     slope = float(weight_Q @ (g_Q * f_Q))  # k1 sqrt(r)
-    # The mean square of what is left, not a difference of mean squares: at small variance all but
-    # a part in r^2 would cancel. The mean is zero because f is odd.
+    # The mean square of the residual, not a difference of mean squares: for small variance all but
+    # a fraction r^2 would cancel. The mean is zero because f is odd.
     kstar = math.sqrt(float(weight_Q @ (f_Q - slope * g_Q).square()))
     return Coefficients(0.0, slope / deviation, kstar)
 
 
 @functools.lru_cache(maxsize=1)
 def _normal_quadrature() -> tuple[Tensor, Tensor]:
-    """Nodes and weights of E[f(g)], g ~ N(0, 1), for f that is sharp at most near 0, float64 (Q,).
+    """Returns nodes and weights of E[f(g)], g ~ N(0, 1), float64 (Q,), for f sharp only near 0.
 
-    Panels halve towards 0, so that tanh(1e6 g) is as smooth on each of them as tanh(g).
+    The panels halve towards 0, so that tanh(1e6 g) is as smooth on each panel as tanh(g).
     """
     node, weight = np.polynomial.legendre.leggauss(_NODES_PER_PANEL)
     edge = np.concatenate([[0.0], _REACH * 0.5 ** np.arange(_HALVINGS, -1, -1.0)])

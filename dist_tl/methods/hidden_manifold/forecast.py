@@ -1,8 +1,9 @@
-"""How much labelled target data would a feature map need? A forecast from second moments.
+"""Forecasts the error of ridge regression on a feature map for any number of labelled samples.
 
-Ridge regression has a theory without a teacher: the covariance of the features, from unlabelled
-data, and their correlation with the labels, from a few labelled ones, give the mean squared error
-for any number of labels. Noise in that correlation would pass for signal; it is taken out.
+The theory of ridge regression needs no teacher: the covariance of the features, from unlabelled
+data, and their correlation with the labels, from a few labelled items, determine the mean squared
+error for any number of labels. The noise of that correlation would bias the forecast and is
+subtracted.
 
 Source: sections 3.7 and 8 of the notes on Gerace et al., arXiv:2106.05418.
 
@@ -28,12 +29,12 @@ UNRELIABLE_SHARE, UNRELIABLE_ERRORS = 0.10, 3.0
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """Mean squared error over sizes, each at its best penalty.
+    """Mean squared error for each size, at its best penalty.
 
     Attributes:
         sizes_S: numbers of labelled samples.
-        mse_S: of one-vs-rest labels -1 and +1 (their mean taken off), averaged over classes.
-        lam_S: the best penalty.
+        mse_S: error for centred one-vs-rest labels -1 and +1, averaged over classes.
+        lam_S: best penalty.
         low_S, high_S: 95 % bootstrap band over the labelled items.
     """
 
@@ -49,8 +50,9 @@ class Measured:
     """Held-out errors of ridge fits on random labelled subsets.
 
     Attributes:
-        mse_S, error_S: mean over draws, and its standard error.
-        accuracy_S: share of held-out items of which the right class scores highest.
+        sizes_S: numbers of labelled samples.
+        mse_S, error_S: mean over draws and its standard error.
+        accuracy_S: share of held-out items whose correct class has the highest score.
     """
 
     sizes_S: NDArray[np.int64]
@@ -67,22 +69,22 @@ class Components:
     directions_FK: Array
 
     def apply(self, features_NF: Array) -> Array:
-        """Features (N, F) to (N, K)."""
+        """Projects features (N, F) to (N, K)."""
         return (np.asarray(features_NF, float) - self.mean_F) @ self.directions_FK
 
 
 def principal_components(pool_PF: Array, count: int) -> Components:
-    """The `count` directions of largest variance in the pool.
+    """Returns the `count` directions of largest variance in the pool.
 
-    Scaled by sqrt(count / F), so that penalties mean the same as for all F features.
+    They are scaled by sqrt(count / F), so that penalties are comparable to those of all F features.
 
     Raises:
-        ConfigError: more components than features or than pool items.
+        ConfigError: more components than features or pool items.
     """
     pool_PF = np.asarray(pool_PF, float)
     if not 1 <= count <= min(pool_PF.shape):
         raise ConfigError(
-            f"components: expected 1 to {min(pool_PF.shape)} (the features, or the pool's items), "
+            f"components: expected 1 to {min(pool_PF.shape)} (number of features or pool items), "
             f"got {count}"
         )
     mean_F = pool_PF.mean(axis=0)
@@ -104,17 +106,17 @@ def forecast_curve(
     num_bootstrap: int = 0,
     rng: np.random.Generator | None = None,
 ) -> Forecast:
-    """What ridge on these features would come to with n labels.
+    """Forecasts the error of ridge regression on these features for n labels.
 
     Args:
         pool_PK: features of unlabelled items, P >= 10 K.
         labelled_NK: features of labelled items, N >= 5 K.
-        num_bootstrap: samples of the labelled items for the band; 0 leaves it at the curve itself.
+        num_bootstrap: number of bootstrap samples for the band; 0: the band is the curve itself.
 
     Raises:
-        ConfigError: too few items for so many features, n < 1, or fewer than two classes.
-        NumericsError: a feature is not finite, or none varies.
-        NotConvergedError: the theory has no solution at some n and penalty.
+        ConfigError: too few items for the number of features, n < 1, or fewer than two classes.
+        NumericsError: a feature is not finite, or all features are constant.
+        NotConvergedError: the iteration does not converge for some n and penalty.
     """
     pool_PK, labelled_NK = np.asarray(pool_PK, float), np.asarray(labelled_NK, float)
     labels_N = np.asarray(labels_N, np.int64)
@@ -126,18 +128,18 @@ def forecast_curve(
         np.cov(pool_PK, rowvar=False, bias=True).reshape(len(mean_K), len(mean_K))
     )
     if not omega_K[-1] > 0:
-        raise NumericsError("no feature varies over the pool; choose another feature map")
+        raise NumericsError("no feature varies over the pool; use another feature map")
     rotated_NK = (labelled_NK - mean_K) @ basis_KK
-    law = _Law(np.maximum(omega_K, 0.0), tuple(sizes), tuple(lams), num_classes)
-    mse_SL = law.errors(rotated_NK, labels_N)
+    theory = _RidgeTheory(np.maximum(omega_K, 0.0), tuple(sizes), tuple(lams), num_classes)
+    mse_SL = theory.errors(rotated_NK, labels_N)
     best_S = mse_SL.argmin(axis=1)
     rows_S = np.arange(len(sizes))
     low_S = high_S = mse_SL[rows_S, best_S]
     if num_bootstrap:
         if rng is None:
-            raise ValueError("expected rng, the generator that a bootstrap draws from, got None")
+            raise ValueError("expected rng, the generator of the bootstrap, got None")
         draws_RS = np.array(
-            [law.resampled(rotated_NK, labels_N, rng) for _ in range(num_bootstrap)]
+            [theory.resampled(rotated_NK, labels_N, rng) for _ in range(num_bootstrap)]
         )
         low_S, high_S = np.quantile(draws_RS, (0.025, 0.975), axis=0)
     return Forecast(
@@ -150,8 +152,8 @@ def forecast_curve(
 
 
 @dataclass(frozen=True, eq=False)
-class _Law:
-    """The pool's spectrum, and what is asked of it."""
+class _RidgeTheory:
+    """The theory for the pool's spectrum, at given sizes and penalties."""
 
     omega_K: Array
     sizes: tuple[int, ...]
@@ -159,11 +161,11 @@ class _Law:
     num_classes: int
 
     def errors(self, rotated_NK: Array, labels_N: NDArray[np.int64]) -> Array:
-        """Mean squared errors (S, L), averaged over classes."""
+        """Returns mean squared errors (S, L), averaged over classes."""
         return self._table(self._terms(rotated_NK, labels_N))
 
     def _terms(self, rotated_NK: Array, labels_N: NDArray[np.int64]) -> tuple[Array, float]:
-        # The error is linear in both terms, so their mean over classes gives the mean error.
+        # The error is linear in both terms, so their means over classes give the mean error.
         classes = range(self.num_classes)
         terms = [teacher_terms(rotated_NK, one_vs_rest(labels_N, c)) for c in classes]
         return np.mean([t_K for t_K, _ in terms], axis=0), float(np.mean([r for _, r in terms]))
@@ -178,11 +180,11 @@ class _Law:
     def resampled(
         self, rotated_NK: Array, labels_N: NDArray[np.int64], rng: np.random.Generator
     ) -> Array:
-        """Best errors (S,) of one bootstrap sample of the labelled items."""
+        """Returns the best errors (S,) for one bootstrap sample of the labelled items."""
         rows_N = rng.integers(len(labels_N), size=len(labels_N))
         t_K, rho = self._terms(rotated_NK[rows_N], labels_N[rows_N])
-        # Drawing again adds the labels' noise once more, which the correction does not see: the
-        # drawn terms scatter around the uncorrected ones. That known distance is taken off.
+        # Resampling adds the labels' noise once more, which the correction does not cover: the
+        # resampled terms scatter around the uncorrected ones. This known offset is subtracted.
         classes = range(self.num_classes)
         excess_CK = [
             plain_terms(rotated_NK, one_vs_rest(labels_N, c))
@@ -193,24 +195,24 @@ class _Law:
 
     def _mse(self, t_K: Array, rho: float, size: int, lam: float) -> float:
         alpha = size / len(self.omega_K)
-        found = solve_real_data(self.omega_K, t_K, rho, alpha=alpha, lam=lam)
-        assert found.test_mse is not None, "ridge has a squared error"
-        return found.test_mse
+        solution = solve_real_data(self.omega_K, t_K, rho, alpha=alpha, lam=lam)
+        assert solution.test_mse is not None, "ridge has a squared error"
+        return solution.test_mse
 
 
-def one_vs_rest(labels_N: NDArray[np.int64], wanted: int) -> Array:
-    """Labels -1 and +1 with their mean taken off, float64."""
-    y_N = np.where(labels_N == wanted, 1.0, -1.0)
+def one_vs_rest(labels_N: NDArray[np.int64], label: int) -> Array:
+    """Returns centred labels -1 and +1, float64."""
+    y_N = np.where(labels_N == label, 1.0, -1.0)
     return y_N - y_N.mean()
 
 
 def plain_terms(rotated_NK: Array, y_N: Array) -> Array:
-    """mean(y z_i)^2: the overlaps with the labels' noise still in them."""
+    """Returns the squared overlaps mean(y z_i)^2, without noise correction."""
     return (y_N[:, None] * rotated_NK).mean(axis=0) ** 2
 
 
 def teacher_terms(rotated_NK: Array, y_N: Array) -> tuple[Array, float]:
-    """Squared overlaps t_i of labels and features, without the noise of few labels, and rho.
+    """Returns the squared overlaps t_i of labels and features, corrected for noise, and rho.
 
     Unbiased: t_i = (mean(y z_i)^2 - mean(y^2 z_i^2) / N) / (1 - 1/N), which may be negative.
     """
@@ -231,13 +233,13 @@ def held_out_curve(
     draws: int,
     rng: np.random.Generator,
 ) -> Measured:
-    """Ridge fitted on n random labelled items, tested on all others.
+    """Measures ridge regression fitted on n random labelled items, tested on all others.
 
     Args:
-        lams: the penalty of each size, as forecast.
+        lams: the forecast's penalty for each size.
 
     Raises:
-        ConfigError: a size that leaves nothing to test on.
+        ConfigError: a size leaves no items for the test.
     """
     features_NK, labels_N = np.asarray(features_NK, float), np.asarray(labels_N, np.int64)
     if draws < 1:
@@ -248,59 +250,59 @@ def held_out_curve(
             f"got {list(sizes)}"
         )
     features_NK = features_NK - features_NK.mean(axis=0)  # no intercept, as in the forecast
-    mse, right = np.zeros((len(sizes), draws)), np.zeros((len(sizes), draws))
+    mse, accuracy = np.zeros((len(sizes), draws)), np.zeros((len(sizes), draws))
     for draw in range(draws):
         order_N = rng.permutation(len(labels_N))
         for s, (size, lam) in enumerate(zip(sizes, lams, strict=True)):
-            kept, rest = order_N[:size], order_N[size:]
-            mse[s, draw], right[s, draw] = _held_out(
-                features_NK, labels_N, kept, rest, num_classes, lam
+            train, test = order_N[:size], order_N[size:]
+            mse[s, draw], accuracy[s, draw] = _held_out(
+                features_NK, labels_N, train, test, num_classes, lam
             )
     return Measured(
         sizes_S=np.asarray(sizes, np.int64),
         mse_S=mse.mean(axis=1),
         error_S=mse.std(axis=1, ddof=1) / math.sqrt(draws) if draws > 1 else np.full(len(mse), 0.0),
-        accuracy_S=right.mean(axis=1),
+        accuracy_S=accuracy.mean(axis=1),
     )
 
 
 def _held_out(
     features_NK: Array,
     labels_N: NDArray[np.int64],
-    kept: NDArray[np.int64],
-    rest: NDArray[np.int64],
+    train: NDArray[np.int64],
+    test: NDArray[np.int64],
     num_classes: int,
     lam: float,
 ) -> tuple[float, float]:
-    """Mean squared error over classes, and accuracy, on the items left out."""
+    """Returns the mean squared error over classes and the accuracy on the test items."""
     target_NC = np.where(labels_N[:, None] == np.arange(num_classes), 1.0, -1.0)
-    offset_C = target_NC.mean(axis=0)  # of the whole labelled set, as the forecast has it
+    offset_C = target_NC.mean(axis=0)  # of all labelled items, as in the forecast
     scale = math.sqrt(features_NK.shape[1])
-    a_nK = features_NK[kept] / scale
+    a_nK = features_NK[train] / scale
     gram_KK = a_nK.T @ a_nK + lam * np.eye(a_nK.shape[1])
-    w_KC = np.linalg.solve(gram_KK, a_nK.T @ (target_NC[kept] - offset_C))
-    z_MC = features_NK[rest] / scale @ w_KC
-    mse = float(np.mean((target_NC[rest] - offset_C - z_MC) ** 2))
-    return mse, float(np.mean((z_MC + offset_C).argmax(axis=1) == labels_N[rest]))
+    w_KC = np.linalg.solve(gram_KK, a_nK.T @ (target_NC[train] - offset_C))
+    z_MC = features_NK[test] / scale @ w_KC
+    mse = float(np.mean((target_NC[test] - offset_C - z_MC) ** 2))
+    return mse, float(np.mean((z_MC + offset_C).argmax(axis=1) == labels_N[test]))
 
 
 def is_reliable(forecast: Forecast, measured: Measured) -> list[bool]:
-    """For every measured size: whether forecast and measurement agree.
+    """Returns for every measured size whether forecast and measurement agree.
 
-    They do not if their gap is above 10 % of the error and above 3 standard errors.
+    They disagree if their difference exceeds both 10 % of the error and 3 standard errors.
     """
     verdicts = []
     for s, size in enumerate(measured.sizes_S):
-        [place] = np.flatnonzero(forecast.sizes_S == size)
-        gap = abs(forecast.mse_S[place] - measured.mse_S[s])
+        [index] = np.flatnonzero(forecast.sizes_S == size)
+        gap = abs(forecast.mse_S[index] - measured.mse_S[s])
         large = gap > UNRELIABLE_SHARE * measured.mse_S[s]
-        clear = gap > UNRELIABLE_ERRORS * measured.error_S[s]
-        verdicts.append(not (large and clear))
+        significant = gap > UNRELIABLE_ERRORS * measured.error_S[s]
+        verdicts.append(not (large and significant))
     return verdicts
 
 
 def samples_for_mse(forecast: Forecast, target: float) -> float | None:
-    """The n at which the curve comes down to `target`, in log n between sizes; or None."""
+    """Returns the n at which the curve reaches `target`, linear in log n between sizes, or None."""
     log_n_S, mse_S = np.log(forecast.sizes_S), forecast.mse_S
     if mse_S[0] <= target:
         return float(forecast.sizes_S[0])
@@ -312,7 +314,7 @@ def samples_for_mse(forecast: Forecast, target: float) -> float | None:
 
 
 def crossing(one: Forecast, other: Forecast) -> float | None:
-    """The first n at which two curves cross; None if they do not, or only touch.
+    """Returns the first n at which two curves cross, or None if they do not cross.
 
     Raises:
         ValueError: the curves are over different sizes.
@@ -322,7 +324,7 @@ def crossing(one: Forecast, other: Forecast) -> float | None:
             f"expected curves over the same sizes, got {one.sizes_S} and {other.sizes_S}"
         )
     gap_S, log_n_S = one.mse_S - other.mse_S, np.log(one.sizes_S)
-    apart = np.flatnonzero(gap_S)  # where curves meet at a size, the signs around it decide
+    apart = np.flatnonzero(gap_S)  # where curves are equal, the signs around decide
     for before, after in pairwise(apart):
         if gap_S[before] * gap_S[after] < 0:
             if after > before + 1:
@@ -347,18 +349,18 @@ def _check_inputs(
     if len(pool_PK) < POOL_PER_FEATURE * width or len(labels_N) < LABELS_PER_FEATURE * width:
         raise ConfigError(
             f"{width} features need {POOL_PER_FEATURE * width} unlabelled and "
-            f"{LABELS_PER_FEATURE * width} labelled items; there are {len(pool_PK)} and "
+            f"{LABELS_PER_FEATURE * width} labelled items, got {len(pool_PK)} and "
             f"{len(labels_N)}. Set `components` to "
             f"{max(1, min(len(pool_PK) // POOL_PER_FEATURE, len(labels_N) // LABELS_PER_FEATURE))}"
-            " or fewer, to use that many leading principal components"
+            " or fewer to use leading principal components"
         )
     if list(sizes) != sorted({n for n in sizes if n >= 1}) or not len(sizes):
-        raise ConfigError(f"expected ascending sizes of 1 or more, got {list(sizes)}")
-    seen = np.unique(labels_N).tolist()
-    if num_classes < 2 or seen != list(range(num_classes)):
+        raise ConfigError(f"expected ascending sizes >= 1, got {list(sizes)}")
+    present = np.unique(labels_N).tolist()
+    if num_classes < 2 or present != list(range(num_classes)):
         raise ConfigError(
-            f"expected two classes or more, and a labelled item of every class 0 to "
-            f"{num_classes - 1} and of no other; got {seen}"
+            f"expected at least two classes, and labelled items of exactly the classes 0 to "
+            f"{num_classes - 1}; got {present}"
         )
     if not (np.isfinite(pool_PK).all() and np.isfinite(labelled_NK).all()):
         raise NumericsError("a feature is NaN or infinite; check the feature map and its inputs")

@@ -1,15 +1,16 @@
-"""The Gaussian covariate model of a task seen through a feature map.
+"""The Gaussian covariate model of a task and a feature map.
 
 The theory replaces latents c and features v = sigma(W x / sqrt(D)) by Gaussians with the same
-second moments. They come (a) from samples, for any W, or in closed form (b) for random W and (c)
-for erf units. Chunk i of the samples is drawn from (seed, purpose, i) alone, so that any worker can
-make it, and the merged sums do not depend on how many there are.
+second moments. These are computed (a) from samples, for any W, or in closed form (b) for random W
+and (c) for erf units. Chunk i of the samples depends on (seed, purpose, i) only, so that any worker
+can draw it, and the merged sums do not depend on the number of workers.
 
 After Gerace et al., arXiv:2106.05418, and Loureiro et al., arXiv:2102.08127.
 
 Shape suffixes: N = samples, D = inputs, d = latents, K = features, B = bins.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TypeVar
@@ -40,15 +41,15 @@ Part = TypeVar("Part", bound=Sums)
 
 
 def random_features(inputs: int, hidden: int, *, rng: torch.Generator) -> Tensor:
-    """The untrained feature map: W (K, D) float64, iid N(0, 1)."""
+    """Draws an untrained feature map: W (K, D) float64, iid N(0, 1)."""
     return torch.randn(hidden, inputs, generator=rng, dtype=torch.float64)
 
 
 def hidden_features(weights_KD: Tensor, x_ND: Tensor, activation: Activation) -> Tensor:
-    """v = sigma(W x / sqrt(D)), (N, K) float64.
+    """Computes v = sigma(W x / sqrt(D)), (N, K) float64.
 
     Raises:
-        ValueError: W and x do not have the same number of inputs.
+        ValueError: W and x have different numbers of inputs.
     """
     if weights_KD.ndim != 2 or x_ND.ndim != 2 or weights_KD.shape[1] != x_ND.shape[1]:
         raise ValueError(
@@ -61,7 +62,7 @@ def hidden_features(weights_KD: Tensor, x_ND: Tensor, activation: Activation) ->
 def chunk_moments(
     task: Task, weights_KD: Tensor, activation: Activation, num: int, *, rng: torch.Generator
 ) -> MomentSums:
-    """Moment sums of one chunk of `num` samples: a worker's share of `monte_carlo`."""
+    """Computes the moment sums of one chunk of `num` samples, a part of `monte_carlo`."""
     x_ND, y_N, c_Nd = sample_chunk(task, num, rng=rng)
     sums = MomentSums.zeros(latent=task.latent, hidden=len(weights_KD))
     sums.add(hidden_features(weights_KD, x_ND, activation), c_Nd, y_N)
@@ -78,19 +79,19 @@ def monte_carlo(
     seed: int,
     purpose: str,
 ) -> MomentSums:
-    """Route (a): moment sums of `num_samples` samples, in the memory of one chunk.
+    """Route (a): computes the moment sums of `num_samples` samples, one chunk at a time.
 
-    The same bits as merging, in order of i, the `chunk_moments` of chunks i = 0, 1, ... with
-    `chunk` samples each (the last has the rest) drawn from torch_rng(seed, purpose, i).
+    Bit-identical to merging, in order of i, the `chunk_moments` of chunks i = 0, 1, ... of `chunk`
+    samples each (the last has the remainder) drawn from torch_rng(seed, purpose, i).
 
     Raises:
         ValueError: no samples, or an empty chunk.
     """
 
-    def one(num: int, rng: torch.Generator) -> MomentSums:
+    def sum_chunk(num: int, rng: torch.Generator) -> MomentSums:
         return chunk_moments(task, weights_KD, activation, num, rng=rng)
 
-    return _streamed(one, num_samples, chunk, seed, purpose)
+    return _streamed(sum_chunk, num_samples, chunk, seed, purpose)
 
 
 def chunk_bins(
@@ -102,16 +103,16 @@ def chunk_bins(
     num_bins: int = 8,
     rng: torch.Generator,
 ) -> BinSums:
-    """Bin sums of one chunk of `num` samples: a worker's share of `binned_moments`.
+    """Computes the bin sums of one chunk of `num` samples, a part of `binned_moments`.
 
     Raises:
-        ValueError: no bins, or an activation that is not odd: v given y = -1 is then not -v given
-            y = +1, and y v mixes two laws.
+        ValueError: no bins, or an activation is not odd: v given y = -1 is then not distributed
+            like -v given y = +1.
     """
     if not {activation, task.input_activation} <= ODD:
         raise ValueError(
             f"expected odd activations, got {task.input_activation} inputs and {activation} "
-            "features: the mixture theory does not cover them"
+            "features: the mixture theory needs odd activations"
         )
     x_ND, y_N, c_Nd = sample_chunk(task, num, rng=rng)
     yv_NK = y_N[:, None] * hidden_features(weights_KD, x_ND, activation)
@@ -136,27 +137,27 @@ def binned_moments(
     seed: int,
     purpose: str,
 ) -> BinMoments:
-    """Moments of y v in bins of |theta . c| / |theta| that are equally likely.
+    """Computes the moments of y v in equally likely bins of |theta . c| / |theta|.
 
-    Chunks as in `monte_carlo`; the sums of `chunk_bins` merge to the same bits.
+    Chunks as in `monte_carlo`; merging the sums of `chunk_bins` is bit-identical.
 
     Raises:
-        ValueError: no samples, an empty chunk, no bins, or an activation that is not odd.
-        NumericsError: a bin with fewer than two samples.
+        ValueError: no samples, an empty chunk, no bins, or an activation is not odd.
+        NumericsError: a bin has fewer than two samples.
     """
 
-    def one(num: int, rng: torch.Generator) -> BinSums:
+    def sum_chunk(num: int, rng: torch.Generator) -> BinSums:
         return chunk_bins(task, weights_KD, activation, num, num_bins=num_bins, rng=rng)
 
-    return _streamed(one, num_samples, chunk, seed, purpose).moments()
+    return _streamed(sum_chunk, num_samples, chunk, seed, purpose).moments()
 
 
 def random_feature_covariances(
     task: Task, weights_KD: Tensor, activation: Activation
 ) -> Covariances:
-    """Route (b): the covariances of W iid N(0, 1), exact as all sizes grow.
+    """Route (b): returns the covariances for W iid N(0, 1), exact in the limit of large sizes.
 
-    Those of centred features, where the activation is not odd.
+    For an activation that is not odd they are those of centred features.
 
     Raises:
         ValueError: the task's inputs have a mean, or W does not fit them.
@@ -168,7 +169,7 @@ def random_feature_covariances(
 
 
 def erf_covariances(task: Task, weights_KD: Tensor) -> Covariances:
-    """Route (c): the covariances of erf units of any W, for Gaussian pre-activations.
+    """Route (c): returns the covariances of erf units for any W, for Gaussian pre-activations.
 
     Raises:
         ValueError: the task's inputs have a mean, or W does not fit them.
@@ -180,7 +181,7 @@ def erf_covariances(task: Task, weights_KD: Tensor) -> Covariances:
 
 
 def _pre_activations(task: Task, weights_KD: Tensor) -> tuple[Tensor, Tensor, float]:
-    """C = W Omega_x W^T / D, (d, K) F W^T / sqrt(d D), and k1 of the input activation."""
+    """Returns W Omega_x W^T / D (K, K), F W^T / sqrt(d D) (d, K), and k1 of the inputs."""
     if task.input_activation not in ODD:
         raise ValueError(
             f"the analytic routes need inputs of mean 0; got {task.input_activation} inputs: use "
@@ -196,24 +197,24 @@ def _pre_activations(task: Task, weights_KD: Tensor) -> tuple[Tensor, Tensor, fl
 
 
 def _streamed(
-    one: Callable[[int, torch.Generator], Part],
+    sum_chunk: Callable[[int, torch.Generator], Part],
     num_samples: int,
     chunk: int,
     seed: int,
     purpose: str,
 ) -> Part:
-    """The merged sums of all chunks, holding two of them at a time."""
+    """Returns the merged sums of all chunks, with two of them in memory at a time."""
     if num_samples < 1 or chunk < 1:
         raise ValueError(f"expected num_samples and chunk >= 1, got {num_samples} and {chunk}")
-    total = None
-    for i, first in enumerate(range(0, num_samples, chunk)):
-        part = one(min(chunk, num_samples - first), torch_rng(seed, purpose, i))
-        total = part if total is None else type(part).merge([total, part])
-    return total
+    parts = (
+        sum_chunk(min(chunk, num_samples - first), torch_rng(seed, purpose, i))
+        for i, first in enumerate(range(0, num_samples, chunk))
+    )
+    return functools.reduce(lambda total, part: type(part).merge([total, part]), parts)
 
 
 def _half_normal_edges(num_bins: int) -> Tensor:
-    """The num_bins - 1 values that cut |g|, g ~ N(0, 1), into equally likely bins."""
+    """Returns the num_bins - 1 inner edges of equally likely bins of |g|, g ~ N(0, 1)."""
     if num_bins < 1:
         raise ValueError(f"expected num_bins >= 1, got {num_bins}")
     share = torch.arange(1, num_bins, dtype=torch.float64) / num_bins

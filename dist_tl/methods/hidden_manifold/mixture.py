@@ -1,9 +1,9 @@
 """The error of a readout on trained features, by a mixture of Gaussians.
 
-Training gives the features a spike along the teacher, so they are not Gaussian, and the theory of
-`saddle_point.py` errs on the high side. Within narrow bins of the teacher's field |theta . c| they
-nearly are: y v is a mixture, one Gaussian a bin, all of one label. For source and target that are
-the same task; other relations would need bins in both teachers' fields.
+Trained features have a spike along the teacher and are not Gaussian, so the theory of
+`saddle_point.py` overestimates the error. Within narrow bins of the teacher's field |theta . c|
+they are almost Gaussian: y v is a mixture with one Gaussian per bin, all of one label. Valid if
+source and target are the same task; other relations would need bins in both teachers' fields.
 
 Source: section 3.8 of the notes on Gerace et al., arXiv:2106.05418.
 
@@ -33,7 +33,7 @@ MAX_ITERATIONS = 2000
 
 @dataclass(frozen=True, eq=False)
 class MixtureParameters:
-    """A solution.
+    """A solution of the mixture theory.
 
     Attributes:
         m_B, q_B, v_B: mean and variance of the margin y z in each bin, and inverse curvature.
@@ -51,7 +51,7 @@ class MixtureParameters:
 
 
 @dataclass(frozen=True, eq=False)
-class _Law:
+class _Mixture:
     p_B: Array
     mu_BK: Array
     cov_BKK: Array
@@ -68,24 +68,24 @@ def solve_mixture(
     start: MixtureParameters | None = None,
     max_iterations: int = MAX_ITERATIONS,
 ) -> MixtureParameters:
-    """The error for alpha = n / K samples a feature (3.8).
+    """Solves the mixture theory for alpha = n / K samples per feature (3.8).
 
     Args:
         p_B: share of every bin.
-        mu_BK, cov_BKK: mean and covariance of y v within it, float64.
-        start: a solution nearby, to begin from.
+        mu_BK, cov_BKK: mean and covariance of y v in every bin, float64.
+        start: a nearby solution as the initial value.
 
     Raises:
         ValueError: alpha or lam out of range, an unknown loss, or shapes that do not fit.
-        NotConvergedError: naming alpha, lam and the last change.
+        NotConvergedError: no convergence; the message names alpha, lam and the last change.
     """
     check_problem(alpha, lam, loss)
-    law = _Law(*(np.asarray(x.double().numpy()) for x in (p_B, mu_BK, cov_BKK)))
-    bins, features = law.mu_BK.shape
-    if law.p_B.shape != (bins,) or law.cov_BKK.shape != (bins, features, features):
+    mixture = _Mixture(*(np.asarray(x.double().numpy()) for x in (p_B, mu_BK, cov_BKK)))
+    bins, features = mixture.mu_BK.shape
+    shapes = mixture.p_B.shape, mixture.mu_BK.shape, mixture.cov_BKK.shape
+    if shapes != ((bins,), (bins, features), (bins, features, features)):
         raise ValueError(
-            f"expected p (B,), mu (B, K), cov (B, K, K), got {law.p_B.shape}, {law.mu_BK.shape}, "
-            f"{law.cov_BKK.shape}"
+            f"expected p (B,), mu (B, K), cov (B, K, K), got {', '.join(map(str, shapes))}"
         )
     if start is None:
         m_B, q_B, v_B = np.full(bins, 0.05), np.full(bins, 0.1), np.ones(bins)
@@ -93,48 +93,50 @@ def solve_mixture(
         m_B, q_B, v_B = start.m_B, start.q_B, start.v_B
     change = math.inf
     for count in range(1, max_iterations + 1):
-        fresh = _step(law, m_B, q_B, v_B, alpha, lam, loss)
-        if not all(np.isfinite(values).all() for values in fresh):
+        update = _step(mixture, m_B, q_B, v_B, alpha, lam, loss)
+        if not all(np.isfinite(values).all() for values in update):
             break
-        new = [(1 - DAMPING) * a + DAMPING * b for a, b in zip(fresh, (m_B, q_B, v_B), strict=True)]
+        new = [
+            (1 - DAMPING) * a + DAMPING * b for a, b in zip(update, (m_B, q_B, v_B), strict=True)
+        ]
         change = max(
             float(np.max(np.abs(a - b)) / max(float(np.max(np.abs(a))), 1e-300))
             for a, b in zip(new, (m_B, q_B, v_B), strict=True)
         )
         m_B, q_B, v_B = new
         if change < TOLERANCE:
-            error = float(law.p_B @ ndtr(-m_B / np.sqrt(q_B)))
+            error = float(mixture.p_B @ ndtr(-m_B / np.sqrt(q_B)))
             return MixtureParameters(alpha, lam, loss, m_B, q_B, v_B, error, count)
     raise NotConvergedError(
-        f"the mixture theory at alpha = {alpha:g}, lam = {lam:g} did not settle in "
-        f"{max_iterations} iterations (last relative change {change:.2g}); raise lam"
+        f"the mixture theory at alpha = {alpha:g}, lam = {lam:g} did not converge in "
+        f"{max_iterations} iterations (last relative change {change:.2g}); increase lam"
     )
 
 
 def _step(
-    law: _Law, m_B: Array, q_B: Array, v_B: Array, alpha: float, lam: float, loss: Loss
+    mixture: _Mixture, m_B: Array, q_B: Array, v_B: Array, alpha: float, lam: float, loss: Loss
 ) -> tuple[Array, Array, Array]:
     average = _ridge_averages if loss == "ridge" else _logistic_averages
     means = [average(m, q, v) for m, q, v in zip(m_B, q_B, v_B, strict=True)]
     mean_f_B, mean_ff_B, curvature_B = (np.array(column) for column in zip(*means, strict=True))
     m_hat_B, q_hat_B, v_hat_B = (
-        alpha * law.p_B * values for values in (mean_f_B, mean_ff_B, curvature_B)
+        alpha * mixture.p_B * values for values in (mean_f_B, mean_ff_B, curvature_B)
     )
-    features = law.mu_BK.shape[1]
-    curved_KK = np.tensordot(v_hat_B, law.cov_BKK, axes=1)
+    features = mixture.mu_BK.shape[1]
+    curved_KK = np.tensordot(v_hat_B, mixture.cov_BKK, axes=1)
     curved_KK[np.diag_indices(features)] += lam
     inverse_KK = np.linalg.inv(curved_KK)
-    # The means' own curvature goes to the left side: without it the iteration diverges for ridge.
-    left_KK = curved_KK + (law.mu_BK.T * v_hat_B) @ law.mu_BK
-    x_K = np.linalg.solve(left_KK, law.mu_BK.T @ (m_hat_B + v_hat_B * m_B))
-    spread_KK = inverse_KK @ np.tensordot(q_hat_B, law.cov_BKK, axes=1) @ inverse_KK
-    noise_B = np.tensordot(law.cov_BKK, spread_KK, axes=([1, 2], [1, 0])) / features
-    fresh_v_B = np.tensordot(law.cov_BKK, inverse_KK, axes=([1, 2], [1, 0])) / features
-    return law.mu_BK @ x_K, (law.cov_BKK @ x_K) @ x_K + noise_B, fresh_v_B
+    # The curvature of the means is on the left side; otherwise the iteration diverges for ridge.
+    left_KK = curved_KK + (mixture.mu_BK.T * v_hat_B) @ mixture.mu_BK
+    x_K = np.linalg.solve(left_KK, mixture.mu_BK.T @ (m_hat_B + v_hat_B * m_B))
+    spread_KK = inverse_KK @ np.tensordot(q_hat_B, mixture.cov_BKK, axes=1) @ inverse_KK
+    noise_B = np.tensordot(mixture.cov_BKK, spread_KK, axes=([1, 2], [1, 0])) / features
+    new_v_B = np.tensordot(mixture.cov_BKK, inverse_KK, axes=([1, 2], [1, 0])) / features
+    return mixture.mu_BK @ x_K, (mixture.cov_BKK @ x_K) @ x_K + noise_B, new_v_B
 
 
 def _ridge_averages(m: float, q: float, v: float) -> tuple[float, float, float]:
-    """E f, E f^2 and E[-f'] of f = (1 - z) / (1 + V), z ~ N(m, q)."""
+    """Returns E f, E f^2 and E[-f'] of f = (1 - z) / (1 + V), z ~ N(m, q)."""
     return (1 - m) / (1 + v), ((1 - m) ** 2 + q) / (1 + v) ** 2, 1 / (1 + v)
 
 

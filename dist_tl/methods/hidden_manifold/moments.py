@@ -1,8 +1,8 @@
-"""Sums of moments over samples, and the covariances they become.
+"""Sums of moments over samples, and covariances computed from them.
 
-Sums are float64 and add up chunk by chunk; merged in the order of the chunks they are the same bits
-whoever made them. Trained features are spiked along the teacher and far from Gaussian as a whole;
-the bins below cut them into parts that are not, for the mixture theory.
+Sums are float64 and add up chunk by chunk; merged in the order of the chunks they are bit-identical
+on any number of workers. Trained features have a spike along the teacher and are far from Gaussian;
+within the bins below they are almost Gaussian, as the mixture theory requires.
 
 After Gerace et al., arXiv:2106.05418, and Loureiro et al., arXiv:2102.08127.
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dist_tl.errors import NumericsError
 
-_PSD_TOLERANCE = 1e-10  # of the largest eigenvalue
-_MEAN_TOLERANCE = 8.0  # standard errors; the largest of many features stays below 5 by chance
+_PSD_TOLERANCE = 1e-10  # relative to the largest eigenvalue
+_MEAN_TOLERANCE = 8.0  # standard errors; by chance the maximum over many features stays below 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +27,8 @@ class Covariances:
     """Second moments of latents and features, float64.
 
     Raises:
-        ValueError: the three do not fit together.
-        NumericsError: not finite, or omega has a negative eigenvalue.
+        ValueError: the shapes do not fit together.
+        NumericsError: a value is not finite, or omega has a negative eigenvalue.
     """
 
     psi_dd: Tensor  # E[c c^T]
@@ -41,25 +41,25 @@ class Covariances:
         if shapes != ((latent, latent), (hidden, hidden)):
             raise ValueError(f"expected psi (d, d), phi (d, K), omega (K, K), got {shapes}")
         if not all(bool(m.isfinite().all()) for m in (self.psi_dd, self.phi_dK, self.omega_KK)):
-            raise NumericsError("covariances hold NaN or infinity; check the weights W")
+            raise NumericsError("covariances contain NaN or infinity; check the weights W")
         eigenvalue_K = torch.linalg.eigvalsh(self.omega_KK)
         if float(eigenvalue_K[0]) < -_PSD_TOLERANCE * float(eigenvalue_K.abs().max()):
             raise NumericsError(
                 f"omega has the eigenvalue {float(eigenvalue_K[0]):.3g}: expected a covariance "
-                "(no negative eigenvalue); take all its entries from the same samples"
+                "(no negative eigenvalue); compute all entries from the same samples"
             )
 
 
 @dataclass(eq=False)
 class Sums:
-    """Sums over samples, all of whose fields add up."""
+    """Sums over samples; every field is additive."""
 
     @classmethod
     def merge(cls, parts: Sequence[Self]) -> Self:
-        """The sums over all parts, added in the order given: hand them in by chunk index.
+        """Returns the sums over all parts, added in the given order, which is that of the chunks.
 
         Raises:
-            ValueError: no parts, or parts that do not fit each other.
+            ValueError: no parts, or parts of different sizes.
         """
         if not parts:
             raise ValueError("expected at least one part to merge, got none")
@@ -69,24 +69,24 @@ class Sums:
         return total
 
     def copy(self) -> Self:
-        """Sums that share no memory with these."""
+        """Returns a copy that shares no memory."""
         values = (getattr(self, field.name) for field in fields(self))
         return type(self)(*(v.clone() if isinstance(v, Tensor) else v for v in values))
 
     def accumulate(self, other: Self) -> None:
-        """Add the sums of another part to these, in place.
+        """Adds the sums of another part, in place.
 
         Raises:
             ValueError: the parts differ in their numbers of latents, features or bins.
         """
         for field in fields(self):
-            ours, theirs = getattr(self, field.name), getattr(other, field.name)
-            if isinstance(ours, Tensor) and ours.shape != theirs.shape:
+            own, added = getattr(self, field.name), getattr(other, field.name)
+            if isinstance(own, Tensor) and own.shape != added.shape:
                 raise ValueError(
-                    f"{field.name}: expected parts of one shape, got {tuple(ours.shape)} and "
-                    f"{tuple(theirs.shape)}"
+                    f"{field.name}: expected parts of equal shape, got {tuple(own.shape)} and "
+                    f"{tuple(added.shape)}"
                 )
-            setattr(self, field.name, ours + theirs)
+            setattr(self, field.name, own + added)
 
 
 @dataclass(eq=False)
@@ -106,18 +106,18 @@ class MomentSums(Sums):
 
     @classmethod
     def zeros(cls, *, latent: int, hidden: int) -> Self:
-        """Sums over no samples of `latent` latents (0 for real data) and `hidden` features."""
+        """Returns empty sums for `latent` latents (0 for real data) and `hidden` features."""
         c, v = latent, hidden
         shapes = [(c,), (v,), (v,), (c, c), (c, v), (v, v)]
         return cls(0, 0, 0.0, 0.0, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
     def add(self, v_NK: Tensor, c_Nd: Tensor | None = None, y_N: Tensor | None = None) -> None:
-        """Count N more samples.
+        """Adds N samples.
 
         Args:
             v_NK: features, any float dtype; sums are float64.
-            c_Nd: latents; None for real data, which has none.
-            y_N: labels of the samples, -1 and +1 or any real numbers; None leaves them unlabelled.
+            c_Nd: latents; None for real data.
+            y_N: labels, -1 and +1 or any real numbers; None for unlabelled samples.
 
         Raises:
             ValueError: shapes that do not fit these sums.
@@ -140,21 +140,21 @@ class MomentSums(Sums):
             self._add_labels(v_NK, y_N.double())
 
     def covariances(self, *, centred: bool = False) -> Covariances:
-        """Psi, Phi and Omega from the same samples, which is what keeps the theory steady.
+        """Returns Psi, Phi and Omega; the theory is stable because all use the same samples.
 
         Args:
-            centred: subtract the means of features and latents; the fit must then subtract the
-                features' mean as well.
+            centred: subtract the means of features and latents; the fit must then also subtract
+                the features' mean.
 
         Raises:
             ValueError: no samples.
-            NumericsError: features with a mean, and `centred` is False; or see `Covariances`.
+            NumericsError: features have a mean and `centred` is False; or see `Covariances`.
         """
         if self.count == 0:
             raise ValueError("expected at least one sample, got none")
         c_d, v_K = self.sum_c_d / self.count, self.sum_v_K / self.count
         if not centred:
-            self._refuse_mean(v_K)
+            self._check_zero_mean(v_K)
             c_d, v_K = torch.zeros_like(c_d), torch.zeros_like(v_K)
         return Covariances(
             psi_dd=symmetric(self.sum_cc_dd / self.count - torch.outer(c_d, c_d)),
@@ -163,10 +163,10 @@ class MomentSums(Sums):
         )
 
     def label_moments(self, *, centred: bool = False) -> tuple[float, Tensor]:
-        """rho = E[y^2] and phi = E[y v], float64 (K,), for data without a teacher.
+        """Returns rho = E[y^2] and phi = E[y v], float64 (K,), for data without a teacher.
 
         Raises:
-            ValueError: no samples, or some came without labels.
+            ValueError: no samples, or samples without labels.
         """
         if self.count == 0 or self.count_labelled != self.count:
             raise ValueError(
@@ -184,22 +184,22 @@ class MomentSums(Sums):
         self.sum_yy += float(y_N.square().sum())
         self.sum_yv_K = self.sum_yv_K + y_N @ v_NK
 
-    def _refuse_mean(self, mean_K: Tensor) -> None:
-        # The second moment, not the variance: a handful of samples then never looks far off.
+    def _check_zero_mean(self, mean_K: Tensor) -> None:
+        # The second moment, not the variance, so that a few samples never exceed the tolerance.
         error_K = (self.sum_vv_KK.diagonal() / self.count**2).sqrt()
         excess_K = mean_K.abs() - _MEAN_TOLERANCE * error_K
         if bool((excess_K > 0).any()):
             k = int(excess_K.argmax())
             raise NumericsError(
                 f"feature {k} has mean {float(mean_K[k]):.3g}, more than {_MEAN_TOLERANCE:.0f} "
-                "standard errors from 0, which the theory assumes: use centred=True and subtract "
+                "standard errors from 0, but the theory assumes 0: use centred=True and subtract "
                 "the features' mean in the fit"
             )
 
 
 @dataclass(frozen=True, eq=False)
 class BinMoments:
-    """The law of y v in bins of the teacher's field, for the mixture theory, float64."""
+    """Share, mean and covariance of y v in bins of the teacher's field, float64."""
 
     p_B: Tensor
     mu_BK: Tensor
@@ -215,15 +215,15 @@ class BinSums(Sums):
     sum_BKK: Tensor
 
     def moments(self) -> BinMoments:
-        """Share, mean and covariance of every bin.
+        """Returns share, mean and covariance of every bin.
 
         Raises:
-            NumericsError: a bin with fewer than two samples.
+            NumericsError: a bin has fewer than two samples.
         """
         if int(self.count_B.min()) < 2:
             raise NumericsError(
-                f"bins hold {self.count_B.tolist()} samples; expected two in each, so take more "
-                "samples or fewer bins"
+                f"bins have {self.count_B.tolist()} samples; expected at least 2 in each: take "
+                "more samples or fewer bins"
             )
         mu_BK = self.sum_BK / self.count_B[:, None]
         second_BKK = self.sum_BKK / self.count_B[:, None, None]
@@ -235,6 +235,6 @@ class BinSums(Sums):
 
 
 def symmetric(square: Tensor) -> Tensor:
-    """The symmetric part of a square matrix, or of many."""
+    """Returns the symmetric part of a square matrix or of a batch of them."""
     # A product A^T A may differ from its transpose in the last bit.
     return 0.5 * (square + square.mT)

@@ -1,7 +1,7 @@
-"""The logistic proximal step and the Gaussian averages over it that the saddle points need.
+"""The logistic proximal step and Gaussian quadrature for the saddle-point equations.
 
 z*(w) = argmin_z (z - w)^2 / (2 V) + log(1 + exp(-z)), and f = (z* - w) / V = sigmoid(-z*).
-Not covered: ridge, whose averages are in closed form.
+Not covered: ridge, whose averages have a closed form.
 
 Source: Loureiro et al., "Learning curves of generic features maps for realistic datasets with a
 teacher-student model", arXiv:2102.08127; the quadrature is our own.
@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 Array = NDArray[np.float64]
-REACH = 9.0  # standard deviations; what lies beyond weighs 1e-19
+REACH = 9.0  # standard deviations; the tails weigh 1e-19
 NODES = 32
 _NEWTON_STEPS = 60
 _NODE, _WEIGHT = np.polynomial.legendre.leggauss(NODES)
 
 
 def prox_slope(w_Q: Array, v: float) -> Array:
-    """f = sigmoid(-z*) at every w, by Newton inside the bracket [w, w + V].
+    """Returns f = sigmoid(-z*) for every w, by Newton's method in the bracket [w, w + V].
 
     Args:
-        v: the inverse curvature V > 0.
+        v: inverse curvature V > 0.
     """
     low_Q, high_Q = w_Q.copy(), w_Q + v
     z_Q, last_Q = 0.5 * (low_Q + high_Q), np.full_like(w_Q, v)
@@ -38,10 +38,10 @@ def prox_slope(w_Q: Array, v: float) -> Array:
         low_Q = np.where(residual_Q < 0, z_Q, low_Q)
         step_Q = residual_Q / (1 + v * f_Q * (1 - f_Q))
         new_Q = z_Q - step_Q
-        # Strictly outside: a root on the edge of its bracket would otherwise never be taken. And
-        # steps must halve, or Newton may jump between the two edges for ever.
-        refused_Q = (new_Q < low_Q) | (new_Q > high_Q) | (2 * np.abs(step_Q) > np.abs(last_Q))
-        new_Q = np.where(refused_Q & (step_Q != 0), 0.5 * (low_Q + high_Q), new_Q)
+        # Strictly outside: a root on the edge of its bracket must be accepted. Steps must halve,
+        # because Newton may otherwise alternate between the two edges.
+        rejected_Q = (new_Q < low_Q) | (new_Q > high_Q) | (2 * np.abs(step_Q) > np.abs(last_Q))
+        new_Q = np.where(rejected_Q & (step_Q != 0), 0.5 * (low_Q + high_Q), new_Q)
         last_Q, z_Q = new_Q - z_Q, new_Q
         if np.all(np.abs(last_Q) <= 1e-14 * (1 + np.abs(z_Q))):
             break
@@ -49,10 +49,10 @@ def prox_slope(w_Q: Array, v: float) -> Array:
 
 
 def gaussian_nodes(cuts: Iterable[float]) -> tuple[Array, Array]:
-    """Nodes and weights of E over a standard normal, on panels between `cuts`.
+    """Returns nodes and weights for means over a standard normal, on panels between `cuts`.
 
-    One rule over the whole line misses what happens in a narrow range, which the integrands of a
-    large margin do; so the range is cut where they change.
+    A single rule over the whole line misses narrow features, which integrands of large margins
+    have; so the panels end where the integrand changes.
     """
     inside = {cut for cut in cuts if math.isfinite(cut) and abs(cut) < REACH}
     edges = np.array([-REACH, *sorted(inside), REACH])
@@ -64,6 +64,6 @@ def gaussian_nodes(cuts: Iterable[float]) -> tuple[Array, Array]:
 
 
 def sigmoid_cuts(mean: float, deviation: float, v: float) -> list[float]:
-    """Where f(mean + deviation x) changes its course, in units of x."""
+    """Returns the x at which f(mean + deviation x) changes its behaviour."""
     s = max(deviation, 1e-300)
     return [-mean / s, (-v - mean) / s, (-8.0 - mean) / s, (8.0 - mean) / s, (-v - 8.0 - mean) / s]

@@ -2,9 +2,9 @@
 
     min_w  sum_mu loss(y_mu, z_mu) + (lam/2) |w|^2,   z = v w / sqrt(K)
 
-The loss is a sum, so for a mean loss lam is to be divided by n. There is no intercept: features
-with a mean have to be centred first. Ridge is (y - z)^2 / 2, logistic log(1 + exp(-y z)). With
-fewer samples than features the problem is solved in the span of the samples, where w lies.
+The loss is a sum; for a mean loss divide lam by n. There is no intercept: centre features with a
+mean first. Ridge is (y - z)^2 / 2, logistic log(1 + exp(-y z)). With fewer samples than features
+the problem is solved in the span of the samples, which contains w.
 
 After Gerace et al., arXiv:2106.05418.
 
@@ -30,15 +30,15 @@ _MAX_HALVINGS = 50
 
 
 def fit_ridge(v_NK: Tensor, y_N: Tensor, lam: float) -> Tensor:
-    """The ridge minimiser in closed form, float64 (K,).
+    """Returns the ridge minimiser in closed form, float64 (K,).
 
     Args:
         v_NK: features, float64.
-        y_N: targets, float64, of any value.
+        y_N: targets, float64, any values.
 
     Raises:
         ValueError: lam <= 0, or tensors that are not float64 (N, K >= 1) and (N,).
-        NumericsError: features that are not finite, or lam lost in their rounding.
+        NumericsError: features are not finite, or lam is below their rounding error.
     """
     _require_problem(v_NK, y_N, [lam])
     a_NK = v_NK / math.sqrt(v_NK.shape[1])
@@ -48,7 +48,7 @@ def fit_ridge(v_NK: Tensor, y_N: Tensor, lam: float) -> Tensor:
 
 
 def fit_logistic(v_NK: Tensor, y_N: Tensor, lam: float) -> Tensor:
-    """The logistic minimiser, float64 (K,): gradient norm of the sum at most 1e-8.
+    """Returns the logistic minimiser, float64 (K,), with gradient norm of the sum at most 1e-8.
 
     Args:
         v_NK: features, float64.
@@ -57,18 +57,18 @@ def fit_logistic(v_NK: Tensor, y_N: Tensor, lam: float) -> Tensor:
     Raises:
         ValueError: lam <= 0, labels other than -1 and +1, or tensors that do not fit.
         NotConvergedError: damped Newton ran out of steps.
-        NumericsError: features that are not finite.
+        NumericsError: features are not finite.
     """
     return fit_path(v_NK, y_N, [lam], "logistic")[0]
 
 
 def fit_path(v_NK: Tensor, y_N: Tensor, lams: Sequence[float], loss: Loss) -> Tensor:
-    """The minimisers for many penalties, float64 (L, K), in the order of `lams`.
+    """Returns the minimisers for many penalties, float64 (L, K), in the order of `lams`.
 
-    From the largest penalty down, each logistic fit starts where the one before it ended.
+    Logistic fits run from the largest penalty down, each starting at the previous solution.
 
     Raises:
-        Like `fit_ridge` and `fit_logistic`; ValueError for an unknown loss.
+        As `fit_ridge` and `fit_logistic`; ValueError for an unknown loss.
     """
     _require_problem(v_NK, y_N, lams)
     if loss == "ridge":
@@ -76,7 +76,7 @@ def fit_path(v_NK: Tensor, y_N: Tensor, lams: Sequence[float], loss: Loss) -> Te
     if loss != "logistic":
         raise ValueError(f"expected the loss ridge or logistic, got {loss!r}")
     if not bool((y_N.abs() == 1).all()):
-        raise ValueError("expected labels -1 and +1, got others; map 0/1 labels with 2 y - 1")
+        raise ValueError("expected labels -1 and +1, got other values; map 0/1 labels with 2 y - 1")
     basis_KR, signed_NR = _reduced(y_N[:, None] * v_NK / math.sqrt(v_NK.shape[1]))
     u_R = signed_NR.new_zeros(signed_NR.shape[1])
     w_LK = v_NK.new_empty(len(lams), v_NK.shape[1])
@@ -87,12 +87,12 @@ def fit_path(v_NK: Tensor, y_N: Tensor, lams: Sequence[float], loss: Loss) -> Te
 
 
 def scores(w_K: Tensor, v_NK: Tensor) -> Tensor:
-    """z = v w / sqrt(K), (N,)."""
+    """Returns z = v w / sqrt(K), (N,)."""
     return v_NK @ w_K / math.sqrt(v_NK.shape[1])
 
 
 def train_loss(w_K: Tensor, v_NK: Tensor, y_N: Tensor, loss: Loss) -> float:
-    """The mean loss over N >= 1 samples without the penalty: what the theory calls train loss.
+    """Returns the mean loss over N >= 1 samples without the penalty, the train loss of the theory.
 
     Raises:
         ValueError: no samples, or an unknown loss.
@@ -107,7 +107,7 @@ def train_loss(w_K: Tensor, v_NK: Tensor, y_N: Tensor, loss: Loss) -> float:
 
 
 def error_rate(w_K: Tensor, v_NK: Tensor, y_N: Tensor) -> float:
-    """Share of N >= 1 samples whose label is not the sign of the score; a score of 0 says +1.
+    """Returns the share of N >= 1 samples with a wrong sign; a score of 0 counts as +1.
 
     Raises:
         ValueError: no samples.
@@ -123,10 +123,10 @@ def _ridge_path(a_NK: Tensor, y_N: Tensor, lams: Sequence[float]) -> Tensor:
 
 
 def _reduced(a_NK: Tensor) -> tuple[Tensor | None, Tensor]:
-    """An orthonormal basis of the samples' span, and their coordinates in it.
+    """Returns an orthonormal basis of the samples' span, and their coordinates in it.
 
-    w lies in that span, and its norm is that of its coordinates, so nothing else changes. None
-    stands for the identity, where there are at least as many samples as features.
+    w lies in that span, and its norm is that of its coordinates. The basis is None (the identity)
+    if there are at least as many samples as features.
     """
     if len(a_NK) >= a_NK.shape[1]:
         return None, a_NK
@@ -135,7 +135,7 @@ def _reduced(a_NK: Tensor) -> tuple[Tensor | None, Tensor]:
 
 
 def _newton(signed_NR: Tensor, start_R: Tensor, lam: float) -> Tensor:
-    """Minimise sum log(1 + exp(-signed u)) + lam/2 |u|^2 by damped Newton steps."""
+    """Minimises sum log(1 + exp(-signed u)) + lam/2 |u|^2 by damped Newton steps."""
     u_R, norm = start_R, math.inf
     for _ in range(MAX_STEPS):
         margin_N = signed_NR @ u_R
@@ -150,21 +150,21 @@ def _newton(signed_NR: Tensor, start_R: Tensor, lam: float) -> Tensor:
         u_R = u_R + _damping(signed_NR, u_R, step_R, lam, slope) * step_R
     raise NotConvergedError(
         f"logistic fit at lam = {lam:g} on {len(signed_NR)} samples: gradient norm {norm:.2g} "
-        f"after {MAX_STEPS} Newton steps, expected {GRADIENT_TOLERANCE:.0e}; take a larger lam"
+        f"after {MAX_STEPS} Newton steps, expected {GRADIENT_TOLERANCE:.0e}; increase lam"
     )
 
 
 def _damping(signed_NR: Tensor, u_R: Tensor, step_R: Tensor, lam: float, slope: float) -> float:
-    """The largest of 1, 1/2, 1/4, ... that lowers the objective enough (Armijo)."""
+    """Returns the largest of 1, 1/2, 1/4, ... that satisfies the Armijo condition."""
     margin_N, direction_N = signed_NR @ u_R, signed_NR @ step_R
     linear, square = lam * float(u_R @ step_R), lam * float(step_R.square().sum())
-    here_N = _log1p_exp(-margin_N)
-    # Close to the optimum the gain drowns in the rounding of the sum; then take the full step.
-    rounding = 1e-14 * (float(here_N.sum()) + lam * float(u_R.square().sum()) + 1.0)
+    loss_N = _log1p_exp(-margin_N)
+    # Near the optimum the gain is below the rounding error of the sum; then take the full step.
+    rounding = 1e-14 * (float(loss_N.sum()) + lam * float(u_R.square().sum()) + 1.0)
     size = 1.0
     for _ in range(_MAX_HALVINGS):
-        there_N = _log1p_exp(-(margin_N + size * direction_N))
-        change = float((there_N - here_N).sum()) + size * linear + 0.5 * size**2 * square
+        new_loss_N = _log1p_exp(-(margin_N + size * direction_N))
+        change = float((new_loss_N - loss_N).sum()) + size * linear + 0.5 * size**2 * square
         if change <= _ARMIJO * size * slope + rounding:
             return size
         size *= 0.5
@@ -186,7 +186,7 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     if int(info) != 0 or not bool(factor.isfinite().all()):
         raise NumericsError(
             "the fit's matrix is not positive definite: the features' squares overflow, or lam is "
-            "lost in their rounding; check the features' scale or take a larger lam"
+            "below their rounding error; check the features' scale or increase lam"
         )
     return torch.cholesky_solve(right[:, None], factor)[:, 0]
 
@@ -198,10 +198,10 @@ def _require_problem(v_NK: Tensor, y_N: Tensor, lams: Sequence[float]) -> None:
     if {v_NK.dtype, y_N.dtype} != {torch.float64}:
         raise ValueError(f"expected float64, got {v_NK.dtype} and {y_N.dtype}")
     if not bool(v_NK.isfinite().all()):
-        raise NumericsError("features hold NaN or infinity; check the weights W and the inputs")
+        raise NumericsError("features contain NaN or infinity; check the weights W and the inputs")
     if not all(math.isfinite(lam) and lam > 0 for lam in lams):
         raise ValueError(
-            f"expected finite lam > 0, got {list(lams)}; without a penalty there may be no minimum"
+            f"expected finite lam > 0, got {list(lams)}; without a penalty a minimum may not exist"
         )
 
 

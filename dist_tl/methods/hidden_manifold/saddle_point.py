@@ -1,8 +1,8 @@
 """The generalisation error of a readout on fixed features, by the Gaussian covariate model.
 
-Six scalar equations give overlaps and errors of ridge and logistic regression in the limit of many
-features and samples; they need only the eigenvalues of the features' covariance and the teacher's
-share in each. Penalised is the sum of the losses: sum loss + (lam / 2) |w|^2, alpha = n / K.
+Six scalar equations determine overlaps and errors of ridge and logistic regression in the limit of
+many features and samples, from the eigenvalues of the features' covariance and the teacher's
+overlap with each eigenvector. The objective is sum loss + (lam / 2) |w|^2, and alpha = n / K.
 
 Source: sections 3.3 to 3.7 of the notes on Gerace et al., arXiv:2106.05418; the equations are those
 of Loureiro et al., arXiv:2102.08127.
@@ -36,12 +36,12 @@ _PSD_TOLERANCE = 1e-10
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """What the theory sees of features and teacher.
+    """Spectrum of the features' covariance and overlaps of the teacher.
 
     Attributes:
-        omega_K: eigenvalues of the features' covariance, ascending, none negative.
+        omega_K: eigenvalues of the features' covariance, ascending, not negative.
         t_K: squared overlap of the teacher with each eigenvector.
-        rho: the teacher's own variance.
+        rho: variance of the teacher.
     """
 
     omega_K: Array
@@ -49,20 +49,20 @@ class Spectrum:
     rho: float
 
     def floor_error(self) -> float:
-        """The error with infinitely many samples and no penalty (3.5)."""
-        seen = self.omega_K > 1e-12 * self.omega_K.max()
-        explained = float((self.t_K[seen] / self.omega_K[seen]).sum()) / self.rho
+        """Returns the error for infinitely many samples and no penalty (3.5)."""
+        varying = self.omega_K > 1e-12 * self.omega_K.max()
+        explained = float((self.t_K[varying] / self.omega_K[varying]).sum()) / self.rho
         return math.acos(min(1.0, math.sqrt(max(0.0, explained)))) / math.pi
 
 
 @dataclass(frozen=True)
 class OrderParameters:
-    """A solution: overlaps, their conjugates, and the errors that follow.
+    """A solution: overlaps, their conjugates, and errors.
 
     Attributes:
-        m, q, v: overlap with the teacher, size of the readout, inverse curvature.
+        m, q, v: overlap with the teacher, norm of the readout, inverse curvature.
         m_hat, q_hat, v_hat: their conjugates.
-        error: probability of a wrong sign; NaN where there is no teacher (3.7).
+        error: probability of a wrong sign; NaN without a teacher (3.7).
         test_mse: mean squared error on fresh samples; None for logistic.
         train_loss: mean loss on the training samples, without the penalty.
     """
@@ -96,14 +96,14 @@ class _Conjugates(NamedTuple):
 
 
 def spectrum(psi_dd: Tensor, phi_dK: Tensor, omega_KK: Tensor, teacher_d: Tensor) -> Spectrum:
-    """The spectrum of a feature map as one teacher sees it (3.3).
+    """Returns the spectrum of a feature map and one teacher (3.3).
 
     Args:
         psi_dd, phi_dK, omega_KK: covariances of latents, of latents with features, of features.
-        teacher_d: the teacher's weights, entries of order 1.
+        teacher_d: weights of the teacher, entries of order 1.
 
     Raises:
-        NumericsError: omega has a negative eigenvalue, or the teacher no variance.
+        NumericsError: omega has a negative eigenvalue, or the teacher has no variance.
     """
     psi, phi, omega, theta = (x.double().numpy() for x in (psi_dd, phi_dK, omega_KK, teacher_d))
     direction_d = theta / math.sqrt(len(theta))
@@ -114,7 +114,7 @@ def spectrum(psi_dd: Tensor, phi_dK: Tensor, omega_KK: Tensor, teacher_d: Tensor
     if omega_K[0] < -_PSD_TOLERANCE * max(abs(omega_K[-1]), abs(omega_K[0])):
         raise NumericsError(
             f"the features' covariance has the eigenvalue {omega_K[0]:.3g}; expected none below 0: "
-            "take all its entries from the same samples"
+            "compute all entries from the same samples"
         )
     overlap_K = basis_KK.T @ (phi.T @ direction_d)
     return Spectrum(np.maximum(omega_K, 0.0), overlap_K**2, rho)
@@ -130,76 +130,77 @@ def solve(
     tolerance: float = 1e-9,
     max_iterations: int = MAX_ITERATIONS,
 ) -> OrderParameters:
-    """Overlaps and errors for alpha = n / K samples a feature (3.4).
+    """Solves for overlaps and errors at alpha = n / K samples per feature (3.4).
 
     Args:
-        start: a solution nearby, to begin from.
-        tolerance: relative change of all overlaps in one iteration.
+        start: a nearby solution as the initial value.
+        tolerance: maximum relative change of the overlaps in the last iteration.
 
     Raises:
         ValueError: alpha or lam out of range, or an unknown loss.
-        NotConvergedError: naming alpha, lam and the last change; no iterate is returned.
+        NotConvergedError: no convergence; the message names alpha, lam and the last change.
     """
     check_problem(alpha, lam, loss)
     conjugates = (_ridge if loss == "ridge" else _logistic)(alpha, spectrum.rho)
     first = _Overlaps(1.0, 0.1, 0.05) if start is None else _Overlaps(start.v, start.q, start.m)
-    found, hats, count = _iterate(
+    overlaps, hats, count = _iterate(
         spectrum, conjugates, first, alpha, lam, DAMPING[loss], tolerance, max_iterations
     )
+    v, q, m = overlaps
     b = math.sqrt(2 / (math.pi * spectrum.rho))
-    mse = 1 + found.q - 2 * b * found.m if loss == "ridge" else None
-    train = mse / (2 * (1 + found.v) ** 2) if mse is not None else _train_loss(found, spectrum.rho)
-    cosine = found.m / math.sqrt(spectrum.rho * found.q)
+    mse = 1 + q - 2 * b * m if loss == "ridge" else None
+    train = mse / (2 * (1 + v) ** 2) if mse is not None else _train_loss(overlaps, spectrum.rho)
+    cosine = m / math.sqrt(spectrum.rho * q)
     error = math.acos(max(-1.0, min(1.0, cosine))) / math.pi
-    return _result(alpha, lam, loss, found, hats, spectrum.rho, error, mse, train, count)
+    return _result(alpha, lam, loss, overlaps, hats, spectrum.rho, error, mse, train, count)
 
 
 def solve_path(
     spectrum: Spectrum, *, alpha: float, lams: Sequence[float], loss: Loss
 ) -> list[OrderParameters]:
-    """Solutions for several penalties, in the order given; each starts from the next larger one.
+    """Returns solutions for many penalties, in their order; each starts at the next larger one.
 
     Raises:
         ValueError, NotConvergedError: as :func:`solve`.
     """
-    found: dict[float, OrderParameters] = {}
+    solutions: dict[float, OrderParameters] = {}
     last = None
     for lam in sorted(set(lams), reverse=True):
         last = solve(spectrum, alpha=alpha, lam=lam, loss=loss, start=last, tolerance=1e-6)
-        found[lam] = last
-    return [found[lam] for lam in lams]
+        solutions[lam] = last
+    return [solutions[lam] for lam in lams]
 
 
 def solve_real_data(
     omega_K: Array, t_K: Array, rho: float, *, alpha: float, lam: float
 ) -> OrderParameters:
-    """Ridge on data without a teacher: rho = E[y^2], phi = E[y v] (3.7).
+    """Solves ridge regression on data without a teacher: rho = E[y^2], phi = E[y v] (3.7).
 
     Args:
-        t_K: squared overlaps, (U^T phi)_i^2; noise correction may leave some below zero.
+        t_K: squared overlaps, (U^T phi)_i^2; noise correction may make some negative.
 
     Raises:
         ValueError, NotConvergedError: as :func:`solve`.
     """
     check_problem(alpha, lam, "ridge")
-    law = Spectrum(np.asarray(omega_K, float), np.asarray(t_K, float), rho)
+    data = Spectrum(np.asarray(omega_K, float), np.asarray(t_K, float), rho)
 
     def conjugates(o: _Overlaps) -> _Conjugates:
         scale = alpha / (1 + o.v)
         return _Conjugates(scale, scale * (rho + o.q - 2 * o.m) / (1 + o.v), scale)
 
     first = _Overlaps(1.0, 0.1, 0.05)
-    found, hats, count = _iterate(law, conjugates, first, alpha, lam, 0.0, 1e-9, MAX_ITERATIONS)
-    mse = rho + found.q - 2 * found.m
-    train = mse / (2 * (1 + found.v) ** 2)
-    return _result(alpha, lam, "ridge", found, hats, rho, math.nan, mse, train, count)
+    overlaps, hats, count = _iterate(data, conjugates, first, alpha, lam, 0.0, 1e-9, MAX_ITERATIONS)
+    mse = rho + overlaps.q - 2 * overlaps.m
+    train = mse / (2 * (1 + overlaps.v) ** 2)
+    return _result(alpha, lam, "ridge", overlaps, hats, rho, math.nan, mse, train, count)
 
 
 def check_problem(alpha: float, lam: float, loss: str) -> None:
-    """Refuse what has no solution, or no theory.
+    """Checks that alpha, lam and loss are in the range of the theory.
 
     Raises:
-        ValueError: saying what was expected.
+        ValueError: one of them is not.
     """
     if loss not in ("ridge", "logistic"):
         raise ValueError(f"expected the loss ridge or logistic, got {loss!r}")
@@ -207,13 +208,13 @@ def check_problem(alpha: float, lam: float, loss: str) -> None:
         raise ValueError(f"expected alpha = n / K > 0, got {alpha}")
     if not (lam >= MIN_LAM and math.isfinite(lam)):
         raise ValueError(
-            f"expected a penalty lam >= {MIN_LAM:g}, got {lam}: below it separable data has no "
-            "optimum that the iteration could reach"
+            f"expected a penalty lam >= {MIN_LAM:g}, got {lam}: the iteration does not converge on "
+            "separable data for smaller penalties"
         )
 
 
 def _iterate(
-    law: Spectrum,
+    spectrum: Spectrum,
     conjugates: Callable[[_Overlaps], _Conjugates],
     overlaps: _Overlaps,
     alpha: float,
@@ -225,11 +226,11 @@ def _iterate(
     change = math.inf
     for count in range(1, max_iterations + 1):
         hats = conjugates(overlaps)
-        fresh = _overlaps(law, hats, lam)
-        if not all(math.isfinite(value) for value in (*hats, *fresh)):
+        update = _overlaps(spectrum, hats, lam)
+        if not all(math.isfinite(value) for value in (*hats, *update)):
             break
         new = _Overlaps(
-            *((1 - damping) * a + damping * b for a, b in zip(fresh, overlaps, strict=True))
+            *((1 - damping) * a + damping * b for a, b in zip(update, overlaps, strict=True))
         )
         pairs = zip(new, overlaps, strict=True)
         change = max(abs(a - b) / max(abs(a), 1e-300) for a, b in pairs)
@@ -237,13 +238,13 @@ def _iterate(
         if change < tolerance:
             return overlaps, conjugates(overlaps), count
     raise NotConvergedError(
-        f"the saddle point at alpha = {alpha:g}, lam = {lam:g} did not settle in {max_iterations} "
-        f"iterations (last relative change {change:.2g}); raise lam"
+        f"the saddle point at alpha = {alpha:g}, lam = {lam:g} did not converge in "
+        f"{max_iterations} iterations (last relative change {change:.2g}); increase lam"
     )
 
 
-def _overlaps(law: Spectrum, hats: _Conjugates, lam: float) -> _Overlaps:
-    omega_K, t_K = law.omega_K, law.t_K
+def _overlaps(spectrum: Spectrum, hats: _Conjugates, lam: float) -> _Overlaps:
+    omega_K, t_K = spectrum.omega_K, spectrum.t_K
     shrunk_K = 1 / (lam + hats.v * omega_K)
     v = float(np.mean(omega_K * shrunk_K))
     m = hats.m * float(np.sum(t_K * shrunk_K))
@@ -267,7 +268,7 @@ def _logistic(alpha: float, rho: float) -> Callable[[_Overlaps], _Conjugates]:
         slope_Q = f_Q * (1 - f_Q)
         v_hat = alpha * float(weight_Q @ (slope_Q / (1 + o.v * slope_Q)))
         q_hat = alpha * float(weight_Q @ f_Q**2)
-        # Integrated by parts: no narrow peak as the teacher becomes certain.
+        # Integrated by parts, to avoid a narrow peak for a nearly deterministic teacher.
         deviation = math.sqrt(max(o.q - o.m**2 / rho, 1e-300))
         node_Q, weight_Q = gaussian_nodes([0.0, *sigmoid_cuts(0.0, deviation, o.v)])
         mean_f = float(weight_Q @ prox_slope(deviation * node_Q, o.v))
@@ -277,7 +278,7 @@ def _logistic(alpha: float, rho: float) -> Callable[[_Overlaps], _Conjugates]:
 
 
 def _teacher_average(o: _Overlaps, rho: float) -> tuple[Array, Array, Array]:
-    """Nodes, weights (teacher's label folded in) and f of averages over E[Z ...]."""
+    """Returns nodes, weights (including the teacher's label) and f for averages E[Z ...]."""
     deviation = math.sqrt(o.q)
     certainty = math.sqrt(max(rho - o.m**2 / o.q, 1e-300) * o.q) / max(abs(o.m), 1e-300)
     cuts = [0.0, *sigmoid_cuts(0.0, deviation, o.v)]
@@ -297,7 +298,7 @@ def _result(
     alpha: float,
     lam: float,
     loss: Loss,
-    found: _Overlaps,
+    overlaps: _Overlaps,
     hats: _Conjugates,
     rho: float,
     error: float,
@@ -309,9 +310,9 @@ def _result(
         alpha=alpha,
         lam=lam,
         loss=loss,
-        m=found.m,
-        q=found.q,
-        v=found.v,
+        m=overlaps.m,
+        q=overlaps.q,
+        v=overlaps.v,
         m_hat=hats.m,
         q_hat=hats.q,
         v_hat=hats.v,

@@ -1,9 +1,9 @@
-"""Two tasks on correlated hidden manifolds, and samples of them.
+"""Two tasks on correlated hidden manifolds, and their samples.
 
-A latent Gaussian c makes both the input, x = sigma_x(F^T c / sqrt(d)), and the label,
-y = sign(theta . c). Three knobs say how much of F and theta the target shares with the source; all
-of them leave the law of either task alone. Draws are nested: a knob decides only how much of one
-fixed fresh draw is mixed in, so curves over a knob are smooth on one seed.
+A latent Gaussian c determines both the input, x = sigma_x(F^T c / sqrt(d)), and the label,
+y = sign(theta . c). Three knobs set how much of F and theta the target shares with the source; none
+changes the distribution of either task. Draws are nested: a knob only sets the share of one fixed
+independent draw, so curves over a knob are smooth for a given seed.
 
 After Gerace et al., arXiv:2106.05418.
 
@@ -26,7 +26,7 @@ from dist_tl.seeds import numpy_rng
 
 
 class Knobs(StrictModel):
-    """How the target differs from the source; the defaults make them identical."""
+    """Difference between target and source; with the defaults they are identical."""
 
     feature_corr: float = Field(
         default=1.0, ge=0, le=1, description="c_F: the target's F is c_F F_s + sqrt(1 - c_F^2) G."
@@ -35,7 +35,7 @@ class Knobs(StrictModel):
         default=0.0,
         ge=0,
         le=1,
-        description="s: fraction of the shared rows of F that are drawn anew.",
+        description="s: fraction of the shared rows of F that are redrawn.",
     )
     teacher_corr: float = Field(
         default=1.0,
@@ -46,7 +46,7 @@ class Knobs(StrictModel):
 
 
 class ManifoldConfig(StrictModel):
-    """The sizes of a source and a target task, and how the two are related."""
+    """Sizes of a source and a target task, and their relation."""
 
     source_latent: int = Field(
         default=100, ge=1, description="d_s: latent dimensions of the source."
@@ -60,12 +60,12 @@ class ManifoldConfig(StrictModel):
     input_activation: Activation = Field(
         default="tanh", description="sigma_x, applied to every input."
     )
-    knobs: Knobs = Field(default=Knobs(), description="The relation between the two tasks.")
+    knobs: Knobs = Field(default=Knobs(), description="Relation between the two tasks.")
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One task: how latents become inputs and labels.
+    """One task: the maps from latents to inputs and labels.
 
     Raises:
         ValueError: not (d, D) and (d,) float64 tensors.
@@ -86,17 +86,17 @@ class Task:
 
     @property
     def latent(self) -> int:
-        """d, the latent dimensions."""
+        """Number of latent dimensions d."""
         return self.features_dD.shape[0]
 
     @property
     def inputs(self) -> int:
-        """D, the inputs."""
+        """Number of inputs D."""
         return self.features_dD.shape[1]
 
 
 class Tasks(NamedTuple):
-    """What knowledge is carried from, and what it is carried to."""
+    """A source task and a target task."""
 
     source: Task
     target: Task
@@ -111,15 +111,15 @@ class Chunk(NamedTuple):
 
 
 def draw_tasks(config: ManifoldConfig, *, seed: int) -> Tasks:
-    """The source and the target that follow from a seed.
+    """Draws the source and the target for a seed.
 
-    The source depends on nothing but `seed` and its own sizes. The fresh parts G and g of the
-    target and the order in which rows are substituted do not depend on the knobs either, and
-    those of d_t latents are the first of any more. A substituted row, like a row beyond d_s,
-    is the row of G: it shares nothing with the source.
+    The source depends on `seed` and its own sizes only. The independent parts G and g of the
+    target and the order of substituted rows do not depend on the knobs, and those of d_t latents
+    are the first ones of any larger number. A substituted row, like a row beyond d_s, is a row of
+    G: it is independent of the source.
 
     Returns:
-        Two tasks whose features and teachers are each iid N(0, 1), whatever the knobs.
+        Two tasks whose features and teachers are each iid N(0, 1) for all knobs.
     """
     source = Task(
         features_dD=_normal(seed, "features", config.source_latent, config.inputs),
@@ -144,7 +144,7 @@ def draw_tasks(config: ManifoldConfig, *, seed: int) -> Tasks:
 
 
 def sample_chunk(task: Task, num: int, *, rng: torch.Generator) -> Chunk:
-    """`num` independent samples of a task.
+    """Draws `num` independent samples of a task.
 
     Returns:
         x (N, D) float32, labels (N,) float64 of -1 and +1, latents (N, d) float64.
@@ -159,16 +159,16 @@ def sample_chunk(task: Task, num: int, *, rng: torch.Generator) -> Chunk:
 
 
 class ManifoldGenerator:
-    """A conditional generator of one task's inputs, exact in each class.
+    """A conditional generator of one task's inputs, exact for each class.
 
-    -c is as likely as c and has the other label, so flipping the latents whose class is not the
-    one asked for samples x given y, without rejections. Class 1 is y = +1, class 0 is y = -1.
+    -c is as likely as c and has the other label. Flipping latents of the wrong class therefore
+    samples x given y without rejection. Class 1 is y = +1, class 0 is y = -1.
     """
 
     num_classes: int = 2
 
     def __init__(self, task: Task) -> None:
-        """Take a task whose inputs are pictures: values in [-1, 1].
+        """Creates a generator for a task whose inputs are in [-1, 1].
 
         Raises:
             ConfigError: the input activation is not bounded by 1.
@@ -182,20 +182,20 @@ class ManifoldGenerator:
         self.image_shape: tuple[int, int, int] = (1, 1, task.inputs)
 
     def sample(self, condition: Tensor, *, rng: Sequence[torch.Generator]) -> Tensor:
-        """One input for each row of `condition`.
+        """Generates one input per row of `condition`.
 
         Args:
-            condition: (N, 2) float32, rows one-hot: a sample of the model has exactly one label.
-            rng: N generators; row i draws its latents from rng[i] and from nothing else.
+            condition: (N, 2) float32, one-hot rows: a sample of the model has exactly one label.
+            rng: N generators; row i draws its latents from rng[i] only.
 
         Returns:
             (N, 1, 1, D) float32 in [-1, 1], on the device of `condition`.
 
         Raises:
             ConfigError: `condition` is not (N, 2) float32 with one-hot rows.
-            ValueError: there is not one generator for each row.
+            ValueError: the number of generators differs from the number of rows.
         """
-        _require_one_hot(condition)
+        _check_one_hot(condition)
         if isinstance(rng, torch.Generator) or len(rng) != len(condition):
             count = "a single generator" if isinstance(rng, torch.Generator) else f"{len(rng)}"
             raise ValueError(
@@ -204,26 +204,26 @@ class ManifoldGenerator:
         c_Nd = torch.empty(len(condition), self.task.latent, dtype=torch.float64)
         for row_d, row_rng in zip(c_Nd, rng, strict=True):
             row_d.normal_(generator=row_rng)
-        wanted_N = 2.0 * condition[:, 1].cpu().double() - 1.0
-        c_Nd *= (wanted_N * _labels_of(self.task, c_Nd))[:, None]
+        y_N = 2.0 * condition[:, 1].cpu().double() - 1.0
+        c_Nd *= (y_N * _labels_of(self.task, c_Nd))[:, None]
         return _inputs_of(self.task, c_Nd)[:, None, None, :].to(condition.device)
 
 
-def _normal(seed: int, what: str, *shape: int) -> Tensor:
-    # Numpy draws normals one after the other, so the rows of a smaller task are the first rows of
-    # a larger one; torch draws them in blocks.
-    return torch.from_numpy(numpy_rng(seed, f"manifold {what}").standard_normal(shape))
+def _normal(seed: int, name: str, *shape: int) -> Tensor:
+    # NumPy draws normals sequentially, so the rows of a smaller task are the first rows of a
+    # larger one; torch draws them in blocks.
+    return torch.from_numpy(numpy_rng(seed, f"manifold {name}").standard_normal(shape))
 
 
 def _substituted_rows(seed: int, shared: int, fraction: float) -> Tensor:
-    """Which shared rows are drawn anew, int64; those of a smaller fraction are among them."""
+    """Returns the indices of redrawn shared rows, int64; nested for increasing fractions."""
     key = numpy_rng(seed, "manifold substitution").random(shared)
     order = torch.from_numpy(key).argsort(stable=True)
     return order[: round(fraction * shared)]
 
 
 def _mix(old: Tensor, fresh: Tensor, corr: Tensor) -> Tensor:
-    """`fresh`, with its first rows mixed with those of `old` at correlation `corr`."""
+    """Mixes the first rows of `fresh` with those of `old` at correlation `corr`."""
     shared = len(corr)
     mixed = corr * old[:shared] + (1 - corr.square()).sqrt() * fresh[:shared]
     return torch.cat([mixed, fresh[shared:]])
@@ -234,11 +234,11 @@ def _inputs_of(task: Task, c_Nd: Tensor) -> Tensor:
 
 
 def _labels_of(task: Task, c_Nd: Tensor) -> Tensor:
-    # torch.sign would give a third label, 0, to a latent on the border.
+    # torch.sign would return a third label, 0, on the decision boundary.
     return torch.where(c_Nd @ task.teacher_d >= 0, 1.0, -1.0).double()
 
 
-def _require_one_hot(condition: Tensor) -> None:
+def _check_one_hot(condition: Tensor) -> None:
     shape = tuple(condition.shape)
     if len(shape) != 2 or shape[1] != 2 or condition.dtype != torch.float32:
         raise ConfigError(
@@ -249,6 +249,6 @@ def _require_one_hot(condition: Tensor) -> None:
         row = int((~one_hot_N).nonzero()[0])
         raise ConfigError(
             f"condition: row {row} of {len(condition)} is {condition[row].tolist()}; a sample of "
-            "the hidden manifold has exactly one label, so ask for one-hot rows (conditions of "
-            "kind hard, marginal or uniform)"
+            "the hidden manifold has exactly one label: use one-hot rows (conditions of kind hard, "
+            "marginal or uniform)"
         )

@@ -1,10 +1,10 @@
-"""The two-layer student under training: sources, students from scratch, fine-tuned ones.
+"""Training of the two-layer student: sources, students from scratch, fine-tuned students.
 
-yhat = sign(w . v / sqrt(K)), v = activation(W x / sqrt(D)), W (K, D), no biases. Minimised is the
-mean logistic loss + (decay / 2) (|w|^2 + |W|^2 / D), by Adam.
+yhat = sign(w . v / sqrt(K)), v = activation(W x / sqrt(D)), W (K, D), no biases. Adam minimises the
+mean logistic loss + (decay / 2) (|w|^2 + |W|^2 / D).
 
-Source: Gerace et al., arXiv:2106.05418, section 2 (transfer protocol). Exact fits of w alone are
-in `readout.py`; there is no theory for what is trained here, only for what follows on top of it.
+Source: Gerace et al., arXiv:2106.05418, section 2 (transfer protocol). `readout.py` has exact fits
+of w alone; the theory covers readouts on trained features, but not this training.
 
 Shape suffixes: N = samples, D = inputs, K = hidden units.
 """
@@ -23,23 +23,26 @@ from dist_tl.methods.hidden_manifold.activations import Activation, apply
 
 
 class TrainingConfig(StrictModel):
-    """How both layers are trained."""
+    """Training of both layers."""
 
     epochs: int = Field(default=30, ge=1, description="Passes over the samples.")
     batch_size: int = Field(
-        default=256, ge=1, description="Samples a step; the last of an epoch may lack."
+        default=256, ge=1, description="Samples per step; the last may be smaller."
     )
-    learning_rate: float = Field(default=2e-3, gt=0, description="Of Adam.")
-    weight_decay: float = Field(default=1e-5, ge=0, description="In the loss, not decoupled.")
+    learning_rate: float = Field(default=2e-3, gt=0, description="Learning rate of Adam.")
+    weight_decay: float = Field(
+        default=1e-5, ge=0, description="L2 penalty in the loss, not decoupled."
+    )
 
 
 @dataclass(frozen=True)
 class Student:
-    """Both layers, float32.
+    """A two-layer network, float32.
 
     Attributes:
-        weights_KD: the hidden layer W.
-        readout_K: the second layer w.
+        weights_KD: weights W of the hidden layer.
+        readout_K: weights w of the second layer.
+        activation: activation of the hidden layer.
     """
 
     weights_KD: Tensor
@@ -47,20 +50,20 @@ class Student:
     activation: Activation
 
     def scores(self, x_ND: Tensor) -> Tensor:
-        """w . v / sqrt(K) of float32 inputs, (N,)."""
+        """Returns the scores w . v / sqrt(K) of float32 inputs, (N,)."""
         hidden, inputs = self.weights_KD.shape
         v_NK = apply(self.activation, x_ND @ self.weights_KD.T / math.sqrt(inputs))
         return v_NK @ self.readout_K / math.sqrt(hidden)
 
     def error_rate(self, x_ND: Tensor, y_N: Tensor) -> float:
-        """Share of samples whose label (-1 or +1) is not the sign of the score."""
+        """Returns the share of samples whose label (-1 or +1) is not the sign of the score."""
         return float((self.scores(x_ND.float()) * y_N.float() <= 0).double().mean())
 
 
 def draw_student(
     inputs: int, hidden: int, activation: Activation, *, rng: torch.Generator
 ) -> Student:
-    """A student with entries N(0, 1) in both layers."""
+    """Draws a student with entries N(0, 1) in both layers."""
     weights_KD = torch.randn(hidden, inputs, generator=rng)
     return Student(weights_KD, torch.randn(hidden, generator=rng), activation)
 
@@ -74,18 +77,18 @@ def train_student(
     rng: torch.Generator,
     validation: tuple[Tensor, Tensor] | None = None,
 ) -> Student:
-    """`start` after training both layers on all samples.
+    """Trains both layers of `start` on all samples; `start` does not change.
 
     Args:
         x_ND: float inputs.
         y_N: labels in {-1, +1}.
-        rng: draws the order of every epoch.
-        validation: inputs and labels; the epoch with the fewest errors on them is returned, the
-            first of several, instead of the last.
+        rng: draws the order of samples in every epoch.
+        validation: inputs and labels. If given, returns the (first) epoch with the fewest errors on
+            them instead of the last epoch.
 
     Raises:
         ValueError: no samples, or unequal numbers of inputs and labels.
-        NonFiniteLossError: training diverged.
+        NonFiniteLossError: training diverges.
     """
     if len(x_ND) == 0 or len(x_ND) != len(y_N):
         raise ValueError(f"expected as many inputs as labels, got {len(x_ND)} and {len(y_N)}")
@@ -124,6 +127,6 @@ def _detached(student: Student) -> Student:
 
 
 def scratch_training(num_samples: int) -> TrainingConfig:
-    """How a student learns from `num_samples` target samples alone (section 2, arm 2L)."""
+    """Returns the training from scratch on `num_samples` samples (section 2, arm 2L)."""
     epochs = int(min(150, max(25, 60_000 / num_samples)))
     return TrainingConfig(epochs=epochs, batch_size=min(64, num_samples))

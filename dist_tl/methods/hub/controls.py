@@ -1,4 +1,4 @@
-"""Routes by chance, the control that shows whether choosing by input matters.
+"""Random routes: the control that shows whether routing by input matters.
 
 Shape suffixes: B = samples, M = experts.
 """
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def chance_logits(images: Tensor, num_experts: int) -> Tensor:
-    """Standard normal (B, M) that follow from each image's own bytes alone.
+    """Returns standard normal logits (B, M) that depend on each image's bytes only.
 
-    So a sample's route does not depend on the batch that it comes in, nor on the process.
+    The route of a sample is therefore the same in every batch and process.
     """
     rows = images.detach().float().cpu().flatten(1).contiguous().numpy()
     draws = [

@@ -1,7 +1,7 @@
-"""What a network costs, counted while it runs: multiply-adds, not guesses.
+"""Multiply-adds of networks, measured in a forward pass.
 
-Covered: what torch counts, i.e. matrix products, convolutions and attention; element-wise work is
-left out, as is usual.
+Counts matrix products, convolutions and attention (torch's FLOP counter), but not element-wise
+operations, as is usual.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @torch.no_grad()
 def multiply_adds(module: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Multiply-adds of one image (C, H, W), by running one blank image in evaluation mode."""
+    """Counts the multiply-adds of one image (C, H, W), by a forward pass in evaluation mode."""
     was_training = module.training
     device = next(module.parameters()).device
     with FlopCounterMode(display=False) as counter:
@@ -25,11 +25,12 @@ def multiply_adds(module: nn.Module, image_shape: tuple[int, int, int]) -> int:
 def routed_multiply_adds(
     router: int, experts: Sequence[int], usage: Sequence[float], num_classes: int
 ) -> float:
-    """Mean multiply-adds of one image through the hub: C_R + sum_i P(i in route) C_i + M C^2.
+    """Returns the mean multiply-adds of one image: C_R + sum_i P(i in route) C_i + M C^2.
 
     Args:
-        router, experts: multiply-adds of each part; an expert's with its head.
-        usage: share of the images that see each expert; sums to k.
+        router: multiply-adds of the router.
+        experts: multiply-adds of each expert with its head.
+        usage: share of the images routed to each expert; sums to k.
     """
     return (
         router

@@ -1,4 +1,4 @@
-"""Which samples go to which expert, in batches of a size it can digest, and back into their places.
+"""Splits routed samples into batches per expert, and merges the experts' outputs.
 
 Shape suffixes: B = samples, M = experts, C = target classes, S = samples of one batch.
 """
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class SubBatch(NamedTuple):
-    """Samples of one expert.
+    """Samples for one expert.
 
     Attributes:
-        expert: its index in the hub.
-        rows_S: int64, which samples, ascending.
+        expert: index of the expert in the hub.
+        rows_S: int64 sample indices, ascending.
     """
 
     expert: int
@@ -23,9 +23,9 @@ class SubBatch(NamedTuple):
 
 
 def sub_batches(active_BM: Tensor, size: int) -> list[SubBatch]:
-    """Every (sample, expert) pair of the routes exactly once, at most `size` samples a batch.
+    """Returns batches of at most `size` samples that cover every routed (sample, expert) pair once.
 
-    An expert that no sample chose gets none.
+    An expert without samples has no batch.
     """
     return [
         SubBatch(expert, rows_S)
@@ -36,19 +36,19 @@ def sub_batches(active_BM: Tensor, size: int) -> list[SubBatch]:
 
 
 def place(
-    answers: Iterable[tuple[SubBatch, Tensor]], num_samples: int, num_experts: int, num_classes: int
+    outputs: Iterable[tuple[SubBatch, Tensor]], num_samples: int, num_experts: int, num_classes: int
 ) -> Tensor:
-    """Answers (S, C), in whatever order they come, in their places: (B, M, C), 0 elsewhere.
+    """Merges the logits (S, C) of batches, in any order, into (B, M, C); 0 off the routes.
 
     Raises:
-        ValueError: an answer has another shape than its batch.
+        ValueError: logits of another shape than their batch requires.
     """
-    placed_BMC = torch.zeros(num_samples, num_experts, num_classes)
-    for batch, logits_SC in answers:
+    merged_BMC = torch.zeros(num_samples, num_experts, num_classes)
+    for batch, logits_SC in outputs:
         if logits_SC.shape != (len(batch.rows_S), num_classes):
             raise ValueError(
                 f"expert {batch.expert}: expected ({len(batch.rows_S)}, {num_classes}) logits, got "
                 f"{tuple(logits_SC.shape)}"
             )
-        placed_BMC[batch.rows_S, batch.expert] = logits_SC.float()
-    return placed_BMC
+        merged_BMC[batch.rows_S, batch.expert] = logits_SC.float()
+    return merged_BMC

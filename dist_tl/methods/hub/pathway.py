@@ -1,8 +1,8 @@
 """The hub as one module: router, experts with heads, sparse dispatch, aggregator.
 
 After Hub-Pathway (see the package). Every sample passes through its K experts only. In training
-each process enters all experts in the order of the hub, so that collectives of sharded parameters
-stay in step: an expert that no sample chose sees one blank sample that counts for nothing.
+each process calls all experts in the order of the hub, so that the collectives of sharded
+parameters match: an expert without samples processes one blank sample of weight zero.
 
 Shape suffixes: B = samples, M = experts, C = target classes, S = samples of one expert.
 """
@@ -21,11 +21,11 @@ BatchNorm = Literal["frozen", "train"]
 
 
 class Paths(NamedTuple):
-    """A forward pass with what the losses and reports need.
+    """Outputs of a forward pass for losses and reports.
 
     Attributes:
-        logits_BC: the hub's answer.
-        expert_logits_BMC: what each active expert said; 0 elsewhere.
+        logits_BC: the hub's logits.
+        expert_logits_BMC: logits of each active expert; 0 for inactive experts.
         active_BM, weight_BM, p_BM: see :class:`Routes`.
     """
 
@@ -37,14 +37,14 @@ class Paths(NamedTuple):
 
 
 class Preference(nn.Module):
-    """The router of the static control: the same logits for all inputs. Starts at 0."""
+    """The router of the static control: equal logits for all inputs, initially 0."""
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(2 * num_experts))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 2M)."""
+        """Returns the logits repeated for each image, (B, 2M)."""
         return self.logits.expand(len(images), -1)
 
 
@@ -52,14 +52,14 @@ class HubPathway(nn.Module):
     """logits = aggregator(weights x expert logits), experts chosen by input.
 
     Args:
-        experts: by name, in the order of the hub; each maps images to (S, C).
-        router: images to (B, 2M), centres and raw noise scales; None where chance decides.
+        experts: experts by name, in the order of the hub; each maps images to logits (S, C).
+        router: maps images to (B, 2M), centres and raw noise scales; None for random routes.
         num_classes: C.
-        batchnorm: whether experts keep their running statistics, or use those of sub-batches of
-            8 samples or more.
+        batchnorm: "frozen": experts use their running statistics; "train": they use and update the
+            statistics of sub-batches of at least 8 samples.
 
     Raises:
-        ValueError: more experts per sample than there are, or a missing router.
+        ValueError: more active experts per sample than experts, or a missing or unused router.
     """
 
     def __init__(
@@ -74,7 +74,9 @@ class HubPathway(nn.Module):
         super().__init__()
         routes.check(len(experts))
         if (router is None) != (routes.by == "random"):
-            raise ValueError(f"expected a router unless chance decides, got routes by {routes.by}")
+            raise ValueError(
+                f"expected a router unless routes are random, got routes by {routes.by}"
+            )
         self.experts = nn.ModuleDict(experts)
         self.router = router
         self.aggregator = sum_of_slots(len(experts), num_classes)
@@ -82,7 +84,7 @@ class HubPathway(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> "HubPathway":
-        """Training mode, with the experts' running statistics as they are (see `batchnorm`)."""
+        """Sets the mode; batch norm of the experts stays in eval mode if it is frozen."""
         super().train(mode)
         for expert in self.experts.values():
             _train_batchnorm(expert, mode and self.batchnorm == "train")
@@ -91,7 +93,7 @@ class HubPathway(nn.Module):
     def forward(
         self, images: Tensor, noise_BM: Tensor | None = None, *, detailed: bool = False
     ) -> Tensor | tuple[Tensor, ...]:
-        """Logits (B, C), or with `detailed` the fields of :class:`Paths` as a plain tuple.
+        """Returns logits (B, C), or with `detailed` the fields of :class:`Paths` as a plain tuple.
 
         Args:
             noise_BM: standard normal draws in training; None in evaluation.
@@ -108,11 +110,11 @@ class HubPathway(nn.Module):
         logits_BC = combine(self.aggregator, expert_logits_BMC, routes)
         if not detailed:
             return logits_BC
-        # A plain tuple: what shards parameters rebuilds outputs, and knows no named tuples.
+        # A plain tuple: DeepSpeed ZeRO-3 rebuilds outputs and does not support named tuples.
         return tuple(Paths(logits_BC, expert_logits_BMC, routes[1], routes[2], routes[0]))
 
     def route_logits(self, images: Tensor, noise_BM: Tensor | None = None) -> Tensor:
-        """z (B, M), float32."""
+        """Returns the router's logits z (B, M), float32."""
         if self.router is None:
             return chance_logits(images, len(self.experts)) if noise_BM is None else noise_BM
         return noisy_logits(self.router(images), noise_BM if self.routes.noise else None)
@@ -122,20 +124,20 @@ class HubPathway(nn.Module):
         if self.training and self.batchnorm == "train":
             _train_batchnorm(expert, len(rows) >= MIN_BATCHNORM_ROWS)
         if len(rows) == 0:
-            return self._idle(expert, images)
+            return self._no_samples(expert, images)
         logits_SC = expert(images[rows]).float()
         return logits_SC.new_zeros(len(images), self.num_classes).index_copy(0, rows, logits_SC)
 
-    def _idle(self, expert: nn.Module, images: Tensor) -> Tensor:
-        nothing = images.new_zeros(len(images), self.num_classes, dtype=torch.float32)
+    def _no_samples(self, expert: nn.Module, images: Tensor) -> Tensor:
+        zeros = images.new_zeros(len(images), self.num_classes, dtype=torch.float32)
         if not self.training:
-            return nothing
-        # Zero gradients instead of none: the same on one rank and on many.
-        return nothing + 0.0 * expert(torch.zeros_like(images[:1])).float().sum()
+            return zeros
+        # Zero gradients instead of None: the same on one rank and on many.
+        return zeros + 0.0 * expert(torch.zeros_like(images[:1])).float().sum()
 
 
 def sum_of_slots(num_experts: int, num_classes: int) -> nn.Linear:
-    """The aggregator at its start: [1 ... 1], the plain sum of the slots."""
+    """Returns the initial aggregator: the sum over experts of their logits."""
     aggregator = nn.Linear(num_experts * num_classes, num_classes)
     with torch.no_grad():
         aggregator.weight.copy_(torch.eye(num_classes).repeat(1, num_experts))
@@ -144,7 +146,7 @@ def sum_of_slots(num_experts: int, num_classes: int) -> nn.Linear:
 
 
 def combine(aggregator: nn.Linear, expert_logits_BMC: Tensor, routes: Routes) -> Tensor:
-    """A concat_i(w_i f_i): the experts' answers (B, M, C) as one, (B, C)."""
+    """Combines the experts' logits (B, M, C) to (B, C): A concat_i(w_i f_i)."""
     slots_BMC = expert_logits_BMC * routes.weight_BM[:, :, None]
     return aggregator(slots_BMC.flatten(1).to(aggregator.weight.dtype))
 

@@ -1,7 +1,8 @@
-"""From router logits to routes and weights: which experts see a sample, and how much each counts.
+"""Routes and weights from router logits: the experts of a sample and their weights.
 
 After Hub-Pathway (see the package). With the dense gate a weight is the expert's share of the
-softmax over all experts, so that one expert alone (k = 1) is still weighed, and the router learns.
+softmax over all experts, so that a single expert (k = 1) has a weight below 1 and the router
+learns.
 
 Shape suffixes: B = samples, M = experts in the hub, K = experts active per sample.
 """
@@ -20,19 +21,20 @@ MIN_SCALE = 1e-2
 
 
 class RouteConfig(StrictModel):
-    """How many experts see a sample, and what chooses and weighs them."""
+    """Number, selection and weighting of the experts of a sample."""
 
-    k: int = Field(default=2, ge=1, description="Experts active per sample.")
+    k: int = Field(default=2, ge=1, description="Number of active experts per sample.")
     gate: Literal["dense", "topk"] = Field(
-        default="dense", description="Softmax over all experts, or over the chosen ones only."
+        default="dense",
+        description="Softmax over all experts (dense) or active experts only (topk).",
     )
     by: Literal["input", "static", "random"] = Field(
         default="input",
-        description="What decides: the input (a router), one learned preference for all inputs, or "
-        "chance, with equal weights. The last two are controls.",
+        description="Route by input (a router), by one learned preference for all inputs (static), "
+        "or at random with equal weights. The last two are controls.",
     )
     noise: bool = Field(
-        default=True, description="Learned noise on the router's logits in training."
+        default=True, description="Add learned noise to the router's logits in training."
     )
 
     @model_validator(mode="after")
@@ -45,22 +47,22 @@ class RouteConfig(StrictModel):
         return self
 
     def check(self, num_experts: int) -> None:
-        """Refuse more active experts than there are.
+        """Checks that the hub has at least `k` experts.
 
         Raises:
-            ValueError: `k` exceeds the hub.
+            ValueError: `k` exceeds the number of experts.
         """
         if self.k > num_experts:
-            raise ValueError(f"k: {self.k} of {num_experts} experts cannot be active at a time")
+            raise ValueError(f"k: expected at most {num_experts} experts, got {self.k}")
 
 
 class Routes(NamedTuple):
-    """Where samples go.
+    """Experts and weights of a batch.
 
     Attributes:
         p_BM: softmax of the logits, float32.
-        active_BM: whether the expert sees the sample; K a row.
-        weight_BM: float32, exactly 0 where not active.
+        active_BM: whether the expert processes the sample; K true entries per row.
+        weight_BM: float32, exactly 0 for inactive experts.
     """
 
     p_BM: Tensor
@@ -69,10 +71,10 @@ class Routes(NamedTuple):
 
 
 def noisy_logits(raw_B2M: Tensor, noise_BM: Tensor | None) -> Tensor:
-    """z = c + eta s with s = softplus(n) + 1e-2; c without noise. Float32 (B, M).
+    """Returns z = c + eta s with s = softplus(n) + 1e-2, or c without noise; float32 (B, M).
 
     Args:
-        raw_B2M: the router's output, c and n side by side.
+        raw_B2M: the router's output, c and n concatenated.
         noise_BM: standard normal numbers; None in evaluation.
 
     Raises:
@@ -88,24 +90,24 @@ def noisy_logits(raw_B2M: Tensor, noise_BM: Tensor | None) -> Tensor:
 
 
 def choose(z_BM: Tensor, config: RouteConfig, *, missing: frozenset[int] = frozenset()) -> Routes:
-    """The K largest logits of every sample, ties to the lowest index, and their weights.
+    """Routes every sample to the K experts of largest logits; ties go to the lowest index.
 
     Args:
-        missing: experts that are lost; the others share their weight.
+        missing: unavailable experts; the others share their weight.
 
     Raises:
-        ValueError: fewer than K experts are left.
+        ValueError: fewer than K experts are available.
     """
     if z_BM.shape[1] - len(missing) < config.k:
         raise ValueError(
-            f"{z_BM.shape[1] - len(missing)} experts are left, {config.k} are needed for a sample"
+            f"{z_BM.shape[1] - len(missing)} experts are available, every sample needs {config.k}"
         )
     if missing:
-        lost_M = torch.zeros(z_BM.shape[1], dtype=torch.bool, device=z_BM.device)
-        lost_M[list(missing)] = True
-        z_BM = z_BM.masked_fill(lost_M, float("-inf"))
+        missing_M = torch.zeros(z_BM.shape[1], dtype=torch.bool, device=z_BM.device)
+        missing_M[list(missing)] = True
+        z_BM = z_BM.masked_fill(missing_M, float("-inf"))
     p_BM = z_BM.softmax(dim=1)
-    # Stable, so that equal logits go to the lowest index; topk promises no order.
+    # A stable sort, so that ties go to the lowest index; topk guarantees no order.
     best_BK = z_BM.sort(dim=1, descending=True, stable=True).indices[:, : config.k]
     active_BM = torch.zeros_like(z_BM, dtype=torch.bool).scatter(1, best_BK, True)
     return Routes(p_BM, active_BM, _weights(z_BM, p_BM, active_BM, config))

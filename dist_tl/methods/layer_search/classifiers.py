@@ -1,7 +1,7 @@
-"""Small classifiers that need Gram matrices only, with exact leave-one-out scores.
+"""Small classifiers on Gram matrices, with exact leave-one-out scores.
 
-All take many candidate sets at once. Scores of items are higher when better: log-probabilities in
-nats for ncm and logistic, minus the squared error of the one-hot prediction for ridge.
+All are batched over candidate sets. Higher item scores are better: log-probabilities in nats for
+ncm and logistic, the negative squared error of the one-hot prediction for ridge.
 
 After Lee et al., arXiv:2111.10937; section "Classifiers" and "Score J" of the notes. Leave-one-out
 of ridge is the textbook identity r_i / (1 - H_ii).
@@ -24,30 +24,32 @@ MAX_ITERATIONS = 500
 
 
 class ClassifierConfig(StrictModel):
-    """What is fitted on the chosen layers."""
+    """The classifier on the selected layers."""
 
     kind: Literal["ridge", "ncm", "logistic"] = Field(
         default="ridge",
         description="ridge: least squares on one-hot labels; ncm: nearest class mean; logistic: "
-        "multinomial logistic regression, slow.",
+        "multinomial logistic regression (slow).",
     )
-    penalty: float = Field(default=0.1, gt=0, description="rho of ridge; L2 strength of logistic.")
+    penalty: float = Field(
+        default=0.1, gt=0, description="Penalty rho of ridge; L2 strength of logistic."
+    )
     sharpness: float = Field(
-        default=10.0, gt=0, description="alpha of ncm: scores are -alpha distance^2."
+        default=10.0, gt=0, description="alpha of ncm; scores are -alpha distance^2."
     )
 
 
 def loo_scores(gram_ISS: Tensor, y_SC: Tensor, config: ClassifierConfig) -> Tensor:
-    """How well each support item is predicted by a classifier fitted on all others, (I, S).
+    """Returns the score of each support item under a classifier fitted on all others, (I, S).
 
-    Items of a class that has no other item cannot be scored: NaN.
+    The only item of a class has no score: NaN.
 
     Args:
         gram_ISS: Gram matrices of the candidate sets, float64.
         y_SC: one-hot labels.
 
     Raises:
-        NotConvergedError: logistic regression did not settle.
+        NotConvergedError: logistic regression did not converge.
     """
     scores_IS = _LOO[config.kind](gram_ISS, y_SC, config)
     alone_S = y_SC @ y_SC.sum(dim=0) == 1
@@ -55,10 +57,10 @@ def loo_scores(gram_ISS: Tensor, y_SC: Tensor, config: ClassifierConfig) -> Tens
 
 
 def ridge_head(phi_SD: Tensor, y_SC: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """The same ridge classifier as a linear layer, (C, D) and (C,), float64, D = features.
+    """Returns the ridge classifier as a linear layer, (C, D) and (C,), float64, D = features.
 
     Args:
-        phi_SD: the support's features of one set of layers.
+        phi_SD: features of the support for one set of layers.
     """
     mean_D, mean_C = phi_SD.mean(dim=0), y_SC.mean(dim=0)
     centred_SD = phi_SD - mean_D
@@ -68,9 +70,9 @@ def ridge_head(phi_SD: Tensor, y_SC: Tensor, penalty: float) -> tuple[Tensor, Te
 
 
 def shuffled_loo_means(gram_ISS: Tensor, y_PSC: Tensor, config: ClassifierConfig) -> Tensor:
-    """Mean leave-one-out scores under many labellings of the same items, (P, I).
+    """Returns mean leave-one-out scores under many labellings of the same items, (P, I).
 
-    Suffix P = labellings. Ridge fits the same matrix whatever the labels, so it is made once.
+    Suffix P = labellings. The matrix of ridge does not depend on the labels and is computed once.
     """
     if config.kind != "ridge":
         return torch.stack([loo_scores(gram_ISS, y_SC, config).nanmean(dim=1) for y_SC in y_PSC])
@@ -91,7 +93,7 @@ def query_item_scores(
     y_QC: Tensor,
     config: ClassifierConfig,
 ) -> Tensor:
-    """How well labelled queries are predicted, (I, Q), on the scale of :func:`loo_scores`."""
+    """Returns the scores of labelled queries, (I, Q), on the scale of :func:`loo_scores`."""
     scores_IQC = query_scores(support_ISS, cross_IQS, y_SC, config)
     if config.kind == "ridge":
         return -(y_QC - scores_IQC).square().sum(dim=2)
@@ -101,7 +103,7 @@ def query_item_scores(
 def query_scores(
     support_ISS: Tensor, cross_IQS: Tensor, y_SC: Tensor, config: ClassifierConfig
 ) -> Tensor:
-    """Class scores of queries, (I, Q, C); the largest is the prediction.
+    """Returns class scores of queries, (I, Q, C); the largest is the prediction.
 
     Args:
         support_ISS: Gram matrices of the support.
@@ -113,12 +115,12 @@ def query_scores(
 def _ridge_loo(gram_ISS: Tensor, y_SC: Tensor, config: ClassifierConfig) -> Tensor:
     hat_ISS = _hat(gram_ISS, config.penalty)
     residual_ISC = y_SC - hat_ISS @ y_SC
-    kept_IS = 1 - hat_ISS.diagonal(dim1=1, dim2=2)
-    return -(residual_ISC / kept_IS[:, :, None]).square().sum(dim=2)
+    left_IS = 1 - hat_ISS.diagonal(dim1=1, dim2=2)
+    return -(residual_ISC / left_IS[:, :, None]).square().sum(dim=2)
 
 
 def _hat(gram_ISS: Tensor, penalty: float) -> Tensor:
-    """The matrix that takes labels to fitted labels: mean, and ridge on what is centred."""
+    """Returns the matrix that maps labels to fitted labels: their mean plus centred ridge."""
     size = gram_ISS.shape[1]
     centred_ISS = _centred(gram_ISS)
     shifted_ISS = centred_ISS + penalty * torch.eye(size, dtype=gram_ISS.dtype)
@@ -145,7 +147,7 @@ def _ridge_query(
 def _ncm_loo(gram_ISS: Tensor, y_SC: Tensor, config: ClassifierConfig) -> Tensor:
     count_C = y_SC.sum(dim=0)
     distance_ISC = _squared_distances(gram_ISS, gram_ISS, y_SC)
-    # Without item i its class mean moves away from it by n / (n - 1).
+    # Leaving item i out multiplies its distance to its class mean by n / (n - 1).
     others_C = (count_C - 1).clamp_min(1)
     factor_SC = torch.where(y_SC > 0, (count_C / others_C).square(), 1.0)
     logits_ISC = -config.sharpness * distance_ISC * factor_SC
@@ -155,14 +157,14 @@ def _ncm_loo(gram_ISS: Tensor, y_SC: Tensor, config: ClassifierConfig) -> Tensor
 def _ncm_query(
     support_ISS: Tensor, cross_IQS: Tensor, y_SC: Tensor, config: ClassifierConfig
 ) -> Tensor:
-    # The queries' own norms are the same for all classes and change no order.
+    # The queries' own norms are equal for all classes and do not affect the order.
     count_C = y_SC.sum(dim=0)
     within_IC = torch.einsum("sc,ist,tc->ic", y_SC, support_ISS, y_SC) / count_C.square()
     return -config.sharpness * (within_IC[:, None] - 2 * (cross_IQS @ y_SC) / count_C)
 
 
 def _squared_distances(gram_ISS: Tensor, cross_IQS: Tensor, y_SC: Tensor) -> Tensor:
-    """Of support items to class means, (I, S, C)."""
+    """Returns squared distances of support items to class means, (I, S, C)."""
     count_C = y_SC.sum(dim=0)
     own_IS = gram_ISS.diagonal(dim1=1, dim2=2)
     within_IC = torch.einsum("sc,ist,tc->ic", y_SC, gram_ISS, y_SC) / count_C.square()
@@ -175,9 +177,9 @@ def _logistic_loo(gram_ISS: Tensor, y_SC: Tensor, config: ClassifierConfig) -> T
     for gram_SS in gram_ISS:
         start, scores = None, []
         for item in range(size):
-            kept = [i for i in range(size) if i != item]
-            fit = _fit_logistic(gram_SS[kept][:, kept], y_SC[kept], config.penalty, start)
-            logits_C = gram_SS[item, kept] @ fit[0] + fit[1]
+            others = [i for i in range(size) if i != item]
+            fit = _fit_logistic(gram_SS[others][:, others], y_SC[others], config.penalty, start)
+            logits_C = gram_SS[item, others] @ fit[0] + fit[1]
             scores.append((logits_C.log_softmax(dim=0) * y_SC[item]).sum())
             start = fit
         rows.append(torch.stack(scores))
@@ -196,7 +198,7 @@ def _logistic_query(
 def _fit_logistic(
     gram_SS: Tensor, y_SC: Tensor, penalty: float, start: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Dual weights (S, C) and intercepts (C,) of sum CE + (penalty / 2) |w|^2."""
+    """Returns dual weights (S, C) and intercepts (C,), minimising sum CE + (penalty / 2) |w|^2."""
     dual_SC = torch.zeros_like(y_SC) if start is None else start[0].clone()
     offset_C = torch.zeros(y_SC.shape[1], dtype=y_SC.dtype) if start is None else start[1].clone()
     dual_SC.requires_grad_()
@@ -219,11 +221,13 @@ def _fit_logistic(
 
     solver.step(closure)
     closure()
+    assert dual_SC.grad is not None
+    assert offset_C.grad is not None
     norm = float(torch.cat([dual_SC.grad.flatten(), offset_C.grad]).norm())
     if not norm < GRADIENT_NORM:
         raise NotConvergedError(
-            f"logistic regression on {len(y_SC)} items ended at gradient norm {norm:.2g}, expected "
-            f"below {GRADIENT_NORM:g}; raise classifier.penalty, or use ridge"
+            f"logistic regression on {len(y_SC)} items: gradient norm {norm:.2g}, expected "
+            f"below {GRADIENT_NORM:g}; increase classifier.penalty or use ridge"
         )
     return dual_SC.detach(), offset_C.detach()
 

@@ -1,4 +1,4 @@
-"""Few-shot episodes: which items of a data set play support and query, by index alone.
+"""Few-shot episodes: indices of support and query items in a data set.
 
 Section "Controls and baselines" of the notes on Lee et al., arXiv:2111.10937.
 
@@ -19,21 +19,21 @@ Indices = NDArray[np.int64]
 
 
 class EpisodesConfig(StrictModel):
-    """How many small tasks are drawn, and how small."""
+    """Number and size of the few-shot tasks."""
 
-    ways: int = Field(default=5, ge=2, description="Classes of an episode.")
+    ways: int = Field(default=5, ge=2, description="Classes per episode.")
     shots: tuple[int, ...] = Field(
         default=(1, 2, 5, 10),
         min_length=1,
-        description="Support items a class; one series of each.",
+        description="Support items per class; one series of episodes for each value.",
     )
-    queries: int = Field(default=15, ge=1, description="Queries a class.")
-    count: int = Field(default=600, ge=1, description="Episodes of each number of shots.")
+    queries: int = Field(default=15, ge=1, description="Queries per class.")
+    count: int = Field(default=600, ge=1, description="Episodes for each number of shots.")
 
 
 @dataclass(frozen=True, eq=False)
 class Episode:
-    """One task: rows of the data set and their labels 0 to ways - 1, support apart from queries."""
+    """One task: row indices and labels 0 to ways - 1 of disjoint support and query sets."""
 
     support_S: Indices
     support_labels_S: Indices
@@ -42,7 +42,7 @@ class Episode:
 
 
 def check_classes(labels_N: Indices, config: EpisodesConfig) -> None:
-    """Refuse episodes that the data cannot give.
+    """Checks that the data set is large enough for the episodes.
 
     Raises:
         ConfigError: too few classes, or a class with too few items.
@@ -51,25 +51,26 @@ def check_classes(labels_N: Indices, config: EpisodesConfig) -> None:
     needed = max(config.shots) + config.queries
     if (counts > 0).sum() < config.ways:
         raise ConfigError(
-            f"episodes: {config.ways} ways need as many classes, the data has {(counts > 0).sum()}"
+            f"episodes: expected at least {config.ways} classes for {config.ways} ways, got "
+            f"{(counts > 0).sum()}"
         )
     if min(config.shots) < 1:
-        raise ConfigError(f"episodes: expected 1 shot or more, got {min(config.shots)}")
-    short = [int(c) for c in np.flatnonzero((counts > 0) & (counts < needed))]
-    if short:
+        raise ConfigError(f"episodes: expected at least 1 shot, got {min(config.shots)}")
+    too_small = [int(c) for c in np.flatnonzero((counts > 0) & (counts < needed))]
+    if too_small:
         raise ConfigError(
             f"episodes: {max(config.shots)} shots and {config.queries} queries need {needed} items "
-            f"a class; class {short[0]} has {counts[short[0]]}. Ask for fewer shots or queries"
+            f"per class, class {too_small[0]} has {counts[too_small[0]]}; lower shots or queries"
         )
 
 
 def draw_episode(
     labels_N: Indices, config: EpisodesConfig, shots: int, *, seed: int, index: int
 ) -> Episode:
-    """Episode `index`: a pure function of its arguments.
+    """Draws episode `index`, which depends on the arguments only.
 
-    The same index with more shots has the same classes and queries, and the same first support
-    items, so that curves over shots are paired.
+    More shots keep the classes, the queries and the first support items of the same index, so that
+    curves over shots are paired.
     """
     rng = numpy_rng(seed, "episode", index)
     present = np.flatnonzero(np.bincount(labels_N))
@@ -79,10 +80,10 @@ def draw_episode(
         items = rng.permutation(np.flatnonzero(labels_N == label))
         query.append(items[: config.queries])
         support.append(items[config.queries : config.queries + shots])
-    own = np.arange(config.ways)
+    labels = np.arange(config.ways)
     return Episode(
         support_S=np.concatenate(support),
-        support_labels_S=np.repeat(own, shots),
+        support_labels_S=np.repeat(labels, shots),
         query_Q=np.concatenate(query),
-        query_labels_Q=np.repeat(own, config.queries),
+        query_labels_Q=np.repeat(labels, config.queries),
     )

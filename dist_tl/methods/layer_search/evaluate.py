@@ -1,4 +1,4 @@
-"""One episode, all arms: what the search chose, what it is compared with, and the oracle.
+"""Evaluation of one episode with all arms: the selected layers, their controls and the oracle.
 
 Section "Controls and baselines" of the notes on Lee et al., arXiv:2111.10937.
 
@@ -32,10 +32,11 @@ class EpisodeScores:
     """Query accuracies of one episode.
 
     Attributes:
-        single: of every layer alone, the penultimate last.
-        all_layers, random, selected: of all layers together, of random sets of the selected size
-            (mean of 5), of what the search chose.
-        oracle: of the best set by queries: a diagnostic, never a result.
+        single: accuracy of every layer alone, the penultimate last.
+        all_layers: accuracy of all layers together.
+        random: mean accuracy of 5 random sets of the selected size.
+        selected: accuracy of the selected set.
+        oracle: accuracy of the best set on the queries: a diagnostic, never a result.
     """
 
     single: tuple[float, ...]
@@ -52,7 +53,7 @@ def accuracies(
     sets: Sequence[LayerSet],
     classifier: ClassifierConfig,
 ) -> Tensor:
-    """Share of queries predicted right by each set, (I,) float64."""
+    """Returns the accuracy of each set on the queries, (I,) float64."""
     size = len(support_labels_S)
     y_SC = one_hot(support_labels_S, int(support_labels_S.max()) + 1)
     gram_IES = set_grams(gram_LES, sets)
@@ -71,7 +72,7 @@ def score_episode(
     *,
     rng: np.random.Generator,
 ) -> EpisodeScores:
-    """All arms of one episode, on the same items and classifier."""
+    """Scores all arms of one episode, on the same items and with the same classifier."""
     num_layers = len(gram_LES)
     singles = [(layer,) for layer in range(num_layers)]
     size = len(selection.layers)
@@ -79,23 +80,23 @@ def score_episode(
         tuple(sorted(rng.choice(num_layers, size=size, replace=False).tolist()))
         for _ in range(RANDOM_SETS)
     ]
-    tried = _oracle_sets(num_layers, config)
-    candidates = [*singles, tuple(range(num_layers)), selection.layers, *randoms, *tried]
-    found = accuracies(
+    oracle_sets = _oracle_sets(num_layers, config)
+    candidates = [*singles, tuple(range(num_layers)), selection.layers, *randoms, *oracle_sets]
+    scores = accuracies(
         gram_LES, support_labels_S, query_labels_Q, candidates, config.classifier
     ).tolist()
-    rest = num_layers + 2
+    first_random = num_layers + 2
     return EpisodeScores(
-        single=tuple(found[:num_layers]),
-        all_layers=found[num_layers],
-        selected=found[num_layers + 1],
-        random=sum(found[rest : rest + RANDOM_SETS]) / RANDOM_SETS,
-        oracle=max(found),
+        single=tuple(scores[:num_layers]),
+        all_layers=scores[num_layers],
+        selected=scores[num_layers + 1],
+        random=sum(scores[first_random : first_random + RANDOM_SETS]) / RANDOM_SETS,
+        oracle=max(scores),
     )
 
 
 def _oracle_sets(num_layers: int, config: SearchConfig) -> list[LayerSet]:
-    """Sets up to the cap, where there are few enough; else pairs at most."""
+    """Returns all sets of two or more layers up to the largest cap with at most 1024 sets."""
     for cap in range(min(config.cap, num_layers), 1, -1):
         if sum(math.comb(num_layers, size) for size in range(1, cap + 1)) <= MAX_ORACLE_SETS:
             sizes = range(2, cap + 1)
@@ -104,7 +105,7 @@ def _oracle_sets(num_layers: int, config: SearchConfig) -> list[LayerSet]:
 
 
 class HeldOutScores:
-    """Mean query score of every episode, for the search: an episode is its item."""
+    """Item scores for the search whose items are episodes, scored by their mean query score."""
 
     def __init__(
         self, episodes: Sequence[tuple[Tensor, Tensor, Tensor]], classifier: ClassifierConfig
@@ -112,9 +113,9 @@ class HeldOutScores:
         self._episodes, self._classifier = episodes, classifier
 
     def __call__(self, sets: Sequence[LayerSet]) -> Tensor:
-        return torch.stack([self._one(sets, *episode) for episode in self._episodes], dim=1)
+        return torch.stack([self._score(sets, *episode) for episode in self._episodes], dim=1)
 
-    def _one(
+    def _score(
         self, sets: Sequence[LayerSet], gram_LES: Tensor, support_S: Tensor, query_Q: Tensor
     ) -> Tensor:
         size, ways = len(support_S), int(support_S.max()) + 1
@@ -130,13 +131,13 @@ class HeldOutScores:
 
 
 class ViewScores:
-    """Scores of one-label-a-class support by views: each view is tested on the others.
+    """Item scores for a support of one label per class: each view is tested on the others.
 
-    Optimistic, since the views of an image are alike.
+    Optimistic, because the views of an image are similar.
 
     Args:
         gram_LVV: Gram matrices of all views of all items, view after view.
-        labels_S: of the items, the same in every view.
+        labels_S: labels of the items, equal in every view.
     """
 
     def __init__(
@@ -148,9 +149,9 @@ class ViewScores:
 
     def __call__(self, sets: Sequence[LayerSet]) -> Tensor:
         gram_IVV = set_grams(self._gram_LVV, sets)
-        return torch.cat([self._one(gram_IVV, view) for view in range(self._num_views)], dim=1)
+        return torch.cat([self._score(gram_IVV, view) for view in range(self._num_views)], dim=1)
 
-    def _one(self, gram_IVV: Tensor, view: int) -> Tensor:
+    def _score(self, gram_IVV: Tensor, view: int) -> Tensor:
         held_out = torch.arange(view * self._size, (view + 1) * self._size)
         rest = torch.tensor(
             [i for i in range(gram_IVV.shape[1]) if i not in set(held_out.tolist())]
@@ -168,10 +169,10 @@ class ViewScores:
 def select_by_views(
     gram_LVV: Tensor, labels_S: Tensor, num_views: int, config: SearchConfig
 ) -> Selection:
-    """The set for one task with one label a class, from augmented views of its support.
+    """Selects layers for a task of one label per class, from augmented views of its support.
 
     Raises:
-        ValueError: fewer than two views, or Gram matrices of other items.
+        ValueError: fewer than two views, or Gram matrices of another size.
     """
     if num_views < 2 or gram_LVV.shape[1] != num_views * len(labels_S):
         raise ValueError(
@@ -185,12 +186,12 @@ def select_by_views(
 def one_shot_set(
     episodes: Sequence[tuple[Tensor, Tensor, Tensor]], config: SearchConfig
 ) -> LayerSet:
-    """The set for tasks with one label a class, from one-shot episodes of held-out classes.
+    """Selects layers for tasks of one label per class, from one-shot episodes of held-out classes.
 
     Raises:
         ValueError: no episodes.
     """
     if not episodes:
-        raise ValueError("expected one episode of held-out classes at least, got none")
+        raise ValueError("expected at least one episode of held-out classes, got none")
     num_layers = len(episodes[0][0])
     return search_layers(HeldOutScores(episodes, config.classifier), num_layers, config).layers

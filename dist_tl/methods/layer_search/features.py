@@ -1,6 +1,6 @@
-"""From block outputs to one unit vector a layer.
+"""Pools block outputs to one unit vector per layer.
 
-Normalising each layer is what keeps its scale, which means nothing, from deciding the choice.
+Normalisation removes the scale of a layer, which is arbitrary and would dominate the selection.
 
 After Lee et al., arXiv:2111.10937; section "Features" of the notes.
 
@@ -22,38 +22,38 @@ MIN_NORM = 1e-12
 
 
 class PoolingConfig(StrictModel):
-    """How a layer's map becomes a vector."""
+    """Pooling of a layer's feature map to a vector."""
 
     kind: Literal["grid", "gap"] = Field(
         default="grid",
-        description="grid: averages over grid x grid cells, which keep where; gap: over all.",
+        description="grid: averages over grid x grid cells; gap: global average.",
     )
     grid: Literal[1, 2, 4] = Field(
-        default=4, description="Cells along one side; 1 or 2 for large teachers."
+        default=4, description="Cells along each side; 1 or 2 for large teachers."
     )
 
     @property
     def cells(self) -> int:
-        """Cells along one side."""
+        """Number of cells along each side."""
         return 1 if self.kind == "gap" else self.grid
 
 
 def layer_vectors(outputs: Sequence[Tensor], pooling: PoolingConfig) -> list[Tensor]:
-    """A unit vector of every item for every layer, the penultimate one last.
+    """Returns a unit vector for every item and layer, the penultimate layer last.
 
     A map (N, C, H, W) is averaged over cells, tokens (N, T, D) over tokens; the last output, the
-    head's input, is taken as it is. A block whose pooled vector is that very input is left out:
-    it is the penultimate layer under another name.
+    head's input, is used unchanged. A block whose pooled vector equals the head's input duplicates
+    the penultimate layer and is omitted.
 
     Args:
         outputs: all block outputs of one forward pass in depth order, the head's input last.
 
     Returns:
-        One (N, D) float32 tensor a layer; zero vectors stay zero.
+        One (N, D) float32 tensor per layer; zero vectors stay zero.
 
     Raises:
-        ValueError: no outputs, or a last one that is not (N, D).
-        NumericsError: a feature is not finite; names layer and item.
+        ValueError: no outputs, or the last one is not (N, D).
+        NumericsError: a feature is not finite; the message names layer and item.
     """
     if not outputs or outputs[-1].ndim != 2:
         raise ValueError("expected block outputs that end in the head's input, (N, D)")
@@ -64,14 +64,14 @@ def layer_vectors(outputs: Sequence[Tensor], pooling: PoolingConfig) -> list[Ten
 
 
 def num_zero_vectors(phi_ND: Tensor) -> int:
-    """Items whose vector is zero, which no classifier can tell apart."""
+    """Returns the number of items with a zero vector, which no classifier can distinguish."""
     return int((phi_ND == 0).all(dim=1).sum())
 
 
 def _pooled(output: Tensor, cells: int) -> Tensor:
     if output.ndim == 4:
-        size = [min(cells, side) for side in output.shape[2:]]
-        return functional.adaptive_avg_pool2d(output, size).flatten(1)
+        height, width = (min(cells, side) for side in output.shape[2:])
+        return functional.adaptive_avg_pool2d(output, (height, width)).flatten(1)
     return output.mean(dim=1) if output.ndim == 3 else output
 
 

@@ -1,10 +1,9 @@
-"""The search: the set of layers that the support set alone supports.
+"""Searches the set of layers for one task, from its support set alone.
 
-Scores are leave-one-out means over support items; every strategy sees Gram matrices of the support
-and nothing else of a task. A guard keeps the penultimate layer unless the chosen set beats it by
-more than noise.
+Scores are leave-one-out means over support items; every strategy uses Gram matrices of the support
+only. A guard keeps the penultimate layer unless the best set exceeds it by more than noise.
 
-"Layer search (after ATL)", Lee et al., arXiv:2111.10937; the rule is ours.
+"Layer search (after ATL)", Lee et al., arXiv:2111.10937; the selection rule is our own.
 
 Shape suffixes: L = layers, S = support items, I = candidate sets, C = classes, P = permutations.
 """
@@ -33,61 +32,59 @@ from dist_tl.methods.layer_search.gram import LayerSet, one_hot, set_grams
 MAX_SETS = 2**16
 TIE = 1e-9
 BEAM_WIDTH = 4
-BATCH_SETS = 512  # Gram matrices held at once
-ItemScores = Callable[[Sequence[LayerSet]], Tensor]  # a row of item scores for each set
+BATCH_SETS = 512  # Gram matrices in memory at a time
+ItemScores = Callable[[Sequence[LayerSet]], Tensor]  # sets -> item scores (I, items)
 Branch = Literal["loo", "held_out_classes", "augmented_views", "penultimate"]
 
 
 class SearchConfig(StrictModel):
-    """Which sets are tried, how they are ranked, and what they must beat."""
+    """Candidate sets, their ranking, and the margin over the penultimate layer."""
 
     strategy: Literal["single", "greedy", "beam", "exhaustive"] = "greedy"
-    cap: int = Field(default=4, ge=1, description="Layers in a set at most.")
-    epsilon: float = Field(
-        default=1e-3, ge=0, description="A greedy step must raise the score by more."
-    )
+    cap: int = Field(default=4, ge=1, description="Maximum number of layers in a set.")
+    epsilon: float = Field(default=1e-3, ge=0, description="Minimum score gain of a greedy step.")
     margin: Literal["one_se"] | float = Field(
         default="one_se",
-        description="What the mean gain over the penultimate layer must exceed: one standard error "
-        "of the paired item differences, or a number.",
+        description="Minimum mean gain over the penultimate layer: one standard error of the "
+        "paired item differences, or a number.",
     )
     rank_by: Literal["score", "null_z"] = Field(
         default="score",
-        description="Of the first layer: its score, or its score against shuffled labels.",
+        description="Rank first layers by score, or by z-score under shuffled labels.",
     )
     permutations: int = Field(
-        default=50, ge=0, description="Label shuffles of the width-bias calibration."
+        default=50, ge=0, description="Number of label shuffles for the width-bias calibration."
     )
     one_shot: Literal["held_out_classes", "augmented_views", "penultimate"] = Field(
         default="held_out_classes",
-        description="With one label a class nothing can be left out. held_out_classes: the set "
-        "that one-shot episodes of other new classes support; augmented_views: leave out one of "
-        "four views of each image, which flatters, for views are alike; penultimate: the head's "
-        "input.",
+        description="Method for one label per class, where no item can be left out. "
+        "held_out_classes: the best set on one-shot episodes of other new classes; "
+        "augmented_views: leave out one of four views of each image (optimistic, because views are "
+        "similar); penultimate: the head's input.",
     )
     classifier: ClassifierConfig = Field(default_factory=ClassifierConfig)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a search chose, and why.
+    """Result of a search.
 
     Attributes:
-        layers: the set to use, ascending.
-        branch: how it was found.
-        found: the best set before the guard.
-        score: its leave-one-out score; NaN where there was none.
-        single_scores: of every layer alone.
-        single_z: the same against shuffled labels; empty without permutations.
-        gain, standard_error: of `found` over the penultimate layer, paired by item.
-        adopted: whether the guard let it through.
-        skipped: support items that could not be scored.
-        path: scores of the sets that a greedy run went through.
+        layers: the selected set, ascending.
+        branch: the method that selected it.
+        best: the best set before the guard.
+        score: leave-one-out score of `best`; NaN if it has none.
+        single_scores: score of every layer alone.
+        single_z: z-score of every layer under shuffled labels; empty without permutations.
+        gain, standard_error: gain of `best` over the penultimate layer, paired by item.
+        adopted: whether `best` passed the guard.
+        skipped: number of support items without a score.
+        path: scores of the sets along a greedy search.
     """
 
     layers: LayerSet
     branch: Branch
-    found: LayerSet
+    best: LayerSet
     score: float
     single_scores: tuple[float, ...] = ()
     single_z: tuple[float, ...] = ()
@@ -99,27 +96,27 @@ class Selection:
 
 
 def count_sets(num_layers: int, config: SearchConfig) -> int:
-    """Sets that an exhaustive search would try."""
+    """Returns the number of sets in an exhaustive search."""
     cap = min(config.cap, num_layers)
     return sum(math.comb(num_layers, size) for size in range(1, cap + 1))
 
 
 def check_search(num_layers: int, config: SearchConfig) -> None:
-    """Refuse a search that would not end.
+    """Checks that the search is feasible.
 
     Raises:
         ConfigError: an exhaustive search over more than 65,536 sets.
     """
     if config.strategy == "exhaustive" and count_sets(num_layers, config) > MAX_SETS:
         raise ConfigError(
-            f"search: exhaustive over {num_layers} layers with cap {config.cap} means "
+            f"search: exhaustive over {num_layers} layers with cap {config.cap} needs "
             f"{count_sets(num_layers, config):,} sets, more than {MAX_SETS:,}; use strategy greedy "
             "or a smaller cap"
         )
 
 
 class _Scorer:
-    """Item scores of candidate sets on one support, kept once computed."""
+    """Cached item scores of candidate sets on one support."""
 
     def __init__(self, scores: ItemScores, num_layers: int) -> None:
         self.num_layers = num_layers
@@ -128,7 +125,7 @@ class _Scorer:
         self._means: dict[LayerSet, float] = {}
 
     def items(self, layers: LayerSet) -> Tensor:
-        """Scores of the items that have one, float64."""
+        """Returns the scores of the items that have one, float64."""
         self.prepare([layers])
         return self._items[layers]
 
@@ -145,7 +142,7 @@ class _Scorer:
             self._means.update(zip(batch, rows.mean(dim=1).tolist(), strict=True))
 
     def best(self, sets: Sequence[LayerSet]) -> LayerSet:
-        """The highest mean; within 1e-9 the smaller set, then the deeper one."""
+        """Returns the set with the highest mean; ties (1e-9) go to the smaller, then deeper set."""
         self.prepare(sets)
         top = max(self._means[layers] for layers in sets)
         tied = [layers for layers in sets if self._means[layers] >= top - TIE]
@@ -155,11 +152,11 @@ class _Scorer:
 def search_layers(
     scores: ItemScores, num_layers: int, config: SearchConfig, *, first: int | None = None
 ) -> Selection:
-    """The best set by some item scores, with the guard applied.
+    """Returns the best set by the given item scores, after the guard.
 
     Args:
         scores: item scores of candidate sets, (I, items) float64; higher is better.
-        first: start greedily from this layer; growth is judged by the score all the same.
+        first: the first layer of a greedy search; further layers are selected by score.
 
     Raises:
         ConfigError: too many sets.
@@ -167,29 +164,29 @@ def search_layers(
     check_search(num_layers, config)
     scorer = _Scorer(scores, num_layers)
     if first is None:
-        found, path = _STRATEGIES[config.strategy](scorer, config)
+        best, path = _STRATEGIES[config.strategy](scorer, config)
     else:
         cap = 1 if config.strategy == "single" else config.cap
-        found, path = _grow(scorer, (first,), cap, config.epsilon)
-    return _guarded(scorer, found, path, config)
+        best, path = _grow(scorer, (first,), cap, config.epsilon)
+    return _guarded(scorer, best, path, config)
 
 
 def _guarded(
-    scorer: _Scorer, found: LayerSet, path: Sequence[float], config: SearchConfig
+    scorer: _Scorer, best: LayerSet, path: Sequence[float], config: SearchConfig
 ) -> Selection:
-    """`found` if it beats the penultimate layer by more than the margin, else that layer."""
+    """Selects `best` if it exceeds the penultimate layer by more than the margin."""
     last = (scorer.num_layers - 1,)
-    difference = scorer.items(found) - scorer.items(last)
+    difference = scorer.items(best) - scorer.items(last)
     count = len(difference)
     error = float(difference.std(correction=1)) / math.sqrt(count) if count > 1 else math.inf
     margin = error if config.margin == "one_se" else float(config.margin)
     gain = float(difference.mean())
-    adopted = found != last and gain > margin
+    adopted = best != last and gain > margin
     return Selection(
-        layers=found if adopted else last,
+        layers=best if adopted else last,
         branch="loo",
-        found=found,
-        score=scorer.mean(found),
+        best=best,
+        score=scorer.mean(best),
         single_scores=tuple(scorer.mean((layer,)) for layer in range(scorer.num_layers)),
         gain=gain,
         standard_error=error,
@@ -199,8 +196,8 @@ def _guarded(
 
 
 def _single(scorer: _Scorer, config: SearchConfig) -> tuple[LayerSet, list[float]]:
-    found = scorer.best([(layer,) for layer in range(scorer.num_layers)])
-    return found, [scorer.mean(found)]
+    best = scorer.best([(layer,) for layer in range(scorer.num_layers)])
+    return best, [scorer.mean(best)]
 
 
 def _greedy(scorer: _Scorer, config: SearchConfig) -> tuple[LayerSet, list[float]]:
@@ -208,16 +205,16 @@ def _greedy(scorer: _Scorer, config: SearchConfig) -> tuple[LayerSet, list[float
 
 
 def _grow(
-    scorer: _Scorer, found: LayerSet, cap: int, epsilon: float
+    scorer: _Scorer, layers: LayerSet, cap: int, epsilon: float
 ) -> tuple[LayerSet, list[float]]:
-    path = [scorer.mean(found)]
-    while len(found) < min(cap, scorer.num_layers):
-        larger = scorer.best(_grown(found, scorer.num_layers))
+    path = [scorer.mean(layers)]
+    while len(layers) < min(cap, scorer.num_layers):
+        larger = scorer.best(_grown(layers, scorer.num_layers))
         if scorer.mean(larger) <= path[-1] + epsilon:
             break
-        found = larger
-        path.append(scorer.mean(found))
-    return found, path
+        layers = larger
+        path.append(scorer.mean(layers))
+    return layers, path
 
 
 def _grown(layers: LayerSet, num_layers: int) -> list[LayerSet]:
@@ -226,32 +223,32 @@ def _grown(layers: LayerSet, num_layers: int) -> list[LayerSet]:
 
 
 def _beam(scorer: _Scorer, config: SearchConfig) -> tuple[LayerSet, list[float]]:
-    # The greedy path has a slot of its own, so that a beam is never worse than greedy.
-    kept_greedy = scorer.best([(layer,) for layer in range(scorer.num_layers)])
-    beam = [(layer,) for layer in range(scorer.num_layers)]
+    # One slot follows the greedy path, so that a beam is never worse than greedy.
+    greedy = scorer.best([(layer,) for layer in range(scorer.num_layers)])
+    beam: list[LayerSet] = [(layer,) for layer in range(scorer.num_layers)]
     seen = set(beam)
     for _ in range(1, min(config.cap, scorer.num_layers)):
-        beam = [*_leading(scorer, beam, BEAM_WIDTH - 1), kept_greedy]
+        beam = [*_leading(scorer, beam, BEAM_WIDTH - 1), greedy]
         beam = sorted({s for layers in beam for s in _grown(layers, scorer.num_layers)})
-        kept_greedy = scorer.best(_grown(kept_greedy, scorer.num_layers))
+        greedy = scorer.best(_grown(greedy, scorer.num_layers))
         seen.update(beam)
-    found = scorer.best(sorted(seen))
-    return found, [scorer.mean(found)]
+    best = scorer.best(sorted(seen))
+    return best, [scorer.mean(best)]
 
 
 def _leading(scorer: _Scorer, sets: Sequence[LayerSet], count: int) -> list[LayerSet]:
-    left, leading = list(sets), []
-    while left and len(leading) < count:
-        leading.append(scorer.best(left))
-        left.remove(leading[-1])
+    remaining, leading = list(sets), []
+    while remaining and len(leading) < count:
+        leading.append(scorer.best(remaining))
+        remaining.remove(leading[-1])
     return leading
 
 
 def _exhaustive(scorer: _Scorer, config: SearchConfig) -> tuple[LayerSet, list[float]]:
     sizes = range(1, min(config.cap, scorer.num_layers) + 1)
     layers = range(scorer.num_layers)
-    found = scorer.best([chosen for size in sizes for chosen in combinations(layers, size)])
-    return found, [scorer.mean(found)]
+    best = scorer.best([chosen for size in sizes for chosen in combinations(layers, size)])
+    return best, [scorer.mean(best)]
 
 
 _STRATEGIES = {
@@ -270,16 +267,16 @@ def select_layers(
     rng: np.random.Generator,
     fixed: LayerSet | None = None,
 ) -> Selection:
-    """The layers to use for one task, from its support alone.
+    """Selects the layers for one task, from its support alone.
 
     Args:
         gram_LSS: Gram matrices of the support, float64.
         labels_S: int64 labels 0 to C - 1, every class at least once.
         rng: shuffles labels for the calibration.
-        fixed: the set found on held-out classes, for tasks with one label a class.
+        fixed: the set selected on held-out classes, for tasks of one label per class.
 
     Raises:
-        ValueError: fewer than two classes, or one without an item.
+        ValueError: fewer than two classes, or a class without an item.
         ConfigError: too many sets.
     """
     num_layers, num_classes = len(gram_LSS), int(labels_S.max()) + 1
@@ -301,7 +298,7 @@ def select_layers(
 
 
 def _one_shot(config: SearchConfig, fixed: LayerSet | None, last: LayerSet) -> Selection:
-    """One label a class leaves nothing to leave out; the set was fixed before, or is the last."""
+    """Selects the fixed set, or the penultimate layer, for a task of one label per class."""
     if config.one_shot != "penultimate" and fixed is not None:
         return Selection(fixed, config.one_shot, fixed, math.nan, adopted=fixed != last)
     return Selection(last, "penultimate", last, math.nan)
@@ -310,9 +307,9 @@ def _one_shot(config: SearchConfig, fixed: LayerSet | None, last: LayerSet) -> S
 def null_z(
     gram_LSS: Tensor, y_SC: Tensor, config: SearchConfig, rng: np.random.Generator
 ) -> tuple[float, ...]:
-    """Each layer's score against those under shuffled labels, in standard deviations.
+    """Returns the z-score of each layer relative to its scores under shuffled labels.
 
-    Wide layers score higher by chance alone; this is what may be read as "which layer wins".
+    Wide layers score higher by chance alone; z-scores are comparable between layers.
     """
     y_PSC = torch.stack([y_SC[_shuffled(y_SC, rng)] for _ in range(config.permutations)])
     null_PL = shuffled_loo_means(gram_LSS, y_PSC, config.classifier)
@@ -322,7 +319,7 @@ def null_z(
 
 
 def _shuffled(y_SC: Tensor, rng: np.random.Generator) -> Tensor:
-    """An order of the labels that is not the true one under other class names."""
+    """Returns a permutation that changes the partition of the items into classes."""
     same_SS = y_SC @ y_SC.T
     for _ in range(100):
         order = torch.from_numpy(rng.permutation(len(y_SC)))

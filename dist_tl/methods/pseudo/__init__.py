@@ -1,4 +1,4 @@
-"""Transfer through a conditional generator: pseudo pre-training, P-SSL, and what judges them.
+"""Transfer through a conditional generator: pseudo pre-training, P-SSL, and quality measures.
 
 After Yamaguchi et al., "Transfer Learning with Pre-trained Conditional Generative Models",
 arXiv:2204.12833.

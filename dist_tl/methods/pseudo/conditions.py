@@ -1,9 +1,9 @@
-"""Conditions: what the generator is asked for, one probability vector over source classes a sample.
+"""Conditions of the generator: one probability vector over source classes per sample.
 
-A source classifier says which source classes each target image resembles; those probabilities
-become the generator's conditions (pseudo conditional sampling). Target labels never enter, and
-every draw follows from (run seed, purpose, sample number) alone, so that any worker can make any
-sample. Not covered: the generator's noise, which the caller seeds a row at a time with
+The probabilities that a source classifier assigns to a target image become the generator's
+conditions (pseudo conditional sampling). Target labels are never used, and every draw depends on
+(run seed, purpose, sample number) only, so that any worker can generate any sample. Not covered:
+the generator's noise, which the caller seeds per row with
 `row_rngs(run_seed, f"{purpose} noise", sample_indices)`.
 
 After Yamaguchi et al., arXiv:2204.12833.
@@ -28,33 +28,38 @@ SEED_BITS = 63  # derive_seed is uniform on 0 .. 2^63 - 1
 
 
 class ConditionConfig(StrictModel):
-    """How a pseudo sample's condition follows from the source classifier's probabilities."""
+    """The condition of a pseudo sample as a function of the source classifier's probabilities."""
 
     kind: Literal["soft", "top_k", "hard", "marginal", "uniform"] = Field(
         default="soft",
         description="soft: the probabilities of one target image; top_k: its k largest; hard: its "
-        "likeliest class; marginal: one class from the mean; uniform: one class of all (controls).",
+        "most likely class; marginal: a class drawn from the mean; uniform: a class drawn "
+        "uniformly (the last two are controls).",
     )
-    k: int = Field(default=5, ge=1, description="Classes that top_k keeps; other kinds ignore it.")
+    k: int = Field(
+        default=5, ge=1, description="Number of classes for top_k; other kinds ignore it."
+    )
     temperature: float = Field(
-        default=1.0, gt=0, description="Divides the source classifier's logits; below 1 sharpens."
+        default=1.0,
+        gt=0,
+        description="Divides the source classifier's logits; values below 1 sharpen.",
     )
 
 
 class Conditions(NamedTuple):
-    """The conditions of S pseudo samples, and the target image behind each."""
+    """The conditions of S pseudo samples and the target image of each."""
 
     condition_SK: Tensor  # float32, rows on the simplex
-    row_S: Tensor  # int64; -1 where no single target image is behind the sample
+    row_S: Tensor  # int64 target image; -1 if the condition is not that of one image
 
 
 def source_probabilities(
     classifier: nn.Module, images: Tensor, *, temperature: float = 1.0, batch_size: int = 256
 ) -> Tensor:
-    """What the source classifier sees in each target image: softmax(logits / temperature).
+    """Returns the source classifier's probabilities of each target image.
 
-    The classifier runs in eval mode without gradients; its parameters, buffers and modes are the
-    same afterwards.
+    Computes softmax(logits / temperature) in eval mode without gradients; parameters, buffers and
+    modes of the classifier do not change.
 
     Args:
         images: (N, channels, height, width) float32 in [-1, 1], without augmentation.
@@ -63,21 +68,21 @@ def source_probabilities(
         (N, K) float32 on the CPU, rows summing to one.
 
     Raises:
-        ConfigError: temperature <= 0, fewer than two source classes, or no image.
+        ConfigError: temperature <= 0, fewer than two source classes, or no images.
         NumericsError: a logit is not finite; the message names the image.
     """
     if temperature <= 0:
         raise ConfigError(f"expected a temperature above 0, got {temperature}")
     if len(images) == 0:
         raise ConfigError("expected at least one target image, got none")
-    place = next(classifier.parameters(), images).device
+    device = next(classifier.parameters(), images).device
     with _in_eval_mode(classifier), torch.no_grad():
-        batches = [classifier(batch.to(place)).float().cpu() for batch in images.split(batch_size)]
+        batches = [classifier(batch.to(device)).float().cpu() for batch in images.split(batch_size)]
     logits_NK = torch.cat(batches)
     if logits_NK.shape[1] < 2:
         raise ConfigError(f"expected >= 2 source classes, got logits {tuple(logits_NK.shape)}")
-    require_finite(logits_NK, what="source logits of target image")
-    # Shifting first keeps the largest logit at zero, so no temperature can overflow it.
+    require_finite(logits_NK, name="source logits of target image")
+    # After the shift the largest logit is zero, so that no temperature causes an overflow.
     shifted_NK = logits_NK - logits_NK.amax(dim=1, keepdim=True)
     return (shifted_NK.double() / temperature).softmax(dim=1).float()
 
@@ -90,11 +95,11 @@ def draw_conditions(
     purpose: str,
     sample_indices: Iterable[int],
 ) -> Conditions:
-    """The conditions of the numbered pseudo samples; equal numbers give equal conditions.
+    """Returns the conditions of the given sample numbers; equal numbers give equal conditions.
 
     Args:
-        q_NK: from :func:`source_probabilities`, which has applied the temperature.
-        purpose: what the samples are for, e.g. a stage's name.
+        q_NK: result of :func:`source_probabilities`, with the temperature applied.
+        purpose: use of the samples, e.g. the name of a stage.
 
     Raises:
         ConfigError: q is not (N >= 1, K >= 2), or k exceeds K.
@@ -115,7 +120,7 @@ def draw_conditions(
 def draw_classes(
     num_classes: int, run_seed: int, purpose: str, sample_indices: Iterable[int]
 ) -> Tensor:
-    """Uniform source classes for the numbered samples, int64 (S,): the labels of PP.
+    """Draws uniform source classes of the given sample numbers, int64 (S,): the labels of PP.
 
     Raises:
         ConfigError: fewer than two classes.
@@ -126,27 +131,27 @@ def draw_classes(
 
 
 def one_hot(class_S: Tensor, num_classes: int) -> Tensor:
-    """(S, K) float32 vertices of the simplex."""
+    """Returns one-hot conditions (S, K), float32."""
     return functional.one_hot(class_S, num_classes).float()
 
 
 def condition_entropy(condition_SK: Tensor) -> Tensor:
-    """Entropy of each condition in nats, float64 (S,): 0 for one class, log K for all alike."""
+    """Returns the entropy of each condition in nats, float64 (S,), between 0 and log K."""
     return torch.special.entr(condition_SK.double()).sum(dim=1)
 
 
 def require_finite(
-    values: Tensor, *, what: str, sample_indices: Sequence[int] | None = None
+    values: Tensor, *, name: str, sample_indices: Sequence[int] | None = None
 ) -> None:
-    """Refuse NaN and infinity.
+    """Checks that all values are finite.
 
     Args:
         values: any shape, samples first.
-        what: the thing that row is, for the message.
-        sample_indices: the number of each row, where it is not 0, 1, ...
+        name: description of a row, for the message.
+        sample_indices: the number of each row, if not 0, 1, ...
 
     Raises:
-        NumericsError: the message names the first sample that is not finite.
+        NumericsError: a value is NaN or infinite; the message names the first such sample.
     """
     finite = values.detach().isfinite()
     if bool(finite.all()):
@@ -154,7 +159,7 @@ def require_finite(
     row = int(finite.flatten(1).all(dim=1).logical_not().nonzero()[0])
     number = row if sample_indices is None else int(sample_indices[row])
     raise NumericsError(
-        f"{what} {number} holds NaN or infinity; check the weights and the range of its input"
+        f"{name} {number} contains NaN or infinity; check the weights and the range of its input"
     )
 
 
@@ -165,14 +170,14 @@ def _shaped(q_SK: Tensor, config: ConditionConfig) -> Tensor:
     if config.kind == "top_k":
         if config.k > num_classes:
             raise ConfigError(f"expected k <= {num_classes} source classes, got k = {config.k}")
-        # A stable sort, unlike topk, gives ties to the lowest index on every device.
+        # A stable sort, unlike topk, breaks ties by the lowest index on every device.
         order_SK = q_SK.argsort(dim=1, descending=True, stable=True)
         kept_SK = q_SK.scatter(1, order_SK[:, config.k :], 0.0)
         return kept_SK / kept_SK.sum(dim=1, keepdim=True)
     return q_SK
 
 
-# The hash behind a seed is already a uniform draw, so no generator has to be made per sample.
+# A derived seed is itself a uniform draw, so that no generator is needed per sample.
 def _draw_below(bound: int, run_seed: int, purpose: str, sample_indices: Iterable[int]) -> Tensor:
     draws = [derive_seed(run_seed, purpose, s) * bound >> SEED_BITS for s in sample_indices]
     return torch.tensor(draws, dtype=torch.int64)
@@ -184,7 +189,7 @@ def _draw_from(p_K: Tensor, run_seed: int, purpose: str, sample_indices: Iterabl
     cumulative_K = p_K.cumsum(dim=0)
     uniform_S = torch.tensor(draws, dtype=torch.float64) * cumulative_K[-1]
     class_S = torch.searchsorted(cumulative_K, uniform_S, right=True)
-    # Rounding can put a draw on the very end, where only classes of probability 0 may lie.
+    # Rounding can place a draw at the end, where classes may have probability 0.
     return class_S.clamp_max(int(p_K.nonzero()[-1]))
 
 

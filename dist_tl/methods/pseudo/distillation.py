@@ -1,7 +1,7 @@
-"""Knowledge distillation, the baseline that P-SSL is compared with.
+"""Knowledge distillation, the baseline for P-SSL.
 
 The teacher is the source classifier, fine-tuned on the target labels with a head of C classes; it
-may have any architecture, and receives no gradient.
+may have any architecture and gets no gradient.
 
 Sources: Hinton, Vinyals, Dean, arXiv:1503.02531 (soft targets); Ba, Caruana, arXiv:1312.6184
 (logit matching).
@@ -22,11 +22,11 @@ from dist_tl.config import StrictModel
 
 
 class DistillationConfig(StrictModel):
-    """How the student follows its teacher."""
+    """The distillation loss of a student."""
 
     kind: Literal["soft_targets", "logit_matching"] = Field(
         default="soft_targets",
-        description="Softened probabilities together with labels, or bare logits.",
+        description="Match softened probabilities in addition to labels, or match logits only.",
     )
     temperature: float = Field(
         default=4.0, gt=0, description="Divides both logits; soft_targets only."
@@ -35,15 +35,15 @@ class DistillationConfig(StrictModel):
         default=0.1,
         ge=0,
         le=1,
-        description="Share of the labels' cross-entropy; soft_targets only.",
+        description="Weight of the labels' cross-entropy; soft_targets only.",
     )
 
 
 class MeanTeacher(nn.Module):
-    """Several teachers as one, whose softmax at the temperature is the mean of theirs.
+    """An ensemble of teachers; its softmax at the temperature is the mean of theirs.
 
     Args:
-        temperature: that of the loss which the logits go into.
+        temperature: temperature of the distillation loss.
     """
 
     def __init__(self, teachers: Sequence[nn.Module], temperature: float) -> None:
@@ -51,7 +51,7 @@ class MeanTeacher(nn.Module):
         self.teachers, self._temperature = nn.ModuleList(teachers), temperature
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, C), float32."""
+        """Returns logits (B, C), float32."""
         logits = [teacher(images).float() / self._temperature for teacher in self.teachers]
         mean_log = torch.stack([z.log_softmax(dim=1) for z in logits]).logsumexp(dim=0)
         return self._temperature * (mean_log - math.log(len(logits)))
@@ -65,9 +65,9 @@ def soft_targets_loss(
     temperature: float = 4.0,
     label_weight: float = 0.1,
 ) -> Tensor:
-    """a CE(student, labels) + (1 - a) T^2 KL(teacher / T || student / T), float32 scalar in nats.
+    """Returns a CE(student, labels) + (1 - a) T^2 KL(teacher / T || student / T), float32, in nats.
 
-    T^2 keeps the gradient of the softened part of one size for every temperature.
+    The factor T^2 makes the gradient of the softened term independent of the temperature's scale.
 
     Raises:
         ValueError: logits of unequal shapes.
@@ -78,12 +78,12 @@ def soft_targets_loss(
     divergence = functional.kl_div(
         log_student_BC, log_teacher_BC, reduction="batchmean", log_target=True
     )
-    from_labels = functional.cross_entropy(student_BC, labels_B)
-    return label_weight * from_labels + (1 - label_weight) * temperature**2 * divergence
+    cross_entropy = functional.cross_entropy(student_BC, labels_B)
+    return label_weight * cross_entropy + (1 - label_weight) * temperature**2 * divergence
 
 
 def logit_matching_loss(student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
-    """Squared difference of the logits, mean over batch and classes, float32 scalar.
+    """Returns the mean squared difference of the logits over batch and classes, float32 scalar.
 
     Raises:
         ValueError: logits of unequal shapes.
@@ -94,7 +94,7 @@ def logit_matching_loss(student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
 def _matching(student_BC: Tensor, teacher_BC: Tensor) -> tuple[Tensor, Tensor]:
     if student_BC.shape != teacher_BC.shape or student_BC.ndim != 2:
         raise ValueError(
-            f"expected student and teacher logits of one shape (B, C), got "
+            f"expected student and teacher logits of equal shape (B, C), got "
             f"{tuple(student_BC.shape)} and {tuple(teacher_BC.shape)}"
         )
     return student_BC.float(), teacher_BC.detach().float()

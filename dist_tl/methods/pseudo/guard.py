@@ -1,9 +1,9 @@
-"""The lambda guard: pseudo samples are used only where target labels show that they help.
+"""The lambda guard: pseudo samples are used only if target labels show that they help.
 
-P-SSL with a weak generator can ruin a model, so a weight above 0 must earn its place: in
-stratified cross-validation on the target's training labels it has to beat weight 0 by more than
-one standard error of the paired item differences. Not covered: the training runs, which do not
-depend on each other and which the job runs side by side.
+P-SSL with a weak generator can degrade a model. A weight above 0 is therefore used only if, in
+stratified cross-validation on the target's training labels, it exceeds weight 0 by more than one
+standard error of the paired item differences. Not covered: the training runs, which are independent
+of each other and which the job runs in parallel.
 
 Shape suffixes: N = target training items.
 """
@@ -21,14 +21,16 @@ MAX_FOLDS = 5
 
 
 class GuardConfig(StrictModel):
-    """Which weights are tried, and in how many folds."""
+    """Candidate weights and number of folds."""
 
     lambdas: tuple[float, ...] | None = Field(
         default=None,
-        description="Weights to compare, 0 among them; absent: 0 and the arm's own weight.",
+        description="Weights to compare, including 0; absent: 0 and the arm's own weight.",
     )
     folds: int | None = Field(
-        default=None, ge=2, description="Folds; absent: the smallest class's labels, 5 at most."
+        default=None,
+        ge=2,
+        description="Number of folds; absent: number of labels of the smallest class, at most 5.",
     )
 
     @field_validator("lambdas")
@@ -41,31 +43,35 @@ class GuardConfig(StrictModel):
         return tuple(sorted(set(lambdas)))
 
     def candidates(self, weight: float) -> tuple[float, ...]:
-        """The weights to train, ascending, 0 first."""
+        """Returns the weights to train, ascending, 0 first."""
         return self.lambdas if self.lambdas is not None else tuple(sorted({0.0, weight}))
 
 
 class GuardArm(StrictModel):
-    """One weight against weight 0, over the held-out items."""
+    """Comparison of one weight with weight 0 on the held-out items."""
 
     weight: float
-    accuracy: float = Field(description="Share of the items that are right.")
+    accuracy: float = Field(description="Share of correct items.")
     difference: float = Field(description="Accuracy minus that of weight 0.")
-    standard_error: float | None = Field(description="Of the difference; absent with one item.")
-    kept: bool = Field(description="Whether it beats weight 0 by more than one standard error.")
+    standard_error: float | None = Field(
+        description="Standard error of the difference; absent for one item."
+    )
+    kept: bool = Field(description="Whether it exceeds weight 0 by more than one standard error.")
 
 
 class GuardDecision(StrictModel):
-    """The weight to train with, and why."""
+    """The weight to train with and the reason."""
 
     weight: float
-    guarded: bool = Field(description="False where the labels did not allow a comparison.")
+    guarded: bool = Field(
+        description="Whether weights were compared; false if the labels do not allow it."
+    )
     reason: str
     arms: tuple[GuardArm, ...] = ()
 
 
 def num_guard_folds(labels_N: Sequence[int] | np.ndarray, config: GuardConfig) -> int | None:
-    """How many folds to use; None where a class has one label only, and no guard is possible."""
+    """Returns the number of folds, or None if a class has one label only (no guard is possible)."""
     counts = np.unique(np.asarray(labels_N), return_counts=True)[1]
     smallest = int(counts.min()) if len(counts) else 0
     if smallest < 2:
@@ -74,11 +80,11 @@ def num_guard_folds(labels_N: Sequence[int] | np.ndarray, config: GuardConfig) -
 
 
 def choose_lambda(correct: Mapping[float, Sequence[float] | np.ndarray]) -> GuardDecision:
-    """The weight that cross-validation supports.
+    """Selects a weight by cross-validation.
 
     Args:
-        correct: for each weight, 0 among them, whether (or how far, in [0, 1]) each held-out item
-            was right, in the same order of items.
+        correct: for each weight, including 0, the score in [0, 1] of each held-out item (1:
+            correct), in the same order of items.
 
     Returns:
         A weight above 0 only if its mean paired difference to weight 0 exceeds one standard
@@ -96,30 +102,30 @@ def choose_lambda(correct: Mapping[float, Sequence[float] | np.ndarray]) -> Guar
     arms = tuple(_compare(weight, scores[weight], scores[0.0]) for weight in sorted(scores))
     kept = [arm for arm in arms if arm.kept]
     if not kept:
-        reason = "no weight above 0 beats 0 by more than one standard error"
+        reason = "no weight above 0 exceeds weight 0 by more than one standard error"
         return GuardDecision(weight=0.0, guarded=True, reason=reason, arms=arms)
     # Accuracies come from exact sums, so ties are exact; arms ascend, and max takes the first.
     best = max(kept, key=lambda arm: arm.accuracy)
-    reason = f"beats weight 0 by {best.difference:.4f} (standard error {best.standard_error:.4f})"
+    reason = f"exceeds weight 0 by {best.difference:.4f} (standard error {best.standard_error:.4f})"
     return GuardDecision(weight=best.weight, guarded=True, reason=reason, arms=arms)
 
 
 def unguarded(weight: float, reason: str) -> GuardDecision:
-    """The decision where no comparison is possible or wanted: the weight as asked for, so marked.
+    """Returns the configured weight, marked as not guarded, if no comparison is possible or wanted.
 
-    E.g. where :func:`num_guard_folds` is None, because one class has a single label.
+    Example: :func:`num_guard_folds` is None, because a class has a single label.
     """
     return GuardDecision(weight=weight, guarded=False, reason=reason)
 
 
 def _compare(weight: float, scores: list[Fraction], reference: list[Fraction]) -> GuardArm:
-    differences = [ours - theirs for ours, theirs in zip(scores, reference, strict=True)]
+    differences = [one - zero for one, zero in zip(scores, reference, strict=True)]
     count = len(differences)
     total = sum(differences, Fraction(0))
     squares = sum((d * d for d in differences), Fraction(0))
     variance = None if count == 1 else (squares - total * total / count) / (count - 1)
-    # mean > deviation / sqrt(n) is the same as total > 0 and total^2 > squares. In fractions,
-    # because one item won and none lost sits exactly on the border, where rounding would decide.
+    # mean > deviation / sqrt(n) is equivalent to total > 0 and total^2 > squares. In fractions,
+    # because one item gained and none lost is exactly on the threshold, where rounding matters.
     return GuardArm(
         weight=weight,
         accuracy=float(sum(scores, Fraction(0)) / count),

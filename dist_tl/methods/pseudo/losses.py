@@ -1,9 +1,9 @@
-"""What unlabelled pseudo samples teach: UDA, FixMatch, pseudo-labels, entropy minimisation.
+"""Unsupervised losses on pseudo samples: UDA, FixMatch, pseudo-labels, entropy minimisation.
 
-Every loss compares views of the same images, in nats, and counts masked images as zero, so its
-scale does not depend on how many images pass the mask. UDA's sharpening 0.4 and threshold 0.8 and
+Every loss compares views of the same images, in nats. Masked images count as zero, so that the
+scale of a loss does not depend on their number. UDA's sharpening 0.4 and threshold 0.8 and
 FixMatch's 0.95 are the CIFAR settings of their authors' code (google-research/uda,
-google-research/fixmatch). With sharpening below 1, UDA's loss is above zero even for equal views.
+google-research/fixmatch). With sharpening below 1, UDA's loss is positive even for equal views.
 
 Shape suffixes: U = pseudo batch, C = target classes.
 """
@@ -29,7 +29,7 @@ def unsupervised_loss(
     threshold: float | None = None,
     sharpening: float | None = None,
 ) -> Tensor:
-    """Mean unsupervised loss over all U pseudo images, float32 scalar in nats.
+    """Returns the mean unsupervised loss over all U pseudo images, float32 scalar in nats.
 
     With p = softmax(weak) and sg the stop-gradient:
 
@@ -39,9 +39,9 @@ def unsupervised_loss(
         entropy_min   H(p)
 
     Args:
-        strong_logits_UC: None is enough for pseudo_label and entropy_min.
-        threshold: None takes the algorithm's own; entropy_min has none.
-        sharpening: None takes 0.4; for uda only.
+        strong_logits_UC: not used by pseudo_label and entropy_min, where it may be None.
+        threshold: None: the algorithm's default; entropy_min has no threshold.
+        sharpening: None: 0.4; for uda only.
 
     Raises:
         ValueError: the views do not match, or an option does not belong to the algorithm.
@@ -52,7 +52,7 @@ def unsupervised_loss(
     if sharpening is not None and (algorithm != "uda" or sharpening <= 0):
         raise ValueError(f"sharpening > 0 belongs to uda; got {sharpening} for {algorithm}")
     if algorithm == "entropy_min":
-        _refuse_threshold(threshold)
+        _reject_threshold(threshold)
         return _entropy(weak_UC).mean()
     mask_U = _mask(weak_UC, algorithm, threshold).float()
     if algorithm == "pseudo_label":
@@ -66,15 +66,15 @@ def unsupervised_loss(
 def unmasked_fraction(
     weak_logits_UC: Tensor, *, algorithm: Algorithm, threshold: float | None = None
 ) -> Tensor:
-    """Share of pseudo images that the loss counts, float32 scalar; 1 for entropy_min."""
+    """Returns the share of pseudo images that are not masked, float32 scalar; 1 for entropy_min."""
     if algorithm == "entropy_min":
-        _refuse_threshold(threshold)
+        _reject_threshold(threshold)
         return torch.ones((), device=weak_logits_UC.device)
     return _mask(weak_logits_UC.float(), algorithm, threshold).float().mean()
 
 
 def loss_weight(step: int, *, weight: float, num_steps: int) -> float:
-    """The unsupervised weight at a step: linear warm-up over the first tenth, then constant.
+    """Returns the unsupervised weight at a step: linear warm-up over the first tenth of the steps.
 
     lambda_t = weight * min(1, (t + 1) / ceil(num_steps / 10)), t = 0, 1, ...
 
@@ -89,7 +89,7 @@ def loss_weight(step: int, *, weight: float, num_steps: int) -> float:
     return weight * min(1.0, (step + 1) / warm_up_steps)
 
 
-def _refuse_threshold(threshold: float | None) -> None:
+def _reject_threshold(threshold: float | None) -> None:
     if threshold is not None:
         raise ValueError(f"entropy_min has no threshold; got {threshold}")
 

@@ -2,8 +2,8 @@
 
     L = CE(f(x_B), y_B) + weight * l_u(f; pseudo_U)
 
-Pseudo samples are not target images, so what they do to batch-norm statistics decides whether
-they help or ruin a model; both ways of handling them that work are here.
+Pseudo samples are not target images, and their effect on batch-norm statistics decides whether they
+help or degrade a model; this module implements the two methods that work.
 
 After Yamaguchi et al., arXiv:2204.12833.
 
@@ -33,35 +33,35 @@ BatchNorm = Literal["joint", "separate"]
 
 
 class PSSLConfig(StrictModel):
-    """How pseudo samples enter the training of the target network."""
+    """Use of pseudo samples in the training of the target network."""
 
     algorithm: Algorithm = Field(default="uda", description="The unsupervised loss.")
     weight: float = Field(
-        default=0.1, ge=0, description="Lambda, the unsupervised loss's weight; 0: off."
+        default=0.1, ge=0, description="Weight lambda of the unsupervised loss; 0: off."
     )
     batchnorm: BatchNorm = Field(
         default="joint",
-        description="joint: real and pseudo images in one pass, statistics from all; separate: "
-        "pseudo images in their own pass, running statistics untouched.",
+        description="joint: real and pseudo images in one pass, statistics of all images; "
+        "separate: pseudo images in their own pass, running statistics unchanged.",
     )
     threshold: float | None = Field(
         default=None,
         ge=0,
         le=1,
-        description="Confidence a pseudo image needs; absent: the algorithm's.",
+        description="Minimum confidence of a pseudo image; absent: the algorithm's default.",
     )
     sharpening: float | None = Field(
         default=None, gt=0, description="Temperature of UDA's target; absent: 0.4."
     )
     pseudo_per_labelled: int = Field(
-        default=1, ge=1, description="U / B: pseudo images per labelled one."
+        default=1, ge=1, description="Pseudo images per labelled image, U / B."
     )
     condition: ConditionConfig = Field(
-        default_factory=ConditionConfig, description="What the generator is asked for."
+        default_factory=ConditionConfig, description="Conditions of the generator."
     )
     lambda_guard: GuardConfig | Literal["off"] = Field(
         default_factory=GuardConfig,
-        description="Cross-validation on the target labels that must favour weight over 0; or off.",
+        description="Cross-validation on the target labels that selects weight or 0; or off.",
     )
 
     @field_validator("lambda_guard", mode="before")
@@ -79,7 +79,7 @@ class PSSLConfig(StrictModel):
 
 
 def supervised_loss(network: nn.Module, images_B: Tensor, labels_B: Tensor) -> Tensor:
-    """Cross-entropy in nats, mean over the batch, float32: the loss of scratch and of PP."""
+    """Returns the mean cross-entropy in nats, float32: the loss of scratch training and of PP."""
     return functional.cross_entropy(network(images_B).float(), labels_B)
 
 
@@ -97,32 +97,32 @@ def pssl_loss(
     sharpening: float | None = None,
     sample_indices: Sequence[int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The P-SSL loss of one batch, a float32 scalar in nats, and what to log.
+    """Returns the P-SSL loss of one batch, a float32 scalar in nats, and its terms for logging.
 
-    With weight 0 the pseudo branch is skipped: loss, gradients and buffers equal
-    :func:`supervised_loss` bit for bit. With `batchnorm="separate"` pseudo images are normalised
-    by their own batch statistics, and the weak pass of uda and fixmatch keeps no graph.
+    Weight 0 skips the pseudo branch: loss, gradients and buffers equal :func:`supervised_loss` bit
+    for bit. With `batchnorm="separate"` pseudo images are normalised by their own batch statistics,
+    and the weak pass of uda and fixmatch keeps no graph.
 
     Args:
-        weak_U, strong_U: (U, channels, height, width) views of the same pseudo images, on the
-            path of the real ones; strong_U is not read by pseudo_label and entropy_min, neither
-            with weight 0.
-        weight: lambda_t, from :func:`~dist_tl.methods.pseudo.losses.loss_weight`.
+        weak_U, strong_U: (U, channels, height, width) views of the same pseudo images, with the
+            preprocessing of the real ones; strong_U is not used by pseudo_label and entropy_min,
+            and neither view is used with weight 0.
+        weight: lambda_t of :func:`~dist_tl.methods.pseudo.losses.loss_weight`.
         sample_indices: the pseudo samples' numbers, for messages.
 
     Returns:
         The loss, and detached float32 scalars "loss_supervised", "loss_unsupervised" (before the
-        weight) and "unmasked" (share of pseudo images that count).
+        weight) and "unmasked" (share of pseudo images that are not masked).
 
     Raises:
-        ValueError: weight < 0, or views missing or of another shape than the real images.
+        ValueError: weight < 0, or a view is missing or has another shape than the real images.
         NumericsError: a logit of a pseudo image is not finite; the message names the sample.
     """
     if weight < 0:
         raise ValueError(f"expected weight >= 0, got {weight}")
     if weight == 0:
         loss = supervised_loss(network, images_B, labels_B)
-        return loss, _figures(loss, torch.zeros_like(loss), torch.zeros_like(loss))
+        return loss, _terms(loss, torch.zeros_like(loss), torch.zeros_like(loss))
     views = _views(images_B, weak_U, strong_U, algorithm)
     if batchnorm == "joint":
         logits_BC, *view_logits = _joint_pass(network, images_B, views)
@@ -130,21 +130,21 @@ def pssl_loss(
         logits_BC = network(images_B)
         view_logits = _separate_passes(network, views)
     for logits_UC in view_logits:
-        require_finite(logits_UC, what="logits of pseudo sample", sample_indices=sample_indices)
+        require_finite(logits_UC, name="logits of pseudo sample", sample_indices=sample_indices)
     weak_UC, strong_UC = view_logits[0], view_logits[-1]
     supervised = functional.cross_entropy(logits_BC.float(), labels_B)
     unsupervised = unsupervised_loss(
         weak_UC, strong_UC, algorithm=algorithm, threshold=threshold, sharpening=sharpening
     )
     unmasked = unmasked_fraction(weak_UC, algorithm=algorithm, threshold=threshold)
-    return supervised + weight * unsupervised, _figures(supervised, unsupervised, unmasked)
+    return supervised + weight * unsupervised, _terms(supervised, unsupervised, unmasked)
 
 
 @contextmanager
 def frozen_running_statistics(network: nn.Module) -> Iterator[None]:
-    """Inside, normalisation layers in training mode use batch statistics and remember nothing."""
-    # The pass works on copies: restoring values in place would bump the version of tensors that
-    # the labelled pass has saved for its backward.
+    """Makes normalisation layers use batch statistics without updating running statistics."""
+    # The pass uses copies: restoring values in place would increment the version of tensors that
+    # the labelled pass has saved for its backward pass.
     tracking = [part for part in network.modules() if "running_mean" in part._buffers]
     originals = [dict(part._buffers) for part in tracking]
     for part, buffers in zip(tracking, originals, strict=True):
@@ -185,7 +185,7 @@ def _separate_passes(network: nn.Module, views: list[Tensor]) -> list[Tensor]:
         return [weak_UC, network(views[1])]
 
 
-def _figures(supervised: Tensor, unsupervised: Tensor, unmasked: Tensor) -> dict[str, Tensor]:
+def _terms(supervised: Tensor, unsupervised: Tensor, unmasked: Tensor) -> dict[str, Tensor]:
     return {
         "loss_supervised": supervised.detach(),
         "loss_unsupervised": unsupervised.detach(),

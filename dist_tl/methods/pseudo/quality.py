@@ -1,7 +1,7 @@
-"""How good pseudo samples are: do they show what was asked, and do they look like real images.
+"""Quality of pseudo samples: agreement with their class, and distance to real images.
 
-Not covered: the features. Distances are comparable only within one feature network; these are not
-the Inception features of published FID figures.
+Not covered: the features. Distances are comparable only within one feature network; published FID
+values use Inception features instead.
 
 Source of the Frechet distance: Dowson, Landau, J. Multivariate Analysis 12 (1982) 450;
 Heusel et al., arXiv:1706.08500, for its use on images.
@@ -13,26 +13,26 @@ import torch
 from torch import Tensor
 
 
-def agreement(logits_SK: Tensor, asked_S: Tensor) -> float:
-    """Share of samples that the source classifier puts into the class they were made for.
+def agreement(logits_SK: Tensor, requested_S: Tensor) -> float:
+    """Returns the share of samples that the source classifier assigns to their requested class.
 
     Raises:
         ValueError: no samples, or shapes that do not match.
     """
-    if logits_SK.ndim != 2 or asked_S.shape != logits_SK.shape[:1] or len(asked_S) == 0:
+    if logits_SK.ndim != 2 or requested_S.shape != logits_SK.shape[:1] or len(requested_S) == 0:
         raise ValueError(
             f"expected logits (S >= 1, K) and labels (S,), got {tuple(logits_SK.shape)} and "
-            f"{tuple(asked_S.shape)}"
+            f"{tuple(requested_S.shape)}"
         )
-    hits_S = logits_SK.argmax(dim=1) == asked_S.to(logits_SK.device)
-    return hits_S.double().mean().item()
+    correct_S = logits_SK.argmax(dim=1) == requested_S.to(logits_SK.device)
+    return correct_S.double().mean().item()
 
 
 def feature_moments(features_SD: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and unbiased covariance (D, D) of features, float64 on the CPU.
+    """Returns mean (D,) and unbiased covariance (D, D) of features, float64 on the CPU.
 
-    With S <= D the covariance is singular. The distance below still exists, but is biased upwards,
-    as it is (less) for every finite S: compare equal numbers of samples only.
+    For S <= D the covariance is singular; the Frechet distance still exists. It is biased upwards
+    for every finite S, more so for small S: compare equal numbers of samples only.
 
     Raises:
         ValueError: not (S >= 2, D).
@@ -46,7 +46,7 @@ def feature_moments(features_SD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def frechet_distance(mean1_D: Tensor, cov1_DD: Tensor, mean2_D: Tensor, cov2_DD: Tensor) -> float:
-    """Squared Frechet (2-Wasserstein) distance of two Gaussians, in squared units of the features.
+    """Returns the squared Frechet (2-Wasserstein) distance of two Gaussians.
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2); never below zero.
 
@@ -65,7 +65,7 @@ def frechet_distance(mean1_D: Tensor, cov1_DD: Tensor, mean2_D: Tensor, cov2_DD:
     if not all(bool(t.isfinite().all()) for t in moments):
         raise ValueError("expected finite moments, got NaN or infinity")
     mean1_D, cov1_DD, mean2_D, cov2_DD = moments
-    # Eigenvalues of the symmetric product stay real where a general matrix root would not.
+    # Eigenvalues of the symmetric product are real; a general matrix root may be complex.
     root_DD = _symmetric_root(cov1_DD)
     eigenvalue_D = torch.linalg.eigvalsh(root_DD @ cov2_DD @ root_DD)
     cross = eigenvalue_D.clamp_min(0.0).sqrt().sum()

@@ -1,4 +1,4 @@
-"""Mode B against pivoted QR and brute force, for any cut into chunks."""
+"""Mode B compared with pivoted QR and brute force, for any division into chunks."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ def chunks(p, size):
 
 
 @pytest.mark.parametrize("size", [1, 7, 40, 100])
-def test_chunks_choose_what_pivoted_qr_chooses(size):
+def test_chunks_select_the_anchors_of_pivoted_qr(size):
     p = points(100, 12)
     found = choose_anchors(chunks(p, size), 9)
     vertex = int((p - p.mean(dim=0)).norm(dim=1).argmax())
@@ -53,20 +53,20 @@ def test_equal_points_are_taken_by_lowest_index():
     assert max(choose_anchors(chunks(p, 5), 4)) < 6
 
 
-def test_all_points_of_a_simplex_can_be_chosen_but_no_more():
+def test_at_most_all_vertices_of_a_simplex_can_be_selected():
     p = points(30, 3)
     assert len(set(choose_anchors(chunks(p, 10), 4))) == 4
-    with pytest.raises(ConfigError, match="flat of 4"):
+    with pytest.raises(ConfigError, match=r"at most 4, got 5.*flat of 4"):
         choose_anchors(chunks(p, 10), 5)
 
 
 @pytest.mark.parametrize("m", [0, 31])
-def test_more_anchors_than_points_or_none_are_refused(m):
+def test_more_anchors_than_points_or_none_are_rejected(m):
     with pytest.raises(ConfigError, match="1 to 30"):
         choose_anchors(chunks(points(30, 40), 10), m)
 
 
-def test_points_that_are_no_numbers_are_named():
+def test_points_that_are_not_finite_are_named():
     p = points(10, 3)
     p[4, 1] = math.inf
     with pytest.raises(NumericsError, match="item 14"):
@@ -79,7 +79,7 @@ def test_an_empty_chunk_proposes_nothing():
     assert choose_anchors([AnchorChunk(p, 0), AnchorChunk(p[:0], 8)], 3) == whole
 
 
-def test_the_same_anchors_from_numpy_s_point_of_view():
+def test_anchors_agree_with_numpy():
     p = points(50, 20, seed=9)
     found = choose_anchors(chunks(p, 13), 6)
     edges = (p[found[1:]] - p[found[0]]).numpy()

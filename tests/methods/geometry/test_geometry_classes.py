@@ -1,4 +1,4 @@
-"""From labels to classes, the controls, and the divergence that forecasts."""
+"""Classes of labels, control labels, and the divergence forecast."""
 
 import math
 
@@ -43,10 +43,10 @@ def test_histograms_of_chunks_add_up():
     assert parts == histogram(found)
 
 
-def test_rare_classes_are_pooled_under_their_prefix_again_and_again():
+def test_rare_classes_are_merged_into_their_prefix_repeatedly():
     found = labels(((0, 1, 2), 30), ((0, 1, 3), 4), ((0, 1, 4), 17), ((0, 2, 1), 3), ((5, 1, 2), 2))
     table = ClassTable.of(histogram(found), RareConfig(min_count=20))
-    # (0, 1, *) holds 21 pooled items; (0, *) and (5, *) stay too small and are dropped.
+    # (0, 1, *) has 21 merged items; (0, *) and (5, *) stay too small and are dropped.
     assert table.names == ((0, 1), (0, 1, 2))
     assert table.sizes == (21, 30)
     assert table.dropped == 5
@@ -56,7 +56,7 @@ def test_rare_classes_are_pooled_under_their_prefix_again_and_again():
 
 @pytest.mark.parametrize("min_count", [1, 5, 20, 60])
 @pytest.mark.parametrize("rare", ["merge_to_prefix", "drop", "keep"])
-def test_items_are_conserved_up_to_the_reported_drops(rare, min_count):
+def test_every_item_is_in_a_class_or_counted_as_dropped(rare, min_count):
     rng = torch.Generator().manual_seed(2)
     found = (torch.rand(600, 3, generator=rng) ** 2 * 5).long()
     table = ClassTable.of(histogram(found), RareConfig(rare=rare, min_count=min_count))
@@ -77,19 +77,19 @@ def test_entropy_and_largest_share_describe_the_histogram():
     assert (one.entropy, one.largest_share) == (0.0, 1.0)
 
 
-def test_no_labels_are_refused():
+def test_no_labels_are_rejected():
     with pytest.raises(ValueError, match="at least one"):
         ClassTable.of({}, KEEP)
 
 
-def test_shuffled_labels_have_the_same_histogram_and_no_memory():
+def test_shuffled_labels_have_the_same_histogram_and_no_information():
     classes = torch.arange(5).repeat_interleave(200)
     found = shuffled_labels(classes, np.random.default_rng(0))
     assert torch.equal(found.bincount(), classes.bincount())
     assert abs(float((found == classes).double().mean()) - 0.2) < 0.05
 
 
-def test_k_means_finds_clusters_and_follows_its_seed():
+def test_k_means_finds_clusters_and_depends_on_its_seed():
     rng = torch.Generator().manual_seed(0)
     centre = torch.randn(4, 6, generator=rng) * 20
     x = centre.repeat_interleave(30, dim=0) + torch.randn(120, 6, generator=rng)
@@ -116,7 +116,7 @@ def test_divergences_are_zero_for_equal_data_and_positive_otherwise():
     assert js_divergence(p, q) <= math.log(2)
 
 
-def test_divergences_are_finite_where_a_feature_never_fires():
+def test_divergences_are_finite_if_a_feature_is_always_zero():
     dead = torch.rand(20, 4)
     dead[:, 1] = 0
     p, q = activation_distribution(dead), activation_distribution(torch.rand(20, 4))
@@ -126,12 +126,12 @@ def test_divergences_are_finite_where_a_feature_never_fires():
 
 
 @pytest.mark.parametrize("bad", [torch.tensor([[-1.0, 1.0]]), torch.zeros(3, 2)])
-def test_activations_below_zero_or_all_zero_are_refused(bad):
+def test_activations_below_zero_or_all_zero_are_rejected(bad):
     with pytest.raises(ValueError, match="expected"):
         activation_distribution(bad)
 
 
-def test_a_controlled_shift_is_forecast_by_its_divergence():
+def test_the_divergence_forecasts_a_controlled_shift():
     base = distribution(0)
     shifts = np.linspace(0, 1, 12)
     divergences = [js_divergence(base, distribution(7, s)) for s in shifts]
@@ -144,7 +144,7 @@ def test_a_controlled_shift_is_forecast_by_its_divergence():
     assert found.left_out_error < 0.15
 
 
-def test_few_pairs_have_no_interval_and_fewer_are_refused():
+def test_few_pairs_have_no_interval_and_fewer_are_rejected():
     few = rank_forecast([0, 1, 2], [0, 2, 1], ["a", "b", "c"], rng=np.random.default_rng(0))
     assert (few.low, few.high, few.pairs) == (None, None, 3)
     with pytest.raises(ValueError, match="three pairs"):

@@ -1,4 +1,4 @@
-"""Labels by heights against labels by determinants, and everything that must not change them."""
+"""Labels by heights compared with labels by determinants, and their invariances."""
 
 import itertools
 import math
@@ -45,7 +45,7 @@ def by_determinants(item, start, grow, m):
 
 @pytest.mark.parametrize(("start", "grow"), SETTINGS)
 @pytest.mark.parametrize("factor", ["cholesky", "qr"])
-def test_labels_by_heights_are_labels_by_determinants(start, grow, factor):
+def test_labels_by_heights_equal_labels_by_determinants(start, grow, factor):
     found = tuples(start=start, grow=grow, factor=factor, m=4)
     for item, label in zip(ITEMS[:25], found[:25].tolist(), strict=True):
         assert label == by_determinants(item, start, grow, 4)
@@ -60,7 +60,7 @@ def test_anchors_of_a_label_are_distinct_and_shorter_labels_are_prefixes(start, 
 
 
 @pytest.mark.parametrize(("start", "grow"), SETTINGS)
-def test_motion_scale_and_a_huge_offset_change_no_label(start, grow):
+def test_labels_are_invariant_to_motion_scale_and_a_large_offset(start, grow):
     rotation = torch.linalg.qr(points(D, 3)).Q
     plain = tuples(start=start, grow=grow)
     for moved in (
@@ -93,8 +93,8 @@ def test_one_anchor_is_the_nearest_or_the_farthest():
     assert torch.equal(nearest, distance.argsort(dim=1)[:, :3])
 
 
-def test_an_anchor_that_never_wins_changes_nothing():
-    # In the middle of the others it is never the farthest, and spans little.
+def test_an_anchor_that_is_never_selected_changes_nothing():
+    # At the centre of the others it is never the farthest and adds little content.
     middle = torch.cat([ANCHORS, ANCHORS.mean(dim=0, keepdim=True) + 1e-3])
     found = tuples(anchors=middle, start="farthest", m=2)
     assert torch.equal(found, tuples(start="farthest", m=2))
@@ -158,12 +158,12 @@ def test_an_empty_chunk_has_no_labels():
     assert tuples(ITEMS[:0]).shape == (0, 3)
 
 
-def test_labels_longer_than_the_anchors_are_refused():
-    with pytest.raises(ConfigError, match=r"m = 9 .* there are 8"):
+def test_labels_longer_than_the_anchors_are_rejected():
+    with pytest.raises(ConfigError, match=r"m = 9 exceeds the number of anchors, 8"):
         tuples(m=9)
 
 
-def test_features_that_are_no_numbers_are_named():
+def test_features_that_are_not_finite_are_named():
     broken = ITEMS.clone()
     broken[17, 2] = math.nan
     with pytest.raises(NumericsError, match="item 17"):
@@ -172,7 +172,7 @@ def test_features_that_are_no_numbers_are_named():
         Anchors.of(torch.full((2, 2), math.inf))
 
 
-def test_two_anchors_at_one_place_are_refused():
+def test_equal_anchors_are_rejected():
     twice = torch.cat([ANCHORS, ANCHORS[2:3]])
     with pytest.raises(ConfigError, match="anchors 2 and 8"):
         Anchors.of(twice)

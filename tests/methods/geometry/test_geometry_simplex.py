@@ -1,4 +1,4 @@
-"""Contents and heights against closed forms, and each way of computing them against the others."""
+"""Contents and heights compared with closed forms, and the methods compared with each other."""
 
 import math
 
@@ -55,7 +55,7 @@ def test_a_height_is_the_residual_of_least_squares():
     assert squared_heights(sq_dist(p))[0, -1].item() == pytest.approx(float(residual @ residual))
 
 
-def test_motions_and_names_of_vertices_do_not_matter_and_scale_does():
+def test_content_is_invariant_to_motions_and_vertex_order_and_scales():
     p = points(3, 5, 8)
     rotation = torch.linalg.qr(points(8, 8, seed=1)).Q
     content = log_content(sq_dist(p))
@@ -64,7 +64,7 @@ def test_motions_and_names_of_vertices_do_not_matter_and_scale_does():
     torch.testing.assert_close(log_content(sq_dist(2.5 * p)), content + 4 * math.log(2.5))
 
 
-def test_flat_simplices_have_no_content_and_no_nan():
+def test_flat_simplices_have_zero_content_without_nan():
     line = torch.arange(4, dtype=torch.float64)[None, :, None]
     repeated = points(1, 4, 6)
     repeated[0, 3] = repeated[0, 1]
@@ -79,7 +79,7 @@ def test_content_is_largest_for_edges_at_right_angles():
     assert (log_content(sq_dist(p)) <= lengths - math.lgamma(5) + 1e-9).all()
 
 
-def test_distances_of_no_points_are_refused():
+def test_distances_that_no_points_have_are_rejected():
     broken = torch.tensor([[[0, 1, 100], [1, 0, 1], [100, 1, 0]]], dtype=torch.float64)
     for way in (log_content, cayley_menger_log_content, squared_heights):
         with pytest.raises(NotEuclideanError):
@@ -87,6 +87,6 @@ def test_distances_of_no_points_are_refused():
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(2, 3), torch.zeros(1, 2, 3), torch.zeros(1, 2, 2)])
-def test_other_shapes_and_types_are_refused(bad):
+def test_other_shapes_and_types_are_rejected(bad):
     with pytest.raises(ValueError, match="expected"):
         log_content(bad)

@@ -1,4 +1,4 @@
-"""What a Gaussian sees of each non-linearity, against closed forms, limits and other quadrature."""
+"""Gaussian coefficients of each activation: closed forms, limits and adaptive quadrature."""
 
 import math
 from itertools import pairwise
@@ -33,7 +33,7 @@ def expectation(function, variance):
     return sum(integrate.quad(density, *pair, **options)[0] for pair in pairwise(edges))
 
 
-def test_each_name_is_the_function_it_says():
+def test_each_name_is_the_function_of_that_name():
     x = np.linspace(-3, 3, 13)
     expected = {"tanh": np.tanh(x), "relu": np.maximum(x, 0), "erf": special.erf(x), "identity": x}
     for name in ACTIVATIONS:
@@ -48,12 +48,12 @@ def test_shape_and_dtype_are_those_of_the_input(name):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_the_odd_ones_are_exactly_those_that_turn_with_their_input(name):
+def test_odd_lists_exactly_the_odd_activations(name):
     x = torch.linspace(-3, 3, 12)
     assert torch.equal(apply(name, -x), -apply(name, x)) == (name in ODD)
 
 
-def test_an_unknown_activation_is_refused():
+def test_an_unknown_activation_is_rejected():
     with pytest.raises(ValueError, match="tanh, relu, erf, identity, got 'gelu'"):
         apply("gelu", torch.zeros(1))
     with pytest.raises(ValueError, match="gelu"):
@@ -90,12 +90,12 @@ def test_relu_has_its_closed_forms(variance):
     assert mean**2 + k1**2 * variance + kstar**2 == pytest.approx(variance / 2)
 
 
-def test_identity_is_all_slope():
+def test_identity_has_slope_one_and_no_noise():
     assert gaussian_coefficients("identity", 7.0) == (0.0, 1.0, 0.0)
 
 
 @pytest.mark.parametrize("variance", [1e-10, 1e-7, 1e-5])
-def test_a_small_variance_leaves_the_third_hermite_term_of_tanh(variance):
+def test_for_small_variance_the_third_hermite_term_of_tanh_remains(variance):
     # tanh s = s - s^3/3 + ..., whose part beyond the slope has variance (2/3) r^3.
     _, k1, kstar = gaussian_coefficients("tanh", variance)
     assert k1 == pytest.approx(1 - variance, rel=variance**1.5)
@@ -103,13 +103,13 @@ def test_a_small_variance_leaves_the_third_hermite_term_of_tanh(variance):
 
 
 @pytest.mark.parametrize("name", ["tanh", "erf"])
-def test_a_large_variance_leaves_the_sign(name):
+def test_for_large_variance_activations_approach_the_sign(name):
     _, k1, kstar = gaussian_coefficients(name, 1e14)
     assert k1 * 1e7 == pytest.approx(math.sqrt(2 / math.pi), rel=1e-6)
     assert kstar**2 == pytest.approx(1 - 2 / math.pi, rel=1e-6)
 
 
 @pytest.mark.parametrize("variance", [0.0, -1.0, math.nan, math.inf])
-def test_a_variance_that_is_none_is_refused(variance):
+def test_invalid_variances_are_rejected(variance):
     with pytest.raises(ValueError, match="finite variance > 0"):
         gaussian_coefficients("tanh", variance)

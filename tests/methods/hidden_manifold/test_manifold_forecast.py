@@ -1,4 +1,4 @@
-"""Forecasts against what was measured, and against the motions that must not change them."""
+"""Forecasts compared with measurements, and their invariances."""
 
 import math
 
@@ -45,7 +45,7 @@ def measured(sizes, mse, error):
     return Measured(np.array(sizes), mse, np.full(len(mse), error), np.ones(len(mse)))
 
 
-# Digits: the values the method was proposed with
+# Digits: reference values of the method
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_digits_are_forecast_from_two_hundred_labels(digits):
     assert np.all(np.abs(forecast.mse_S - FORECAST) < 3 * SPREAD)
 
 
-def test_digits_held_out_are_what_was_forecast(digits):
+def test_held_out_digits_agree_with_the_forecast(digits):
     features, labels = digits
     options = {"num_classes": 10, "sizes": SIZES}
     found = held_out_curve(
@@ -86,13 +86,13 @@ def test_digits_held_out_are_what_was_forecast(digits):
     )
     assert np.all(np.abs(found.mse_S - HELD_OUT) < 3 * SPREAD)
     assert found.accuracy_S[0] > 0.7
-    # All labels leave no noise in the forecast, so that this compares theory and measurement.
+    # With all labels the forecast has no noise, so this compares theory and measurement.
     forecast = forecast_curve(features, features, labels, lams=[1e-2], **options)
     np.testing.assert_allclose(forecast.mse_S, found.mse_S, rtol=0.05)
     assert is_reliable(forecast, found) == [True] * 3
 
 
-def test_without_the_correction_noise_would_pass_for_signal(digits):
+def test_without_the_correction_noise_biases_the_forecast(digits):
     features, labels = digits
     kept = numpy_rng(0, "labelled").permutation(len(labels))[:200]
     centred, y = features - features.mean(axis=0), one_vs_rest(labels[kept], 3)
@@ -152,7 +152,7 @@ def test_gaussian_features_are_forecast_as_measured():
     assert np.all(gap < 3 * found.error_S + 0.02 * found.mse_S)
 
 
-def test_many_labels_leave_the_best_linear_fit():
+def test_many_labels_reach_the_best_linear_fit():
     x, labels = gaussian_task(2000)
     forecast = forecast_of(x, labels, sizes=[10**6], lams=[1e-4])
     residual = []
@@ -172,7 +172,7 @@ def test_the_best_penalty_is_reported_for_each_size():
     assert np.all(np.diff(best.mse_S) < 0)
 
 
-def test_shifts_rotations_and_names_of_classes_do_not_matter():
+def test_forecasts_are_invariant_to_shifts_rotations_and_class_names():
     x, labels = gaussian_task(400)
     turn = np.linalg.qr(numpy_rng(0, "turn").normal(size=(6, 6)))[0]
     one = forecast_of(x, labels)
@@ -194,7 +194,7 @@ def test_a_size_may_equal_the_number_of_features_at_the_smallest_penalty():
 # The band over labels
 
 
-def test_the_band_holds_its_curve_and_mostly_the_forecast_from_all_labels(digits):
+def test_the_band_contains_its_curve_and_mostly_the_forecast_from_all_labels(digits):
     features, labels = digits
     options = {"num_classes": 10, "sizes": SIZES, "lams": [1e-2]}
     exact = forecast_curve(features, features, labels, **options).mse_S
@@ -219,12 +219,12 @@ def test_the_same_generator_gives_the_same_band():
     assert one.high_S.tolist() == other.high_S.tolist()
 
 
-def test_no_bootstrap_leaves_the_curve_as_its_band():
+def test_without_bootstrap_the_band_is_the_curve():
     forecast = forecast_of(*gaussian_task(200))
     assert forecast.low_S.tolist() == forecast.mse_S.tolist() == forecast.high_S.tolist()
 
 
-def test_a_bootstrap_without_a_generator_is_refused():
+def test_a_bootstrap_without_a_generator_is_rejected():
     with pytest.raises(ValueError, match="rng"):
         forecast_of(*gaussian_task(200), num_bootstrap=5)
 
@@ -249,7 +249,7 @@ def test_all_components_are_the_features():
     )
 
 
-def test_leaving_out_directions_without_variance_changes_nothing():
+def test_omitting_directions_without_variance_changes_nothing():
     x, labels = gaussian_task(600)
     padded = np.hstack([x, np.zeros_like(x)])
     np.testing.assert_allclose(
@@ -260,7 +260,7 @@ def test_leaving_out_directions_without_variance_changes_nothing():
 
 
 @pytest.mark.parametrize("count", [0, 7])
-def test_components_that_do_not_exist_are_refused(count):
+def test_invalid_numbers_of_components_are_rejected(count):
     with pytest.raises(ConfigError, match="1 to 6"):
         principal_components(gaussian_task(100)[0], count)
 
@@ -279,13 +279,13 @@ def test_held_out_fits_are_the_same_for_the_same_generator():
     assert one.mse_S.tolist() == other.mse_S.tolist()
 
 
-def test_held_out_fits_ignore_the_features_mean_as_the_forecast_does():
+def test_held_out_fits_ignore_the_features_mean_like_the_forecast():
     x, labels = gaussian_task(300)
     one, other = fits(x, labels), fits(x + 7.0, labels)
     np.testing.assert_allclose(other.mse_S, one.mse_S, rtol=1e-6)
 
 
-def test_features_that_tell_classes_apart_are_always_right():
+def test_features_that_separate_classes_have_accuracy_one():
     labels = np.arange(90) % 3
     found = fits(np.eye(3)[labels] * 10, labels, sizes=[30], lams=[1e-4])
     assert found.accuracy_S.tolist() == [1.0]
@@ -299,13 +299,13 @@ def test_the_standard_error_is_that_of_the_mean_over_draws():
 
 
 @pytest.mark.parametrize("sizes", [[0, 20], [20, 300], []])
-def test_sizes_that_leave_nothing_to_fit_or_test_on_are_refused(sizes):
+def test_sizes_without_train_or_test_items_are_rejected(sizes):
     x, labels = gaussian_task(300)
     with pytest.raises(ConfigError, match="sizes"):
         fits(x, labels, sizes=sizes, lams=[0.1] * len(sizes))
 
 
-def test_no_draws_are_refused():
+def test_no_draws_are_rejected():
     with pytest.raises(ConfigError, match="draws"):
         fits(*gaussian_task(300), draws=0)
 
@@ -313,21 +313,21 @@ def test_no_draws_are_refused():
 # Reading curves
 
 
-def test_samples_for_an_error_are_read_off_in_log_n():
+def test_samples_for_an_error_are_interpolated_in_log_n():
     forecast = curve([10, 100, 1000], [0.8, 0.4, 0.3])
     assert samples_for_mse(forecast, 0.6) == pytest.approx(10**1.5)
     assert samples_for_mse(forecast, 0.4) == pytest.approx(100)
     assert samples_for_mse(forecast, 0.35) == pytest.approx(10**2.5)
 
 
-def test_an_error_met_at_the_smallest_size_needs_no_more_and_one_never_met_has_no_size():
+def test_samples_for_an_error_is_the_smallest_size_or_none_at_the_ends():
     forecast = curve([10, 100], [0.8, 0.4])
     assert samples_for_mse(forecast, 0.9) == 10
     assert samples_for_mse(forecast, 0.39) is None
     assert samples_for_mse(curve([10], [0.8]), 0.5) is None
 
 
-def test_crossings_are_read_off_in_log_n_from_either_side():
+def test_crossings_are_interpolated_in_log_n_from_either_side():
     one, other = curve([10, 1000], [0.8, 0.2]), curve([10, 1000], [0.5, 0.5])
     assert crossing(one, other) == pytest.approx(100)
     assert crossing(other, one) == pytest.approx(100)
@@ -337,15 +337,15 @@ def test_curves_that_do_not_cross_have_no_crossing():
     one = curve([10, 100, 1000], [0.8, 0.4, 0.3])
     assert crossing(one, curve([10, 100, 1000], [0.9, 0.5, 0.4])) is None
     assert crossing(one, one) is None
-    assert crossing(one, curve([10, 100, 1000], [0.9, 0.4, 0.4])) is None  # touches only
+    assert crossing(one, curve([10, 100, 1000], [0.9, 0.4, 0.4])) is None  # only touches
 
 
-def test_curves_that_cross_at_a_size_cross_there():
+def test_curves_can_cross_at_a_size():
     one, other = curve([10, 100, 1000], [3, 2, 1]), curve([10, 100, 1000], [2, 2, 2])
     assert crossing(one, other) == pytest.approx(100)
 
 
-def test_curves_over_different_sizes_are_refused():
+def test_curves_over_different_sizes_are_rejected():
     with pytest.raises(ValueError, match="sizes"):
         crossing(curve([10, 100], [3, 1]), curve([10, 1000], [2, 2]))
 
@@ -360,15 +360,15 @@ def test_curves_over_different_sizes_are_refused():
         (0.8, 0.01, False),
     ],
 )
-def test_a_forecast_is_unreliable_only_if_it_is_far_off_and_clearly_so(mse, error, verdict):
+def test_a_forecast_is_unreliable_only_if_its_error_is_large_and_significant(mse, error, verdict):
     assert is_reliable(curve([10, 20], [9.0, 1.0]), measured([20], [mse], error)) == [verdict]
 
 
-# Refusals
+# Rejected input
 
 
 @pytest.mark.parametrize(("num_pool", "num_labelled"), [(59, 30), (60, 29)])
-def test_too_few_items_are_refused_with_the_remedy(num_pool, num_labelled):
+def test_too_few_items_are_rejected_with_a_remedy(num_pool, num_labelled):
     x, labels = gaussian_task(100)
     options = {"num_classes": 3, "sizes": [5], "lams": [0.1]}
     forecast_curve(x[:60], x[:30], labels[:30], **options)
@@ -377,24 +377,24 @@ def test_too_few_items_are_refused_with_the_remedy(num_pool, num_labelled):
 
 
 @pytest.mark.parametrize("sizes", [[0], [5, -1], []])
-def test_sizes_below_one_are_refused(sizes):
+def test_sizes_below_one_are_rejected(sizes):
     with pytest.raises(ConfigError, match="sizes"):
         forecast_of(*gaussian_task(100), sizes=sizes)
 
 
 @pytest.mark.parametrize("sizes", [[20, 5], [5, 5]])
-def test_sizes_that_do_not_ascend_are_refused(sizes):
+def test_sizes_that_do_not_ascend_are_rejected(sizes):
     with pytest.raises(ConfigError, match="ascending"):
         forecast_of(*gaussian_task(100), sizes=sizes)
 
 
 @pytest.mark.parametrize("lams", [[], [0.0]])
-def test_penalties_without_a_theory_are_refused(lams):
+def test_penalties_outside_the_theory_are_rejected(lams):
     with pytest.raises(ValueError, match="lam"):
         forecast_of(*gaussian_task(100), lams=lams)
 
 
-def test_classes_out_of_range_or_without_a_labelled_item_are_refused():
+def test_classes_out_of_range_or_without_a_labelled_item_are_rejected():
     x, labels = gaussian_task(100)
     with pytest.raises(ConfigError, match="class"):
         forecast_of(x, labels, num_classes=2)
@@ -405,7 +405,7 @@ def test_classes_out_of_range_or_without_a_labelled_item_are_refused():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_features_that_are_not_finite_are_refused(value):
+def test_features_that_are_not_finite_are_rejected(value):
     x, labels = gaussian_task(100)
     bad = x.copy()
     bad[3, 2] = value
@@ -415,13 +415,13 @@ def test_features_that_are_not_finite_are_refused(value):
         forecast_curve(x, bad, labels, num_classes=3, sizes=[5], lams=[0.1])
 
 
-def test_features_that_do_not_vary_are_refused():
+def test_features_that_do_not_vary_are_rejected():
     x, labels = gaussian_task(100)
     with pytest.raises(NumericsError, match="varies"):
         forecast_of(np.ones_like(x), labels)
 
 
-def test_features_and_labels_of_different_numbers_are_refused():
+def test_unequal_numbers_of_features_and_labels_are_rejected():
     x, labels = gaussian_task(100)
     with pytest.raises(ValueError, match="expected labelled features"):
         forecast_of(x, labels[:-1])

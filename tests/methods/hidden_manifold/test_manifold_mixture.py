@@ -1,4 +1,4 @@
-"""The mixture theory against the Gaussian one, closed forms and fits of a sampled mixture."""
+"""The mixture theory compared with Gaussian theory, closed forms and fits of samples."""
 
 import math
 
@@ -56,14 +56,14 @@ def some_mixture(features=40, num_bins=3):
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("alpha", "lam"), [(0.5, 1e-2), (2.0, 1e-2), (2.0, 1.0)])
-def test_bins_of_a_gaussian_model_give_the_gaussian_theory_back(loss, alpha, lam):
+def test_bins_of_a_gaussian_model_reproduce_the_gaussian_theory(loss, alpha, lam):
     model = gaussian_model(100, 200)
     gaussian = solve(spectrum(*model), alpha=alpha, lam=lam, loss=loss)
     mixture = solve_mixture(*in_bins(*model[1:], 8), alpha=alpha, lam=lam, loss=loss)
     assert mixture.error == pytest.approx(gaussian.error, abs=1e-3)
 
 
-def test_one_bin_for_all_fields_misses_that_margins_are_not_gaussian():
+def test_a_single_bin_ignores_non_gaussian_margins():
     model = gaussian_model(100, 200)
     gaussian = solve(spectrum(*model), alpha=2.0, lam=1e-2, loss="logistic")
     coarse = solve_mixture(*in_bins(*model[1:], 1), alpha=2.0, lam=1e-2, loss="logistic")
@@ -78,7 +78,7 @@ def test_many_samples_of_one_bin_reach_fishers_discriminant():
         assert found.error == pytest.approx(float(ndtr(-math.sqrt(fisher))), abs=1e-4)
 
 
-def test_bins_without_a_mean_are_guessed():
+def test_bins_without_a_mean_have_error_one_half():
     p, mu, cov = some_mixture()
     for loss in LOSSES:
         found = solve_mixture(p, 0 * mu, cov, alpha=2.0, lam=0.1, loss=loss)
@@ -157,7 +157,7 @@ def test_order_rotation_and_scale_do_not_matter(loss):
     np.testing.assert_allclose(other.q_B, one.q_B[order], rtol=1e-6)
 
 
-# Iteration and refusals
+# Iteration and rejected input
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -170,17 +170,17 @@ def test_a_warm_start_saves_steps_and_changes_nothing_else(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_an_iteration_that_runs_out_of_steps_returns_nothing_and_says_where(loss):
+def test_an_iteration_without_convergence_is_an_error_that_names_the_problem(loss):
     with pytest.raises(NotConvergedError, match=r"alpha = 2, lam = 0\.1 .* 1 iterations"):
         solve_mixture(*some_mixture(), alpha=2.0, lam=0.1, loss=loss, max_iterations=1)
 
 
-def test_ridge_converges_where_samples_equal_features():
+def test_ridge_converges_for_equal_samples_and_features():
     found = solve_mixture(*some_mixture(), alpha=1.0, lam=1e-3, loss="ridge")
     assert 0 < found.error < 0.5
 
 
-def test_what_has_no_theory_is_refused():
+def test_problems_outside_the_theory_are_rejected():
     p, mu, cov = some_mixture()
     with pytest.raises(ValueError, match="alpha"):
         solve_mixture(p, mu, cov, alpha=0.0, lam=0.1, loss="ridge")

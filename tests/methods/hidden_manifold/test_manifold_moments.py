@@ -1,4 +1,4 @@
-"""Moments: the same bits for any number of workers, and three routes to one covariance."""
+"""Moments: bit-identical for any number of workers, and three routes to one covariance."""
 
 import math
 
@@ -69,12 +69,12 @@ def test_features_are_the_activation_of_scaled_products():
     assert torch.equal(hidden_features(w, x, "tanh"), v.tanh())
 
 
-def test_weights_for_other_inputs_are_refused():
+def test_weights_for_other_inputs_are_rejected():
     with pytest.raises(ValueError, match=r"\(2, 3\), \(5, 4\)"):
         hidden_features(torch.zeros(2, 3), torch.zeros(5, 4), "tanh")
 
 
-def test_random_features_are_standard_normal_and_follow_from_the_generator():
+def test_random_features_are_standard_normal_and_depend_on_the_generator_only():
     w = random_features(200, 100, rng=torch_rng(0, "W"))
     assert w.shape == (100, 200)
     assert w.dtype == torch.float64
@@ -107,7 +107,7 @@ def test_the_number_of_workers_changes_no_bit(workers):
     assert_same_bits(merged, MomentSums.merge(chunks_of(task, sizes)))
 
 
-def test_merging_leaves_the_parts_alone():
+def test_merging_does_not_change_the_parts():
     parts, again = (chunks_of(task_of(), [30, 20]) for _ in range(2))
     merged = MomentSums.merge(parts)
     merged.sum_vv_KK.zero_()
@@ -121,15 +121,15 @@ def test_an_empty_chunk_adds_nothing():
     assert_same_bits(MomentSums.merge([full, empty]), full)
 
 
-def test_parts_that_do_not_fit_are_refused():
+def test_parts_that_do_not_fit_are_rejected():
     with pytest.raises(ValueError, match="at least one part"):
         MomentSums.merge([])
-    # A width of 1 would broadcast without a word.
-    with pytest.raises(ValueError, match="one shape"):
+    # A width of 1 would silently broadcast.
+    with pytest.raises(ValueError, match="equal shape"):
         MomentSums.merge([MomentSums.zeros(latent=2, hidden=k) for k in (5, 1)])
 
 
-def test_samples_that_do_not_fit_are_refused():
+def test_samples_that_do_not_fit_are_rejected():
     sums = MomentSums.zeros(latent=2, hidden=3)
     for v, c in [((4, 1), (4, 2)), ((4, 3), (4, 1)), ((4, 3), (1, 2))]:
         with pytest.raises(ValueError, match=r"expected c \(N, 2\)"):
@@ -139,7 +139,7 @@ def test_samples_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize(("num", "chunk"), [(0, 10), (10, 0), (-1, 10)])
-def test_no_samples_or_empty_chunks_are_refused(num, chunk):
+def test_no_samples_or_empty_chunks_are_rejected(num, chunk):
     with pytest.raises(ValueError, match="num_samples and chunk >= 1"):
         monte_carlo_of(task_of(), num=num, chunk=chunk)
 
@@ -181,7 +181,7 @@ def test_centring_removes_any_shift():
         torch.testing.assert_close(getattr(shifted, name), getattr(plain, name))
 
 
-def test_features_with_a_mean_are_refused_unless_centred():
+def test_features_with_a_mean_are_rejected_unless_centred():
     sums = monte_carlo_of(task_of(), "relu", num=2000)
     with pytest.raises(NumericsError, match=r"feature \d+ has mean .* centred=True"):
         sums.covariances()
@@ -190,7 +190,7 @@ def test_features_with_a_mean_are_refused_unless_centred():
 
 @pytest.mark.parametrize("num", [1, 2, 30, 4000])
 @pytest.mark.parametrize("activation", ["tanh", "erf", "identity"])
-def test_odd_features_are_never_taken_for_features_with_a_mean(activation, num):
+def test_odd_features_never_count_as_features_with_a_mean(activation, num):
     monte_carlo_of(task_of(), activation, num=num).covariances()
 
 
@@ -200,7 +200,7 @@ def test_dead_features_have_no_mean():
     assert sums.covariances().omega_KK.tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
-def test_covariances_of_the_same_samples_leave_no_negative_noise():
+def test_covariances_of_the_same_samples_have_no_negative_residual():
     # What is left of v after its best linear fit by c: estimates from different samples could
     # make it negative, same-sample Psi cannot.
     found = monte_carlo_of(task_of(), num=60).covariances()
@@ -214,7 +214,7 @@ def test_no_samples_have_no_covariance():
         MomentSums.zeros(latent=1, hidden=1).covariances()
 
 
-def test_what_is_no_covariance_is_refused():
+def test_invalid_covariances_are_rejected():
     one = torch.eye(1).double()
     phi = torch.zeros(1, 2).double()
     with pytest.raises(NumericsError, match="eigenvalue -1"):
@@ -238,7 +238,7 @@ def test_label_moments_are_averages_and_centre_with_the_rest():
     torch.testing.assert_close(phi, ((y - y.mean())[:, None] * (v - v.mean(dim=0))).mean(dim=0))
 
 
-def test_labels_see_the_teacher_through_the_slope_of_the_sign():
+def test_label_moments_are_the_teachers_overlap_times_the_slope_of_the_sign():
     # Exact for Gaussian features: E[y v] = sqrt(2 / (pi rho)) phi.
     task = task_of("identity")
     sums = monte_carlo_of(task, "identity")
@@ -250,7 +250,7 @@ def test_labels_see_the_teacher_through_the_slope_of_the_sign():
     assert float(((phi - scaled) / error).abs().max()) < 4.5
 
 
-def test_label_moments_of_unlabelled_samples_are_refused():
+def test_label_moments_of_unlabelled_samples_are_rejected():
     sums = MomentSums.zeros(latent=0, hidden=2)
     sums.add(torch.ones(3, 2), y_N=torch.ones(3))
     sums.add(torch.ones(2, 2))
@@ -288,7 +288,7 @@ def test_linear_features_sampled_agree_with_the_closed_form(name):
 
 def test_erf_features_of_gaussian_inputs_agree_with_the_closed_form():
     task = task_of("identity")
-    # Any W: a strong spike along the teacher, as training leaves it.
+    # Any W: a strong spike along the teacher, as after training.
     spike = torch.outer(torch.linspace(-2, 2, 30).double(), task.teacher_d @ task.features_dD) / 20
     w = weights_of() + spike
     sampled = monte_carlo_of(task, "erf", weights=w).covariances()
@@ -313,7 +313,7 @@ def test_random_features_agree_with_route_b(activation):
     assert relative(exact.phi_dK * 0.9 - exact.phi_dK, exact.phi_dK) > 0.05
 
 
-def test_the_closed_routes_approach_each_other_as_the_sizes_grow():
+def test_the_closed_routes_converge_for_large_sizes():
     gaps = []
     for latent in (10, 40, 160):
         task, w = task_of(latent=latent, inputs=4 * latent), weights_of(30, 4 * latent)
@@ -323,7 +323,7 @@ def test_the_closed_routes_approach_each_other_as_the_sizes_grow():
     assert gaps[2] < 0.04
 
 
-def test_inputs_with_a_mean_are_refused_by_the_closed_routes():
+def test_inputs_with_a_mean_are_rejected_by_the_closed_routes():
     for closed in (lambda t, w: random_feature_covariances(t, w, "tanh"), erf_covariances):
         with pytest.raises(ValueError, match="relu inputs: use monte_carlo"):
             closed(task_of("relu"), weights_of())
@@ -375,12 +375,12 @@ def test_bins_of_linear_features_have_closed_means():
     error = (exact.omega_KK.diagonal() / 5000).sqrt()
     excess = (found.mu_BK - mean_field[:, None] * overlap) / error
     assert float(excess.abs().max()) < 4.5
-    spread = exact.omega_KK - torch.outer(overlap, overlap)  # what theta does not explain
+    spread = exact.omega_KK - torch.outer(overlap, overlap)  # not explained by theta
     assert relative(found.cov_BKK[0] - spread, spread) < 0.1
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0]])
-def test_merged_bins_have_the_bits_of_the_stream_only_in_order(order):
+def test_merged_bins_are_bit_identical_to_the_stream_only_in_order(order):
     task = task_of()
     parts = chunks_of(task, [3000, 3000, 1000], make=chunk_bins)
     merged = type(parts[0]).merge([parts[i] for i in order]).moments()
@@ -389,7 +389,7 @@ def test_merged_bins_have_the_bits_of_the_stream_only_in_order(order):
     torch.testing.assert_close(merged.cov_BKK, stream.cov_BKK)
 
 
-def test_bins_without_samples_and_features_that_are_not_odd_are_refused():
+def test_bins_without_samples_and_features_that_are_not_odd_are_rejected():
     with pytest.raises(NumericsError, match="take more samples"):
         binned_of(task_of(), num=5)
     with pytest.raises(ValueError, match="num_bins >= 1"):
@@ -400,7 +400,7 @@ def test_bins_without_samples_and_features_that_are_not_odd_are_refused():
         binned_of(task_of("relu"), num=50)
 
 
-def test_a_bin_holds_the_samples_whose_field_lies_in_it():
+def test_a_bin_contains_the_samples_whose_field_lies_in_it():
     task = task_of()
     (part,) = chunks_of(task, [400], make=chunk_bins, num_bins=2)
     x, y, c = sample_chunk(task, 400, rng=torch_rng(0, "moments", 0))

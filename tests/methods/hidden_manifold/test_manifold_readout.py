@@ -1,4 +1,4 @@
-"""Exact fits: stationary points, closed forms, symmetries, and refusals instead of bad answers."""
+"""Exact fits: stationary points, closed forms, symmetries, and errors for invalid problems."""
 
 import math
 
@@ -82,7 +82,7 @@ def test_a_large_penalty_leaves_the_slope_at_zero(loss, slope):
     torch.testing.assert_close(FITS[loss](v, y, 1e7), expected, rtol=1e-4, atol=0)
 
 
-def test_a_small_penalty_interpolates_when_it_can():
+def test_a_small_penalty_interpolates_if_possible():
     v, y = problem(15, 60)
     w = fit_ridge(v, y, 1e-9)
     torch.testing.assert_close(scores(w, v), y, rtol=0, atol=1e-6)
@@ -112,7 +112,7 @@ def test_features_of_any_scale_converge():
 
 @pytest.mark.parametrize("loss", FITS)
 @pytest.mark.parametrize(("num", "hidden"), [(40, 12), (12, 40)])
-def test_fits_turn_with_their_features_and_labels(loss, num, hidden):
+def test_fits_are_equivariant_to_rotations_and_label_flips(loss, num, hidden):
     v, y = problem(num, hidden)
     fit = FITS[loss]
     w = fit(v, y, 0.1)
@@ -126,14 +126,14 @@ def test_fits_turn_with_their_features_and_labels(loss, num, hidden):
 
 
 @pytest.mark.parametrize("loss", FITS)
-def test_samples_given_twice_weigh_as_much_as_half_the_penalty(loss):
+def test_duplicated_samples_are_equivalent_to_half_the_penalty(loss):
     v, y = problem(30, 45)
     twice = FITS[loss](v.repeat(2, 1), y.repeat(2), 0.2)
     torch.testing.assert_close(twice, FITS[loss](v, y, 0.1), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("loss", FITS)
-def test_no_samples_leave_no_weights(loss):
+def test_without_samples_the_weights_are_zero(loss):
     w = FITS[loss](torch.zeros(0, 3).double(), torch.zeros(0).double(), 1.0)
     assert w.tolist() == [0.0, 0.0, 0.0]
 
@@ -143,7 +143,7 @@ def test_no_samples_leave_no_weights(loss):
 
 @pytest.mark.parametrize("loss", FITS)
 @pytest.mark.parametrize(("num", "hidden"), [(40, 12), (12, 12), (12, 40)])
-def test_a_path_holds_the_single_fits_in_the_order_asked_for(loss, num, hidden):
+def test_a_path_holds_the_single_fits_in_the_given_order(loss, num, hidden):
     v, y = problem(num, hidden)
     lams = [1e-2, 10.0, 1e-4, 1.0]
     path = fit_path(v, y, lams, loss)
@@ -166,7 +166,9 @@ def test_errors_are_the_share_of_wrong_signs():
     v = torch.tensor([[1.0], [2.0], [-1.0], [0.0]]).double()
     w = torch.ones(1).double()
     assert error_rate(w, v, torch.tensor([1.0, -1.0, -1.0, 1.0])) == 0.25
-    assert error_rate(w, v, torch.tensor([1.0, 1.0, -1.0, -1.0])) == 0.25  # a score of 0 says +1
+    assert (
+        error_rate(w, v, torch.tensor([1.0, 1.0, -1.0, -1.0])) == 0.25
+    )  # a score of 0 counts as +1
 
 
 def test_train_loss_is_the_mean_without_the_penalty():
@@ -186,7 +188,7 @@ def test_the_logistic_loss_neither_overflows_nor_vanishes_too_early(margin):
     assert loss == pytest.approx(expected, rel=1e-12, abs=0)
 
 
-def test_measures_of_no_samples_are_refused():
+def test_measures_of_no_samples_are_rejected():
     v, y, w = torch.zeros(0, 2).double(), torch.zeros(0).double(), torch.zeros(2).double()
     with pytest.raises(ValueError, match="at least one sample"):
         error_rate(w, v, y)
@@ -194,19 +196,19 @@ def test_measures_of_no_samples_are_refused():
         train_loss(w, v, y, "ridge")
 
 
-# Refusals
+# Rejected input
 
 
 @pytest.mark.parametrize("loss", FITS)
 @pytest.mark.parametrize("lam", [0.0, -1.0, math.nan, math.inf])
-def test_a_penalty_that_is_none_is_refused(loss, lam):
+def test_invalid_penalties_are_rejected(loss, lam):
     with pytest.raises(ValueError, match="lam > 0"):
         FITS[loss](*problem(5, 3), lam)
     with pytest.raises(ValueError, match="lam > 0"):
         fit_path(*problem(5, 3), [1.0, lam], loss)
 
 
-def test_labels_of_zero_and_one_are_refused_by_logistic_only():
+def test_labels_of_zero_and_one_are_rejected_by_logistic_only():
     v, y = problem(5, 3)
     with pytest.raises(ValueError, match="2 y - 1"):
         fit_logistic(v, (y + 1) / 2, 1.0)
@@ -214,7 +216,7 @@ def test_labels_of_zero_and_one_are_refused_by_logistic_only():
 
 
 @pytest.mark.parametrize("loss", FITS)
-def test_tensors_that_do_not_fit_are_refused(loss):
+def test_tensors_that_do_not_fit_are_rejected(loss):
     v, y = problem(5, 3)
     with pytest.raises(ValueError, match="float64"):
         FITS[loss](v.float(), y, 1.0)
@@ -226,7 +228,7 @@ def test_tensors_that_do_not_fit_are_refused(loss):
         FITS[loss](v * math.nan, y, 1.0)
 
 
-def test_an_unknown_loss_is_refused():
+def test_an_unknown_loss_is_rejected():
     v, y = problem(5, 3)
     with pytest.raises(ValueError, match="got 'hinge'"):
         fit_path(v, y, [1.0], "hinge")
@@ -234,13 +236,13 @@ def test_an_unknown_loss_is_refused():
         train_loss(v[0], v, y, "hinge")
 
 
-def test_a_fit_that_runs_out_of_steps_says_so_and_returns_nothing(monkeypatch):
+def test_a_fit_without_convergence_is_an_error(monkeypatch):
     monkeypatch.setattr(readout, "MAX_STEPS", 2)
     with pytest.raises(NotConvergedError, match=r"lam = 0.0001 on 40 samples: gradient norm"):
         fit_logistic(*problem(40, 12), 1e-4)
 
 
-def test_features_whose_squares_overflow_are_refused():
+def test_features_whose_squares_overflow_are_rejected():
     v, y = problem(5, 3)
     with pytest.raises(NumericsError, match="squares overflow"):
         fit_ridge(1e200 * v, y, 1.0)

@@ -1,4 +1,4 @@
-"""The saddle point against closed forms, direct integration and fits of exactly Gaussian data."""
+"""The saddle point compared with closed forms, direct integration and fits of Gaussian data."""
 
 import math
 from dataclasses import replace
@@ -27,7 +27,7 @@ LOSSES = ["ridge", "logistic"]
 
 
 def some_law(features=60, floor=0.9, seed=0):
-    """A broad spectrum; the teacher explains `floor` of its variance."""
+    """Returns a broad spectrum whose teacher explains `floor` of its variance."""
     rng = numpy_rng(seed, "law")
     omega = np.sort(np.exp(rng.normal(0, 1.5, features)))
     t = omega * rng.random(features)
@@ -67,7 +67,7 @@ def test_isotropic_features_meet_the_reference_values(alpha, error):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_large_penalty_leaves_the_direction_of_the_mean(loss):
     law, alpha = some_law(), 2.0
-    # w is then parallel to sum y v, whatever the loss.
+    # w is then parallel to sum y v for every loss.
     m = alpha * math.sqrt(2 / math.pi) * law.t_K.sum()
     q = m**2 * (law.omega_K * law.t_K).sum() / law.t_K.sum() ** 2
     q += alpha * np.mean(law.omega_K**2)
@@ -96,7 +96,7 @@ def test_ridge_solves_its_linear_equations(alpha, lam):
     assert found.test_mse == pytest.approx(1 + q - 2 * b * m, rel=1e-5)
 
 
-def test_the_smallest_penalty_converges_where_samples_equal_features():
+def test_the_smallest_penalty_converges_for_equal_samples_and_features():
     found = solve(isotropic(), alpha=1.0, lam=1e-6, loss="ridge")
     assert found.v == pytest.approx((math.sqrt(1 + 4e6) - 1) / 2, rel=1e-4)  # lam V (1 + V) = 1
     solve(some_law(200), alpha=1.0, lam=1e-6, loss="ridge")
@@ -155,16 +155,18 @@ def test_the_prox_solves_its_equation_at_any_curvature(v):
     w = np.concatenate([np.linspace(-3, 3, 101) * scale for scale in (1.0, 30.0, v, 1e4)])
     f = prox_slope(w, v)
     assert ((f >= 0) & (f <= 1)).all()
-    rows = (f > 1e-300) & (f < 1 - 1e-6)  # where z can be read off f
+    rows = (f > 1e-300) & (f < 1 - 1e-6)  # where f determines z
     z = -logit(f[rows])
-    step = (z - w[rows] - v * f[rows]) / (1 + v * f[rows] * (1 - f[rows]))  # of one more Newton
+    step = (z - w[rows] - v * f[rows]) / (
+        1 + v * f[rows] * (1 - f[rows])
+    )  # one further Newton step
     assert np.abs(step / (1 + np.abs(z))).max() < 1e-9
     assert (w[f >= 1 - 1e-6] + v < -13).all()
     assert (w[f <= 1e-300] > 600).all()
 
 
 @pytest.mark.parametrize("cuts", [[], [-1e9, 0.3, math.inf, math.nan], [1e-12, 1e-11]])
-def test_the_quadrature_integrates_moments_whatever_the_cuts(cuts):
+def test_the_quadrature_integrates_moments_for_any_cuts(cuts):
     node, weight = gaussian_nodes([0.0, *cuts])
     for power, moment in [(0, 1), (1, 0), (2, 1), (4, 3)]:
         assert weight @ node**power == pytest.approx(moment, abs=1e-9)
@@ -208,7 +210,7 @@ def test_the_teachers_scale_does_not_matter(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_larger_features_are_a_smaller_penalty(loss):
+def test_larger_features_are_equivalent_to_a_smaller_penalty(loss):
     law = some_law()
     larger = Spectrum(4 * law.omega_K, 4 * law.t_K, law.rho)
     one = solve(law, alpha=2.0, lam=0.1, loss=loss)
@@ -216,7 +218,7 @@ def test_larger_features_are_a_smaller_penalty(loss):
     assert (other.error, other.q, other.m) == pytest.approx((one.error, one.q, one.m), rel=1e-6)
 
 
-def test_the_spectrum_ignores_rotations_of_the_features():
+def test_the_spectrum_is_invariant_to_rotations_of_the_features():
     psi, phi, omega, theta = gaussian_model(12, 8)
     draws = torch.randn(8, 8, generator=torch_rng(0, "rotation"), dtype=torch.float64)
     rotation = torch.linalg.qr(draws).Q
@@ -227,7 +229,7 @@ def test_the_spectrum_ignores_rotations_of_the_features():
     assert other.rho == one.rho
 
 
-def test_ridge_without_a_teacher_gives_ridge_with_one():
+def test_ridge_without_a_teacher_agrees_with_ridge_with_one():
     law, b = some_law(), math.sqrt(2 / math.pi)
     for alpha, lam in [(0.3, 1e-3), (1.0, 1e-2), (5.0, 1.0)]:
         taught = solve(law, alpha=alpha, lam=lam, loss="ridge")
@@ -252,7 +254,7 @@ def test_without_a_teacher_the_error_is_linear_in_overlaps_of_either_sign():
 # Limits
 
 
-def test_labels_unrelated_to_features_are_guessed():
+def test_unrelated_labels_have_error_one_half():
     law = Spectrum(np.array([0.5, 1.0, 2.0]), np.zeros(3), 1.0)
     for loss in LOSSES:
         assert solve(law, alpha=2.0, lam=0.1, loss=loss).error == pytest.approx(0.5, abs=1e-12)
@@ -274,7 +276,7 @@ def test_many_samples_reach_the_floor_from_above(loss):
     assert law.floor_error() < errors[-1] < law.floor_error() + 0.003
 
 
-def test_the_floor_leaves_out_directions_without_variance():
+def test_the_floor_ignores_directions_without_variance():
     law = Spectrum(np.array([0.0, 1.0]), np.array([0.0, 0.5]), 1.0)
     assert law.floor_error() == pytest.approx(0.25)
 
@@ -282,7 +284,7 @@ def test_the_floor_leaves_out_directions_without_variance():
 # Double descent, training losses, best penalties
 
 
-def test_ridge_peaks_where_samples_equal_features():
+def test_ridge_error_peaks_for_equal_samples_and_features():
     law = some_law()
     alphas = [0.5, 0.8, 1.0, 1.25, 2.0]
     errors = [solve(law, alpha=a, lam=1e-5, loss="ridge").error for a in alphas]
@@ -328,7 +330,7 @@ def test_the_best_penalty_never_gets_worse_with_more_samples(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_path_holds_the_single_solutions_in_the_order_asked_for(loss):
+def test_a_path_holds_the_single_solutions_in_the_given_order(loss):
     lams = [1e-2, 1.0, 0.1, 1.0]
     path = solve_path(some_law(), alpha=1.5, lams=lams, loss=loss)
     assert [found.lam for found in path] == lams
@@ -351,17 +353,17 @@ def test_a_warm_start_saves_steps_and_changes_nothing_else(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_an_iteration_that_runs_out_of_steps_returns_nothing_and_says_where(loss):
+def test_an_iteration_without_convergence_is_an_error_that_names_the_problem(loss):
     said = r"alpha = 2, lam = 0\.01 .* 1 iterations \(last relative change \d"
     with pytest.raises(NotConvergedError, match=said):
         solve(some_law(), alpha=2.0, lam=1e-2, loss=loss, max_iterations=1)
 
 
-# Refusals
+# Rejected input
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf])
-def test_an_alpha_that_is_no_ratio_is_refused(alpha):
+def test_an_invalid_alpha_is_rejected(alpha):
     with pytest.raises(ValueError, match="alpha = n / K > 0"):
         solve(isotropic(), alpha=alpha, lam=0.1, loss="ridge")
     with pytest.raises(ValueError, match="alpha = n / K > 0"):
@@ -369,31 +371,31 @@ def test_an_alpha_that_is_no_ratio_is_refused(alpha):
 
 
 @pytest.mark.parametrize("lam", [0.0, 9e-7, -1.0, math.nan, math.inf])
-def test_a_penalty_too_small_to_solve_is_refused_with_the_reason(lam):
+def test_a_too_small_penalty_is_rejected_with_the_reason(lam):
     with pytest.raises(ValueError, match="separable"):
         solve(isotropic(), alpha=1.0, lam=lam, loss="logistic")
 
 
-def test_an_unknown_loss_is_refused():
+def test_an_unknown_loss_is_rejected():
     with pytest.raises(ValueError, match="got 'hinge'"):
         solve(isotropic(), alpha=1.0, lam=0.1, loss="hinge")
 
 
-def test_a_covariance_with_a_negative_eigenvalue_is_refused():
+def test_a_covariance_with_a_negative_eigenvalue_is_rejected():
     psi, phi, omega, theta = gaussian_model(5, 4)
     spectrum(psi, phi, omega, theta)
     with pytest.raises(NumericsError, match="eigenvalue"):
         spectrum(psi, phi, omega - 2.0 * torch.eye(4).double(), theta)
 
 
-def test_rounding_below_zero_is_no_negative_eigenvalue():
+def test_rounding_errors_are_not_negative_eigenvalues():
     psi, phi, _, theta = gaussian_model(5, 4)
     omega = torch.ones(4, 4).double() - 1e-13 * torch.eye(4).double()
     assert spectrum(psi, phi, omega, theta).omega_K.min() == 0.0
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan])
-def test_a_teacher_without_variance_is_refused(value):
+def test_a_teacher_without_variance_is_rejected(value):
     psi, phi, omega, theta = gaussian_model(5, 4)
     with pytest.raises(NumericsError, match="positive variance"):
         spectrum(psi, phi, omega, value * theta)

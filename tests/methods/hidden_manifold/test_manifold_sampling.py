@@ -1,4 +1,4 @@
-"""Tasks and samples: what the knobs change and what they must not, and classes that are exact."""
+"""Tasks and samples: effects and invariants of the knobs, and exact classes."""
 
 import math
 from itertools import pairwise
@@ -68,7 +68,7 @@ def test_the_source_does_not_depend_on_the_size_of_the_target(target_latent):
 
 
 @pytest.mark.parametrize("c", [0.2, 0.8])
-def test_a_knob_mixes_one_and_the_same_fresh_draw(c):
+def test_a_knob_mixes_the_same_independent_draw(c):
     source, fresh = tasks(feature_corr=0.0, teacher_corr=0.0)
     mixed = tasks(feature_corr=c, teacher_corr=c).target
     rest = math.sqrt(1 - c * c)
@@ -76,31 +76,31 @@ def test_a_knob_mixes_one_and_the_same_fresh_draw(c):
     torch.testing.assert_close(mixed.teacher_d, c * source.teacher_d + rest * fresh.teacher_d)
 
 
-def test_one_knob_leaves_what_the_others_decide():
+def test_knobs_are_independent():
     both = tasks(feature_corr=0.5, teacher_corr=0.5).target
     assert torch.equal(both.features_dD, tasks(feature_corr=0.5).target.features_dD)
     assert torch.equal(both.teacher_d, tasks(teacher_corr=0.5).target.teacher_d)
 
 
 @pytest.mark.parametrize("c", [0.0, 0.3, 0.7])
-def test_features_correlate_as_the_knob_says(c):
+def test_features_have_the_configured_correlation(c):
     source, target = tasks(feature_corr=c)
     # The standard error of a correlation c over 4800 pairs is (1 - c^2) / sqrt(4800).
     assert correlation(source.features_dD, target.features_dD) == pytest.approx(c, abs=0.045)
 
 
-def test_teachers_correlate_as_the_knob_says():
+def test_teachers_have_the_configured_correlation():
     source, target = tasks(source_latent=4000, target_latent=4000, inputs=1, teacher_corr=0.6)
     assert correlation(source.teacher_d, target.teacher_d) == pytest.approx(0.6, abs=0.04)
 
 
-def test_substituted_rows_are_as_many_as_asked_for_and_nested():
+def test_substituted_rows_have_the_configured_number_and_are_nested():
     sets = [changed_rows(fraction) for fraction in (0.0, 0.1, 0.25, 0.5, 1.0)]
     assert [len(rows) for rows in sets] == [0, 4, 10, 20, 40]
     assert all(few < more for few, more in pairwise(sets))
 
 
-def test_which_rows_are_substituted_is_drawn_anew_for_each_seed():
+def test_substituted_rows_depend_on_the_seed():
     def rows(seed):
         source, target = tasks(seed=seed, substituted=0.5)
         return (source.features_dD != target.features_dD).any(dim=1).tolist()
@@ -109,14 +109,14 @@ def test_which_rows_are_substituted_is_drawn_anew_for_each_seed():
     assert rows(1) != [True] * 20 + [False] * 20
 
 
-def test_a_substituted_row_shares_nothing_with_the_source():
+def test_a_substituted_row_is_independent_of_the_source():
     source, target = tasks(substituted=1.0, feature_corr=1.0)
     assert abs(correlation(source.features_dD, target.features_dD)) < 0.045
 
 
 @pytest.mark.parametrize("knobs", KNOBS)
 @pytest.mark.parametrize("target_latent", [20, 40, 60])
-def test_the_law_of_the_target_is_normal_whatever_the_knobs(knobs, target_latent):
+def test_the_target_is_standard_normal_for_all_knobs(knobs, target_latent):
     target = tasks(target_latent=target_latent, **knobs).target
     assert stats.kstest(target.features_dD.flatten().numpy(), "norm").pvalue > 1e-3
     wide = tasks(source_latent=500, target_latent=900, inputs=1, **knobs).target
@@ -124,7 +124,7 @@ def test_the_law_of_the_target_is_normal_whatever_the_knobs(knobs, target_latent
 
 
 @pytest.mark.parametrize("target_latent", [1, 25, 40, 64])
-def test_the_first_latents_are_shared_and_the_rest_is_fresh(target_latent):
+def test_the_first_latents_are_shared_and_the_rest_is_independent(target_latent):
     source, target = tasks(target_latent=target_latent)
     shared = min(40, target_latent)
     assert target.features_dD.shape == (target_latent, 120)
@@ -145,12 +145,12 @@ def test_the_teachers_of_unequal_sizes_overlap_by_the_root_of_the_ratio():
     assert cosine == pytest.approx(math.sqrt(0.5), abs=0.03)
 
 
-def test_another_seed_draws_other_tasks():
+def test_another_seed_draws_different_tasks():
     assert correlation(tasks(seed=1).source.features_dD, tasks(seed=2).source.features_dD) < 0.05
     assert same(tasks(seed=1).source, tasks(seed=1).source)
 
 
-def test_draws_leave_the_global_generator_alone():
+def test_draws_do_not_change_the_global_generator():
     state = torch.get_rng_state()
     sample_chunk(tasks(feature_corr=0.5).target, 5, rng=torch_rng(0, "x"))
     assert torch.equal(state, torch.get_rng_state())
@@ -158,12 +158,12 @@ def test_draws_leave_the_global_generator_alone():
 
 @pytest.mark.parametrize("field", ["feature_corr", "substituted", "teacher_corr"])
 @pytest.mark.parametrize("value", [-0.01, 1.01, math.nan])
-def test_a_knob_out_of_its_range_is_refused(field, value):
+def test_a_knob_out_of_its_range_is_rejected(field, value):
     with pytest.raises(ValidationError, match=field):
         Knobs(**{field: value})
 
 
-def test_a_task_of_parts_that_do_not_fit_is_refused():
+def test_a_task_with_mismatched_parts_is_rejected():
     with pytest.raises(ValueError, match="teacher"):
         Task(torch.zeros(3, 4).double(), torch.zeros(4).double(), "tanh")
     with pytest.raises(ValueError, match="float64"):
@@ -174,14 +174,14 @@ def test_a_task_of_parts_that_do_not_fit_is_refused():
 
 
 @pytest.mark.parametrize("num", [0, 1, 7])
-def test_a_chunk_has_the_shapes_and_types_it_promises(num):
+def test_a_chunk_has_the_documented_shapes_and_types(num):
     x, y, c = sample_chunk(tasks().source, num, rng=torch_rng(0, "x"))
     assert (x.shape, y.shape, c.shape) == ((num, 120), (num,), (num, 40))
     assert (x.dtype, y.dtype, c.dtype) == (torch.float32, torch.float64, torch.float64)
     assert set(y.tolist()) <= {-1.0, 1.0}
 
 
-def test_inputs_and_labels_follow_from_the_latents():
+def test_inputs_and_labels_are_functions_of_the_latents():
     task = tasks().source
     x, y, c = sample_chunk(task, 50, rng=torch_rng(0, "x"))
     expected = torch.tanh(sum(c[:, [i]] * task.features_dD[i] for i in range(40)) / math.sqrt(40))
@@ -195,19 +195,19 @@ def test_latents_are_standard_normal_and_labels_balanced():
     assert abs(float(y.mean())) < 4 / math.sqrt(4000)
 
 
-def test_a_latent_on_the_border_has_a_label_too():
+def test_a_latent_on_the_decision_boundary_has_a_label():
     task = Task(torch.ones(2, 3).double(), torch.zeros(2).double(), "tanh")
     assert sample_chunk(task, 4, rng=torch_rng(0, "x")).y_N.tolist() == [1.0] * 4
 
 
-def test_a_chunk_follows_from_its_generator():
+def test_a_chunk_depends_on_its_generator_only():
     task = tasks().source
     one, same_one, other = (sample_chunk(task, 5, rng=torch_rng(0, "x", i)) for i in (0, 0, 1))
     assert torch.equal(one.x_ND, same_one.x_ND)
     assert not torch.equal(one.x_ND, other.x_ND)
 
 
-def test_a_negative_number_of_samples_is_refused():
+def test_a_negative_number_of_samples_is_rejected():
     with pytest.raises(ValueError, match="num >= 0"):
         sample_chunk(tasks().source, -1, rng=torch_rng(0, "x"))
 
@@ -225,12 +225,12 @@ def generate(task, classes, rows=None):
 
 
 def label_of(task, x):
-    """The label of an input of a linear task: x = c F / sqrt(d) has but one c."""
+    """Returns the label of an input of a linear task, where x = c F / sqrt(d) determines c."""
     c = torch.linalg.lstsq(task.features_dD.T, torch.atanh(x.double()).flatten(1).T).solution
     return (task.teacher_d @ c).sign()
 
 
-def test_every_sample_has_the_class_asked_for():
+def test_every_sample_has_the_requested_class():
     # Few latents and small features keep tanh far from 1, where float32 could not be inverted.
     few = tasks(source_latent=10).source
     task = Task(0.3 * few.features_dD, few.teacher_d, "tanh")
@@ -245,17 +245,17 @@ def test_the_other_class_of_the_same_draw_is_its_mirror_image(activation):
     assert torch.equal(generate(task, [0] * 6), -generate(task, [1] * 6))
 
 
-def test_samples_have_the_law_of_a_class():
+def test_samples_have_the_distribution_of_their_class():
     task = tasks(source_latent=5, target_latent=5, inputs=8).source
     drawn = generate(task, [1] * 4000).flatten(1)
     x, y, _ = sample_chunk(task, 8000, rng=torch_rng(0, "x"))
     own = [stats.ks_2samp(drawn[:, i], x[y > 0][:, i]).pvalue for i in range(8)]
     both = [stats.ks_2samp(drawn[:, i], x[:, i]).pvalue for i in range(8)]
     assert min(own) > 1e-4
-    assert min(both) < 1e-9  # so the test can tell one class from both
+    assert min(both) < 1e-9  # so the test distinguishes one class from both
 
 
-def test_a_row_does_not_depend_on_the_batch_it_sits_in():
+def test_a_row_does_not_depend_on_its_batch():
     task = tasks().source
     together = generate(task, [0, 1, 1, 0, 1])
     alone = torch.cat([generate(task, [k], rows=[i]) for i, k in enumerate([0, 1, 1, 0, 1])])
@@ -263,7 +263,7 @@ def test_a_row_does_not_depend_on_the_batch_it_sits_in():
 
 
 @pytest.mark.parametrize("num", [0, 1, 3])
-def test_samples_are_pictures_of_one_row(num):
+def test_samples_are_images_of_one_row(num):
     generator = ManifoldGenerator(tasks().source)
     x = generator.sample(one_hot(*[1] * num), rng=row_rngs(0, "noise", range(num)))
     assert (generator.num_classes, generator.image_shape) == (2, (1, 1, 120))
@@ -273,27 +273,27 @@ def test_samples_are_pictures_of_one_row(num):
 
 
 @pytest.mark.parametrize("activation", ["relu", "identity"])
-def test_inputs_that_leave_the_range_of_pictures_are_refused(activation):
+def test_inputs_outside_the_range_of_images_are_rejected(activation):
     with pytest.raises(ConfigError, match=f"tanh or erf, got {activation}"):
         ManifoldGenerator(tasks(input_activation=activation).source)
 
 
 @pytest.mark.parametrize("row", [[0.5, 0.5], [0.0, 0.0], [1.0, 1.0], [1.1, -0.1], [math.nan, 1.0]])
-def test_a_condition_between_the_classes_is_refused_and_named(row):
+def test_a_condition_that_is_not_one_hot_is_rejected_and_named(row):
     condition = torch.tensor([[1.0, 0.0], row])
     with pytest.raises(ValueError, match=r"row 1 of 2 .* one-hot"):
         ManifoldGenerator(tasks().source).sample(condition, rng=row_rngs(0, "noise", range(2)))
 
 
 @pytest.mark.parametrize("condition", [torch.ones(2, 3), torch.ones(2), torch.eye(2).double()])
-def test_a_condition_the_protocol_refuses_is_refused_with_the_same_error(condition):
+def test_an_invalid_condition_has_the_same_error_as_in_the_protocol(condition):
     with pytest.raises(ConfigError, match="expected"):
         check_condition(condition, 2)
     with pytest.raises(ConfigError, match="expected"):
         ManifoldGenerator(tasks().source).sample(condition, rng=row_rngs(0, "noise", range(2)))
 
 
-def test_anything_but_one_generator_a_row_is_refused():
+def test_every_row_needs_one_generator():
     generator = ManifoldGenerator(tasks().source)
     with pytest.raises(ValueError, match="got a single generator"):
         generator.sample(one_hot(0, 1), rng=torch_rng(0, "noise"))

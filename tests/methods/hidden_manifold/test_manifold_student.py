@@ -31,13 +31,13 @@ def train(**options):
     return train_student(start(), *samples(2000), config, rng=torch_rng(2, "order"), **options)
 
 
-def test_it_learns_what_it_began_without():
+def test_training_reduces_the_error():
     x, y = samples(4000, "test")
     assert start().error_rate(x, y) > 0.4
     assert train().error_rate(x, y) < 0.15
 
 
-def test_the_same_seeds_give_the_same_student_and_leave_the_start_alone():
+def test_equal_seeds_give_equal_students_and_do_not_change_the_start():
     begun = start()
     kept = begun.weights_KD.clone()
     one, two = (
@@ -48,7 +48,7 @@ def test_the_same_seeds_give_the_same_student_and_leave_the_start_alone():
     assert torch.equal(begun.weights_KD, kept)
 
 
-def test_validation_keeps_the_best_epoch():
+def test_validation_returns_the_best_epoch():
     held_out = samples(2000, "validation")
     config = TrainingConfig(epochs=60, batch_size=8, learning_rate=0.02)
     small = samples(60)
@@ -59,7 +59,7 @@ def test_validation_keeps_the_best_epoch():
     assert best.error_rate(*held_out) <= last.error_rate(*held_out)
 
 
-def test_no_samples_and_unequal_numbers_are_refused():
+def test_no_samples_and_unequal_numbers_are_rejected():
     x, y = samples(4)
     for inputs, labels in ((x[:0], y[:0]), (x, y[:3])):
         with pytest.raises(ValueError, match="as many inputs as labels"):

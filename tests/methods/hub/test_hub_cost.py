@@ -1,4 +1,4 @@
-"""Multiply-adds counted while running equal the formula."""
+"""Measured multiply-adds equal the formula."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from dist_tl.methods.hub.pathway import HubPathway
 from dist_tl.methods.hub.routes import RouteConfig
 
 
-def test_a_convolution_and_a_linear_layer_by_hand():
+def test_a_convolution_and_a_linear_layer_equal_the_manual_count():
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5)
     )
@@ -28,7 +28,7 @@ def test_a_routed_hub_costs_its_router_its_active_experts_and_the_aggregator(k):
     router = mlp(6, 4)
     hub = HubPathway(experts, router, num_classes=3, routes=RouteConfig(k=k))
     nn.init.zeros_(router[3].weight)
-    nn.init.zeros_(router[3].bias)  # even: the first k experts, by the tie rule
+    nn.init.zeros_(router[3].bias)  # ties: the first k experts are used
     counted = multiply_adds(hub, shape)
     costs = [multiply_adds(expert, shape) for expert in experts.values()]
     usage = [1.0] * k + [0.0] * (3 - k)
@@ -38,7 +38,7 @@ def test_a_routed_hub_costs_its_router_its_active_experts_and_the_aggregator(k):
     assert sum(p.numel() for p in hub.parameters()) == parameters + aggregator
 
 
-def test_counting_leaves_no_trace():
+def test_counting_does_not_change_the_module():
     network = mlp(3, 5)
     before = [p.clone() for p in network.parameters()]
     multiply_adds(network, (1, 2, 2))

@@ -1,4 +1,4 @@
-"""On a toy whose right routes are known: five domains, and an expert that knows each."""
+"""Learning on a toy problem with known routes: five domains with one expert each."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ STEPS = 300
 
 @functools.lru_cache(maxsize=1)
 def world():
-    """Each domain has a place in input space and a rule of its own."""
+    """Returns centres and labelling rules of the domains."""
     g = torch.Generator().manual_seed(0)
     centres = 2.0 * torch.randn(DOMAINS, WIDTH, generator=g)
     rules = torch.randn(DOMAINS, WIDTH, CLASSES, generator=g)
@@ -27,7 +27,7 @@ def world():
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """More threads than cores only wait for each other."""
+    """Uses one thread, because more threads than cores slow each other down."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -78,7 +78,7 @@ def experts(*, useless=False):
         if weights is not None:
             expert.load_state_dict(weights)
         torch.manual_seed(70 + i)
-        expert[2] = nn.Linear(HIDDEN, CLASSES)  # a fresh head
+        expert[2] = nn.Linear(HIDDEN, CLASSES)  # a new head
         nn.init.normal_(expert[2].weight, std=0.01)
         nn.init.zeros_(expert[2].bias)
         built[f"expert{i}"] = expert
@@ -112,7 +112,7 @@ def train_hub(*, seed=0, bias=0.0, loss=None, useless=False, **routes):
 
 @torch.no_grad()
 def figures(hub):
-    """Accuracy, share of samples that see their own domain's expert, entropy of the load."""
+    """Returns accuracy, share of samples routed to their domain's expert, entropy of the load."""
     x, y, which = draw(2000, 5, shift=1)
     which = which + len(hub.experts) - DOMAINS
     paths = Paths(*hub(x, detailed=True))
@@ -130,7 +130,7 @@ def accuracy(answer):
     return float((answer(x).argmax(dim=1) == y).float().mean())
 
 
-def test_samples_find_the_expert_of_their_domain_and_the_hub_beats_singles_and_their_ensemble():
+def test_samples_are_routed_to_their_domains_expert_and_the_hub_beats_singles_and_ensemble():
     found, own, _, _ = figures(train_hub())
     x, y, _ = draw(500, 1000, shift=1)
     singles = []
@@ -146,7 +146,7 @@ def test_samples_find_the_expert_of_their_domain_and_the_hub_beats_singles_and_t
     assert found > accuracy(lambda x: sum(s(x).softmax(dim=1) for s in singles)) + 0.02
 
 
-def test_one_expert_a_sample_works_with_the_dense_gate():
+def test_one_expert_per_sample_works_with_the_dense_gate():
     found, own, entropy, _ = figures(train_hub(k=1))
     assert own > 0.95
     assert entropy > 0.95
@@ -162,23 +162,23 @@ def test_a_collapsed_router_recovers():
     assert entropy > 0.95
 
 
-def test_noise_alone_frees_a_router_from_a_smaller_bias_and_exploration_alone_spreads_the_load():
+def test_noise_alone_corrects_a_smaller_bias_and_exploration_alone_spreads_the_load():
     _, own, _, _ = figures(train_hub(bias=3.0, loss=NOTHING))
     assert own > 0.95
-    # Even usage is not yet the right usage: without noise, few of these samples find their expert.
+    # Even usage is not correct usage: without noise, few samples are routed to their own expert.
     weights = figures(train_hub(bias=6.0, noise=False))[3]
     assert weights.max() < 0.3
 
 
 @pytest.mark.parametrize("bias", [3.0, 6.0])
-def test_with_neither_a_collapsed_router_stays_behind(bias):
+def test_without_noise_and_exploration_a_collapsed_router_stays_worse(bias):
     found, own, _, weights = figures(train_hub(bias=bias, noise=False, loss=NOTHING))
     assert own < 0.8
     assert weights.max() > 0.3
     assert found < figures(train_hub(bias=bias))[0] - 0.03
 
 
-def test_an_expert_that_knows_nothing_fades():
+def test_an_uninformative_expert_loses_weight():
     _, own, _, weights = figures(train_hub(useless=True))
     assert own > 0.95
     assert weights[0] < 1 / (DOMAINS + 1)

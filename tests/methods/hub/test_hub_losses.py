@@ -1,4 +1,4 @@
-"""The losses in closed form, and what their gradients reach."""
+"""The losses in closed form, and their gradients."""
 
 import math
 
@@ -20,7 +20,7 @@ def test_exploration_is_0_at_even_usage_and_log_m_at_collapse():
     assert exploration_loss(collapsed).item() == pytest.approx(math.log(4), abs=1e-6)
 
 
-def test_sharp_but_balanced_routes_explore_fully():
+def test_sharp_but_balanced_routes_have_no_exploration_loss():
     assert exploration_loss(torch.eye(4)).item() == pytest.approx(0.0, abs=1e-6)
 
 
@@ -31,7 +31,7 @@ def test_exploration_lowers_the_over_used_expert():
     assert (z.grad[:, 1:] < 0).all()
 
 
-def test_exploitation_ignores_what_is_off_the_route_and_counts_idle_experts_as_0():
+def test_exploitation_ignores_inactive_experts_and_counts_idle_ones_as_0():
     logits = torch.tensor([[[2.0, 0.0], [9.0, -9.0]], [[float("nan"), 1.0], [0.0, 1.0]]])
     active = torch.tensor([[True, False], [False, False]])
     labels = torch.tensor([1, 0])
@@ -51,7 +51,7 @@ def test_the_gradient_off_the_route_is_0_even_where_the_logits_are_not_finite():
     assert (logits.grad[:, 0] != 0).any()
 
 
-def test_the_whole_loss_is_its_parts_weighted():
+def test_the_total_loss_is_the_weighted_sum_of_its_terms():
     g = torch.Generator().manual_seed(0)
     logits, experts = torch.randn(5, 3, generator=g), torch.randn(5, 2, 3, generator=g)
     active, p = torch.ones(5, 2, dtype=torch.bool), torch.rand(5, 2, generator=g).softmax(dim=1)

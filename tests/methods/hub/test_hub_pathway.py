@@ -1,4 +1,4 @@
-"""The hub as a module: sparse dispatch equals dense compute; idle experts stay untouched."""
+"""The hub as a module: sparse dispatch equals dense compute; idle experts do not change."""
 
 import copy
 
@@ -40,7 +40,7 @@ def labels(rows=24):
 
 
 def dense(module, x, draws=None):
-    """Every expert on every sample, masked."""
+    """Runs every expert on every sample, then masks."""
     routes = choose(module.route_logits(x, draws), module.routes)
     every = torch.stack([expert(x) for expert in module.experts.values()], dim=1)
     return combine(module.aggregator, torch.where(routes.active_BM[..., None], every, 0.0), routes)
@@ -69,7 +69,7 @@ def test_the_order_of_samples_does_not_matter():
     assert torch.allclose(module(x, draws)[order], module(x[order], draws[order]), atol=1e-6)
 
 
-def test_evaluation_is_deterministic_and_training_varies_with_the_draws():
+def test_evaluation_is_deterministic_and_training_depends_on_the_noise():
     module, x = hub(), images()
     active = [Paths(*module(x, noise(seed=s), detailed=True)).active_BM for s in (1, 1, 2)]
     assert torch.equal(active[0], active[1])
@@ -106,13 +106,13 @@ def test_an_idle_expert_is_never_called_in_evaluation_and_gets_zero_gradient_in_
     paths = Paths(*module(x, torch.zeros(24, 4), detailed=True))
     loss, _ = hub_loss(*paths[:3], paths.p_BM, labels(), HubLossConfig())
     loss.backward()
-    assert calls["expert3"] == 1  # one blank sample keeps collectives in step
+    assert calls["expert3"] == 1  # one blank sample keeps collectives matched
     idle = [p.grad for p in module.experts["expert3"].parameters()]
     assert all(g is not None and (g == 0).all() for g in idle)
     assert all(torch.isfinite(g).all() for g in gradients(module).values())
 
 
-def test_what_each_loss_reaches():
+def test_each_loss_has_gradients_for_its_parameters():
     module, x = hub(), images()
     paths = Paths(*module(x, noise(), detailed=True))
     for config, silent in (
@@ -149,7 +149,7 @@ def test_a_hub_of_one_with_a_fixed_aggregator_is_fine_tuning_with_a_scaled_loss(
 
 
 @pytest.mark.parametrize("by", ["static", "random"])
-def test_the_controls_do_not_look_at_the_input(by):
+def test_the_controls_do_not_depend_on_the_input(by):
     module = hub(by=by).eval()
     paths = Paths(*module(images(), detailed=True))
     assert (paths.active_BM.sum(dim=1) == 2).all()
@@ -175,7 +175,7 @@ def statistics(module):
     return {n: b.clone() for n, b in module.experts.named_buffers()}
 
 
-def test_frozen_statistics_stay_bit_for_bit_and_single_samples_pass():
+def test_frozen_statistics_do_not_change_and_single_samples_work():
     module = batchnorm_hub("frozen")
     before = statistics(module)
     module.train()(images(1), noise(1, 2))
@@ -184,7 +184,7 @@ def test_frozen_statistics_stay_bit_for_bit_and_single_samples_pass():
     assert module.experts["expert0"][2].weight.grad is not None
 
 
-def test_trained_statistics_move_with_large_sub_batches_only():
+def test_running_statistics_change_with_large_sub_batches_only():
     module = batchnorm_hub("train", k=2)
     before = statistics(module)
     module.train()(images(4), noise(4, 2))
@@ -193,26 +193,26 @@ def test_trained_statistics_move_with_large_sub_batches_only():
     assert not any(torch.equal(before[n], b) for n, b in statistics(module).items())
 
 
-def test_more_experts_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="5 of 4"):
+def test_more_active_experts_than_experts_are_rejected():
+    with pytest.raises(ValueError, match="at most 4 experts, got 5"):
         hub(k=5)
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])
-def test_batches_hold_every_pair_once_and_answers_find_their_places(size):
+def test_batches_cover_every_pair_once_and_outputs_are_merged_correctly(size):
     active = noise(17, 3) > 0
     active[:, 1] = False
     batches = sub_batches(active, size)
     pairs = [(int(row), b.expert) for b in batches for row in b.rows_S]
     assert sorted(pairs) == [tuple(pair) for pair in active.nonzero().tolist()]
     assert max(len(b.rows_S) for b in batches) <= size
-    answers = [(b, b.rows_S[:, None] * torch.ones(2) + 100 * b.expert) for b in batches]
-    placed = place(reversed(answers), 17, 3, 2)
+    outputs = [(b, b.rows_S[:, None] * torch.ones(2) + 100 * b.expert) for b in batches]
+    placed = place(reversed(outputs), 17, 3, 2)
     expected = torch.arange(17)[:, None] + 100 * torch.arange(3)
     assert torch.equal(placed[..., 0], torch.where(active, expected, 0).float())
 
 
-def test_an_answer_of_another_shape_is_refused():
+def test_logits_of_another_shape_are_rejected():
     [batch] = sub_batches(torch.ones(2, 1, dtype=torch.bool), 9)
     with pytest.raises(ValueError, match=r"expected \(2, 3\)"):
         place([(batch, torch.zeros(2, 4))], 2, 1, 3)

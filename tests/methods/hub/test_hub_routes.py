@@ -1,4 +1,4 @@
-"""Routes and weights: exactly K experts a sample, and weights that let the router learn."""
+"""Routes and weights: exactly K experts per sample, and weights that train the router."""
 
 import math
 
@@ -28,7 +28,7 @@ def test_exactly_k_experts_are_active_and_only_they_have_weight(k, gate):
 
 
 @pytest.mark.parametrize(("k", "gate"), ALL)
-def test_another_order_of_the_hub_gives_the_same_routes_in_that_order(k, gate):
+def test_permuting_the_hub_permutes_the_routes(k, gate):
     order = torch.tensor([3, 0, 4, 1, 2])
     config, z = RouteConfig(k=k, gate=gate), logits()
     for left, right in zip(choose(z, config), choose(z[:, order], config), strict=True):
@@ -46,23 +46,23 @@ def test_for_several_experts_the_dense_gate_equals_the_softmax_over_the_chosen_o
     assert torch.allclose(dense.weight_BM, topk.weight_BM, atol=1e-6)
 
 
-def test_a_softmax_over_one_expert_is_refused_with_the_remedy():
+def test_a_softmax_over_one_expert_is_rejected_with_a_remedy():
     with pytest.raises(ValidationError, match=r"k = 1.*no gradient.*gate: dense"):
         RouteConfig(k=1, gate="topk")
 
 
-def test_with_one_expert_the_dense_gate_moves_every_router_logit():
+def test_with_one_expert_the_dense_gate_trains_every_router_logit():
     z = logits().requires_grad_()
     choose(z, RouteConfig(k=1)).weight_BM.sum().backward()
     assert (z.grad.abs().sum(dim=0) > 0).all()
 
 
-def test_more_experts_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="6 of 5"):
+def test_more_active_experts_than_experts_are_rejected():
+    with pytest.raises(ValueError, match="at most 5 experts, got 6"):
         RouteConfig(k=6).check(5)
 
 
-def test_noise_is_scaled_by_the_input_and_never_dies_out():
+def test_noise_is_scaled_by_the_input_and_never_vanishes():
     raw = torch.cat([logits(4, 3), torch.full((4, 3), -1e9)], dim=1)
     centre = noisy_logits(raw, None)
     noisy = noisy_logits(raw, torch.ones(4, 3))
@@ -72,13 +72,13 @@ def test_noise_is_scaled_by_the_input_and_never_dies_out():
     assert torch.allclose(wide - centre, torch.full((4, 3), math.log(2) + MIN_SCALE), atol=1e-6)
 
 
-def test_logits_that_are_not_finite_are_a_named_error():
+def test_logits_that_are_not_finite_are_an_error():
     with pytest.raises(NumericsError, match="router"):
         noisy_logits(torch.tensor([[float("nan"), 0.0]]), None)
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_a_lost_expert_gets_nothing_and_the_others_share_its_weight(k):
+def test_a_missing_expert_has_no_weight_and_the_others_share_it(k):
     z = logits()
     routes = choose(z, RouteConfig(k=k), missing=frozenset({2}))
     assert not routes.active_BM[:, 2].any()
@@ -87,12 +87,12 @@ def test_a_lost_expert_gets_nothing_and_the_others_share_its_weight(k):
     assert torch.allclose(routes.weight_BM[:, [0, 1, 3, 4]], rest.weight_BM, atol=1e-7)
 
 
-def test_too_few_experts_left_are_an_error():
-    with pytest.raises(ValueError, match="1 experts are left, 2 are needed"):
+def test_too_few_available_experts_are_an_error():
+    with pytest.raises(ValueError, match="1 experts are available, every sample needs 2"):
         choose(logits(experts=3), RouteConfig(k=2), missing=frozenset({0, 1}))
 
 
-def test_chance_depends_on_the_image_alone():
+def test_random_routes_depend_on_the_image_only():
     images = torch.randn(32, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     whole = chance_logits(images, 3)
     order = torch.randperm(32, generator=torch.Generator().manual_seed(2))

@@ -1,4 +1,4 @@
-"""From block outputs to unit vectors, and from indices to episodes."""
+"""Unit vectors of block outputs, and few-shot episodes."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def outputs(seed=0):
     ]
 
 
-def test_maps_are_pooled_tokens_averaged_and_the_last_left_alone():
+def test_maps_are_pooled_tokens_averaged_and_the_last_output_is_unchanged():
     found = layer_vectors(outputs(), PoolingConfig(grid=4))
     assert [v.shape for v in found] == [(3, 32), (3, 7), (3, 16), (3, 6)]
     torch.testing.assert_close(found[3], torch.nn.functional.normalize(outputs()[3]))
@@ -41,7 +41,7 @@ def test_all_vectors_are_of_length_one_and_scale_does_not_matter():
         torch.testing.assert_close(one, other)
 
 
-def test_a_block_that_is_the_head_s_input_is_listed_once():
+def test_a_block_equal_to_the_heads_input_is_included_once():
     blocks = outputs()[:1]
     last = blocks[0].mean(dim=(2, 3))
     assert len(layer_vectors([*blocks, last], PoolingConfig(kind="gap"))) == 1
@@ -55,19 +55,19 @@ def test_zero_vectors_stay_zero_and_are_counted():
     assert [num_zero_vectors(v) for v in found] == [1, 0, 0, 0]
 
 
-def test_a_feature_that_is_no_number_is_named():
+def test_a_feature_that_is_not_finite_is_named():
     blocks = outputs()
     blocks[2][1, 0, 0, 0] = float("inf")
     with pytest.raises(NumericsError, match="layer 2: the feature of item 1"):
         layer_vectors(blocks, PoolingConfig())
 
 
-def test_outputs_must_end_in_the_head_s_input():
+def test_outputs_must_end_in_the_heads_input():
     with pytest.raises(ValueError, match="head's input"):
         layer_vectors(outputs()[:1], PoolingConfig())
 
 
-def test_taking_features_leaves_the_teacher_as_it_was():
+def test_extracting_features_does_not_change_the_teacher():
     network = build_network(
         ResNetConfig(width=4, blocks=(1, 1)),
         num_classes=3,
@@ -81,7 +81,7 @@ def test_taking_features_leaves_the_teacher_as_it_was():
         assert torch.equal(tensor, before[name])
 
 
-def test_support_and_queries_are_apart_and_balanced():
+def test_support_and_queries_are_disjoint_and_balanced():
     for index in range(20):
         episode = draw_episode(LABELS, EPISODES, 3, seed=0, index=index)
         assert not set(episode.support_S) & set(episode.query_Q)
@@ -96,14 +96,14 @@ def test_support_and_queries_are_apart_and_balanced():
             assert all(len(found) == 1 for found in classes.values())
 
 
-def test_more_shots_add_to_the_same_episode():
+def test_more_shots_extend_the_same_episode():
     one = draw_episode(LABELS, EPISODES, 1, seed=0, index=4)
     three = draw_episode(LABELS, EPISODES, 3, seed=0, index=4)
     np.testing.assert_array_equal(one.query_Q, three.query_Q)
     assert set(one.support_S) <= set(three.support_S)
 
 
-def test_episodes_follow_from_seed_and_index_alone():
+def test_episodes_depend_on_seed_and_index_only():
     draws = [
         draw_episode(LABELS, EPISODES, 3, seed=seed, index=index).support_S.tolist()
         for seed, index in ((0, 1), (0, 1), (0, 2), (1, 1))
@@ -113,14 +113,14 @@ def test_episodes_follow_from_seed_and_index_alone():
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
-        ({"ways": 7}, "7 ways"),
+        ({"ways": 7}, "at least 7 classes for 7 ways"),
         ({"shots": (26,)}, "need 31 items"),
-        ({"shots": (0, 1)}, "1 shot or more"),
+        ({"shots": (0, 1)}, "at least 1 shot"),
     ],
 )
-def test_episodes_that_the_data_cannot_give_are_refused(changes, told):
+def test_episodes_that_the_data_cannot_provide_are_rejected(changes, message):
     config = EPISODES.model_copy(update=changes)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         check_classes(LABELS, config)

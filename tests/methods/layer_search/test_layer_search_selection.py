@@ -1,4 +1,4 @@
-"""What the search must and must not do; the spec's properties as claims."""
+"""Properties of the layer search."""
 
 import math
 from itertools import pairwise
@@ -39,7 +39,7 @@ def unit(x):
 
 
 def planted_episode(seed, shots, informative, num_layers=6, width=24, strength=2.0):
-    """Noise layers, and some whose class means stand apart; support first, queries after."""
+    """Returns noise layers and planted layers with separated class means; support first."""
     rng = torch.Generator().manual_seed(seed)
     labels = torch.arange(WAYS).repeat_interleave(shots)
     queries = torch.arange(WAYS).repeat_interleave(QUERIES)
@@ -68,7 +68,7 @@ def test_the_planted_layer_is_chosen(shots):
     assert sum(2 in layers for layers in chosen) >= 57
 
 
-def test_the_penultimate_layer_is_chosen_where_it_is_the_only_one_that_tells():
+def test_the_penultimate_layer_is_chosen_if_only_it_is_informative():
     for seed in range(20):
         grams, labels, queries = planted_episode(seed, 5, {5})
         selection = select(grams, labels, SearchConfig(permutations=0, strategy="single"))
@@ -87,13 +87,13 @@ def test_without_information_accuracy_is_chance():
     assert abs(np.mean(scores) - 1 / WAYS) < 3 * error
 
 
-def test_identical_layers_leave_the_penultimate_one():
+def test_among_identical_layers_the_penultimate_one_is_chosen():
     grams, labels, _ = planted_episode(0, 3, {0})
     same = grams[:1].expand(4, -1, -1)
     assert select(same, labels).layers == (3,)
 
 
-def test_the_search_never_looks_at_queries():
+def test_the_search_does_not_use_queries():
     grams, labels, _ = planted_episode(1, 3, {1, 4})
     poisoned = grams.clone()
     poisoned[:, len(labels) :, :] = math.nan
@@ -123,7 +123,7 @@ def test_greedy_scores_rise_and_sets_stay_within_the_cap():
         for cap in (1, 2, 4):
             selection = select(grams, labels, SearchConfig(permutations=0, cap=cap))
             assert list(selection.path) == sorted(selection.path)
-            assert 1 <= len(selection.found) <= cap
+            assert 1 <= len(selection.best) <= cap
 
 
 def test_wider_searches_never_score_lower():
@@ -142,10 +142,10 @@ def test_the_guard_keeps_the_penultimate_layer_unless_the_gain_is_clear():
     kept = select(grams, labels, SearchConfig(permutations=0, margin=10.0))
     assert kept.layers == (5,)
     assert not kept.adopted
-    assert kept.found != (5,)
+    assert kept.best != (5,)
 
 
-def test_one_label_a_class_takes_a_named_way():
+def test_one_label_per_class_uses_the_configured_method():
     grams, labels, _ = planted_episode(4, 1, {1})
     assert select(grams, labels).branch == "penultimate"
     assert select(grams, labels).layers == (5,)
@@ -155,12 +155,12 @@ def test_one_label_a_class_takes_a_named_way():
     assert select(grams, labels, forced, fixed=(1,)).branch == "penultimate"
 
 
-def test_held_out_classes_find_the_planted_layer_for_one_label_a_class():
+def test_held_out_classes_find_the_planted_layer_for_one_label_per_class():
     episodes = [planted_episode(seed, 1, {3}) for seed in range(30)]
     assert one_shot_set(episodes, CONFIG) == (3,)
 
 
-def test_items_alone_in_their_class_are_left_out_and_counted():
+def test_single_items_of_a_class_are_skipped_and_counted():
     grams, labels, _ = planted_episode(5, 3, {2})
     kept = torch.tensor([i for i in range(len(labels)) if i not in (1, 2)])
     selection = select_layers(
@@ -175,10 +175,10 @@ def test_a_single_layer_needs_no_search():
     assert select(grams, labels).layers == (0,)
 
 
-def test_a_class_without_support_is_refused():
+def test_a_class_without_support_is_rejected():
     grams, labels, _ = planted_episode(7, 2, {0})
     size = len(labels)
-    with pytest.raises(ValueError, match="one support item each"):
+    with pytest.raises(ValueError, match="at least one support item each"):
         select_layers(
             grams[:, :size, :size], labels.clamp_min(1), CONFIG, rng=np.random.default_rng(0)
         )
@@ -187,7 +187,7 @@ def test_a_class_without_support_is_refused():
 @pytest.mark.parametrize(
     ("layers", "cap", "sets"), [(17, 17, 131_071), (16, 16, 65_535), (17, 4, 3_213)]
 )
-def test_an_exhaustive_search_is_counted_before_it_starts(layers, cap, sets):
+def test_the_size_of_an_exhaustive_search_is_checked_before_it_starts(layers, cap, sets):
     config = SearchConfig(strategy="exhaustive", cap=cap)
     assert count_sets(layers, config) == sets
     if sets > 2**16:
@@ -198,7 +198,7 @@ def test_an_exhaustive_search_is_counted_before_it_starts(layers, cap, sets):
 
 
 @pytest.mark.parametrize("kind", ["ridge", "ncm", "logistic"])
-def test_leaving_one_out_equals_fitting_again(kind):
+def test_leave_one_out_equals_refitting(kind):
     config = ClassifierConfig(kind=kind)
     grams, labels, _ = planted_episode(8, 3, {0, 1}, num_layers=3, width=6)
     size = len(labels)
@@ -210,7 +210,7 @@ def test_leaving_one_out_equals_fitting_again(kind):
         again = query_item_scores(
             gram[:, rest][:, :, rest], gram[:, [item]][:, :, rest], y[rest], y[[item]], config
         )
-        if kind == "ncm":  # on distances, which query scores are up to the query's own norm
+        if kind == "ncm":  # query scores are distances up to the norm of the query
             assert again.shape == (3, 1)
         tolerance = 1e-4 if kind == "logistic" else 1e-9
         torch.testing.assert_close(scores[:, item], again[:, 0], rtol=tolerance, atol=tolerance)
@@ -240,7 +240,7 @@ def test_the_gram_matrix_of_a_set_is_that_of_its_joined_vectors():
     torch.testing.assert_close(set_grams(grams, [(0, 2)])[0], joined @ joined.T)
 
 
-def test_noise_layers_of_different_widths_win_by_z_equally_often():
+def test_noise_layers_of_different_widths_have_the_highest_z_equally_often():
     firsts = []
     for seed in range(200):
         rng = torch.Generator().manual_seed(seed)
@@ -261,13 +261,13 @@ def test_a_planted_layer_has_a_high_z():
     assert z[2] > 5
 
 
-def test_the_first_layer_may_be_picked_by_z():
+def test_the_first_layer_can_be_ranked_by_z():
     grams, labels, _ = planted_episode(11, 4, {2})
     config = SearchConfig(permutations=50, rank_by="null_z", strategy="single")
-    assert select(grams, labels, config).found == (2,)
+    assert select(grams, labels, config).best == (2,)
 
 
-def test_the_oracle_is_no_worse_than_any_arm_and_random_sets_are_no_oracle():
+def test_the_oracle_is_at_least_as_good_as_any_arm():
     grams, labels, queries = planted_episode(12, 3, {1, 2})
     selection = select(grams, labels)
     found = score_episode(grams, labels, queries, selection, CONFIG, rng=np.random.default_rng(0))
@@ -281,11 +281,11 @@ def test_scores_of_any_kind_can_be_searched():
     found = search_layers(
         lambda sets: torch.tensor([table.get(s, [-9.0, -9.0]) for s in sets]).double(), 3, CONFIG
     )
-    assert found.found == (1,)
+    assert found.best == (1,)
     assert found.path == (pytest.approx(1.05),)
 
 
-def test_views_find_the_planted_layer_for_one_label_a_class():
+def test_views_find_the_planted_layer_for_one_label_per_class():
     rng = torch.Generator().manual_seed(0)
     labels = torch.arange(WAYS)
     phis = []
