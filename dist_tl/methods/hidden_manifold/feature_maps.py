@@ -38,6 +38,6 @@ def pooled_block(outputs: Sequence[Tensor], block: int, grid: int) -> Tensor:
         )
     output = outputs[block]
     if output.ndim == 4:
-        cells = [min(grid, size) for size in output.shape[2:]]
+        cells = (min(grid, output.shape[2]), min(grid, output.shape[3]))
         return functional.adaptive_avg_pool2d(output, cells).flatten(1)
     return output.mean(dim=1) if output.ndim == 3 else output
