@@ -86,7 +86,7 @@ def test_the_bare_command_shows_its_help(command):
     ("verb", "lessons"),
     [
         ("plan", ["JOB.yaml", "KEY=VALUE", "trainers.workers=1", "--json", "Starts nothing"]),
-        ("run", ["JOB.yaml", "KEY=VALUE", "--json", "goes on from what is committed", "Ctrl-C"]),
+        ("run", ["JOB.yaml", "KEY=VALUE", "--json", "resumes from what is committed", "Ctrl-C"]),
         ("report", ["RUN", "--markdown", "--json"]),
         ("doctor", ["--store", "s3://", "--json"]),
     ],
@@ -172,7 +172,7 @@ def test_what_ends_a_run_decides_the_exit_code_and_shows_no_secret(
     found, _, err = command("run", job())
     assert found == code
     assert "abc" not in err
-    assert ("the same command goes on" in err) == (code != 2)
+    assert ("the same command resumes" in err) == (code != 2)
 
 
 # What programs read.

@@ -1,4 +1,4 @@
-"""A hub from its experts' training to its answers, as a user runs it: killed and gone on with."""
+"""A hub from its experts' training to its answers, as a user runs it: killed and resumed."""
 
 import json
 import time
@@ -76,7 +76,7 @@ def job_file(folder):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A run that was killed in the middle of training its hub and gone on with."""
+    """A run that was killed in the middle of training its hub and resumed."""
     folder = tmp_path_factory.mktemp("hub")
     job = job_file(folder)
     process = start(job)
