@@ -13,7 +13,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 
 def pytest_collection_modifyitems(items):
-    """With several pytest workers, a module stays with one of them, and the cluster tests do too."""
+    """With several pytest workers, a module stays with one, and so do all tests of the cluster."""
     for item in items:
         folder = item.path.parent.name
         group = folder if folder == "cluster" else item.path.name

@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 bad input, 3 failed and can be resumed, 130 interrupted.
 import json
 import logging
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -244,9 +243,9 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         _say_how_to_resume()
         sys.exit(INTERRUPTED)
-    except typer.TyperException as error:  # wrong words on the command line
-        show: Callable[[], None] = getattr(error, "show", lambda: errors.print(str(error)))
-        show()
+    except typer.TyperException as error:
+        # Typer's errors have `show`; their public base class does not declare it.
+        error.show()  # pyright: ignore[reportAttributeAccessIssue]
         sys.exit(BAD_INPUT)
     except (ConfigError, DataError) as error:
         _explain(error)

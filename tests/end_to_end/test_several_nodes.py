@@ -1,4 +1,4 @@
-"""A job on a cluster of several Ray nodes: handed in, scaled, and nodes killed under it.
+"""A job on a cluster of several Ray nodes: submitted, scaled, and nodes killed under it.
 
 What it computes is compared bit for bit with the same job on one machine where nothing happened.
 """
