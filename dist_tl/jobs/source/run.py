@@ -80,7 +80,7 @@ def judge_generator(store: ObjectStore, facts: SourceFacts, spec: GenerateSpec) 
     stored = store.read_or_none(MOMENTS)
     share, distance = judge_samples(
         load_classifier(store, facts.classifier).eval(),
-        dequantise(np.stack([sample.image for sample in samples])),
+        dequantise(torch.from_numpy(np.stack([sample.image for sample in samples]))),
         torch.tensor([sample.label for sample in samples]),
         real=None if stored is None else Moments(**load_tensors(stored)),
         num_held_out=facts.num_held_out,
