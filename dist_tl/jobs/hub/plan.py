@@ -34,6 +34,8 @@ from dist_tl.train.spec import StageSpec
 
 # "pick": the labelled images except one fold, which is "validation".
 Rows = Literal["train", "test", "pick", "validation"]
+# Stages of a single expert and their rows: fine-tuned for the results, or to select the best one.
+USES: tuple[tuple[str, Rows], ...] = (("single", "train"), ("pick", "pick"))
 
 
 class TaskInputs(StrictModel):
@@ -174,7 +176,7 @@ class HubPlan:
         Args:
             pick: on all except one fold, whose accuracy selects the best single expert.
         """
-        use, rows = ("pick", "pick") if pick else ("single", "train")
+        use, rows = USES[pick]
         stages, num_classes = [], self.target.num_classes
         for source in self.sources:
             name = f"{use}-{source.name}-seed{repeat}"
@@ -293,7 +295,7 @@ class HubPlan:
         stages = []
         for features in self._columns:
             head = CachedExpert(features=features, num_classes=self.target.num_classes)
-            for use, rows in (("single", "train"), ("pick", "pick")):
+            for use, rows in USES:
                 name = f"{use}-{features.name}-seed{repeat}"
                 stages.append(self._stage(name, repeat, head, rows=rows, warm=warm))
         for arm in self.job.pathways():

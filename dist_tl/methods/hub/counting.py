@@ -58,7 +58,9 @@ def hub_multiply_adds(
     Args:
         usage: share of the images that each expert receives, (M,).
     """
-    by_input = hub.router is not None and not isinstance(hub.router, Preference)
-    router = multiply_adds(hub.router, image_shape) if by_input else 0
+    router = hub.router
+    routing = 0
+    if router is not None and not isinstance(router, Preference):
+        routing = multiply_adds(router, image_shape)
     experts = [multiply_adds(expert, image_shape) for expert in hub.experts.values()]
-    return routed_multiply_adds(router, experts, usage, hub.num_classes)
+    return routed_multiply_adds(routing, experts, usage, hub.num_classes)
