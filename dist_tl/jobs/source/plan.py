@@ -164,9 +164,9 @@ def forbid_source_data(stages: Iterable[StageSpec], source: SourceConfig | Sourc
         return
     forbidden = fingerprint(source.data)
     for stage in stages:
-        for rows in (stage.labelled, stage.unlabelled, stage.evaluate):
-            if isinstance(rows, RowsSpec) and fingerprint(rows.data) == forbidden:
-                raise ConfigError(
-                    f"stage {stage.name} would read source data after the source phase; the "
-                    "target's data must differ from the source's (another part, or other classes)"
-                )
+        reads = (stage.labelled, stage.unlabelled, stage.evaluate)
+        if any(fingerprint(rows.data) == forbidden for rows in reads if isinstance(rows, RowsSpec)):
+            raise ConfigError(
+                f"stage {stage.name} would read source data after the source phase; the target's "
+                "data must differ from the source's (another part, or other classes)"
+            )

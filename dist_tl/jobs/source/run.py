@@ -29,11 +29,7 @@ MOMENTS = f"{layout.stage_prefix(PHASE)}/moments.safetensors"
 
 
 def run(plan: SourcePlan, workers: Workers) -> SourceFacts:
-    """Trains the source, unless an earlier attempt has.
-
-    Raises:
-        DistTLError: the named error of a stage; finished stages are kept.
-    """
+    """Trains the source, unless an earlier attempt has."""
     return trained_source(plan.job, plan.job.source, plan.source, workers)
 
 

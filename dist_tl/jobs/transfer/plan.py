@@ -19,6 +19,7 @@ from dist_tl.jobs.transfer.spec import UNLABELLED, ArmConfig, PSSLArmConfig, Tra
 from dist_tl.methods.pseudo.guard import GuardConfig, GuardDecision, num_guard_folds
 from dist_tl.shards.drawing import ByClass, ByTarget, GenerateSpec
 from dist_tl.shards.order import ShardPlan, check_sizes
+from dist_tl.shards.writer import ShardConfig
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.models import ModelSpec, NewNetwork, PretrainedTrunk
@@ -105,12 +106,11 @@ class TransferPlan:
     def table(self) -> PlanTable:
         """All stages, those of the source first, and the number of guard trials."""
         sources = source_stages(self.job, self.job.source, self.source)
-        trials = [specs for guard in self.guards() for specs in guard.trials.values()]
         return plan_table(
             self.job,
             generate=self.generate_stages(),
             train=[*sources, *self.references(), *self.training_stages()],
-            trials=sum(map(len, trials)),
+            trials=sum(len(t) for guard in self.guards() for t in guard.trials.values()),
         )
 
     @property
@@ -187,7 +187,7 @@ class TransferPlan:
             draw=draw,
             num_samples=num_samples,
             batch_size=self.job.sample_batch_size,
-            shards=self.job.packing,
+            shards=self.job.shards or ShardConfig(lanes=self.job.lanes),
             **fields,
         )
 
@@ -282,11 +282,11 @@ class TransferPlan:
         return self._budget(arm).batch_size * self.p_ssl(arm).loss.pseudo_per_labelled
 
     def _pre_training(self, name: str, repeat: int, rows: RowsSpec | ShardPlan) -> StageSpec:
-        job, classes = self.job, self.source.num_classes
+        job = self.job
         assert job.pp is not None, "the specification requires pp for arms that use it"
-        model = NewNetwork(network=job.target.network, num_classes=classes)
-        fields: dict[str, Any] = {"labelled": rows, "evaluate": None}
-        return self._stage(f"{name}-seed{repeat}", repeat, job.pp.training, model, **fields)
+        model = NewNetwork(network=job.target.network, num_classes=self.source.num_classes)
+        name = f"{name}-seed{repeat}"
+        return self._stage(name, repeat, job.pp.training, model, labelled=rows, evaluate=None)
 
     def _teacher(self, repeat: int) -> StageSpec:
         """The source classifier, fine-tuned on the target labels."""

@@ -181,8 +181,3 @@ class TransferJob(TrainingJobConfig):
                 "leave it out"
             )
         return self
-
-    @property
-    def packing(self) -> ShardConfig:
-        """How pseudo samples are packed into shards."""
-        return self.shards or ShardConfig(lanes=self.lanes)
