@@ -116,12 +116,12 @@ def test_arms_that_cannot_be_compared_are_rejected(correct):
 
 
 @pytest.mark.parametrize(
-    ("counts", "asked", "expected"),
+    ("counts", "folds", "expected"),
     [([9, 7], None, 5), ([9, 3], None, 3), ([9, 3], 2, 2), ([4, 4], 9, 4), ([5, 1], None, None)],
 )
-def test_folds_are_limited_by_the_smallest_class(counts, inputs, expected):
+def test_folds_are_limited_by_the_smallest_class(counts, folds, expected):
     labels = np.repeat(np.arange(len(counts)), counts)
-    assert num_guard_folds(labels, GuardConfig(folds=inputs)) == expected
+    assert num_guard_folds(labels, GuardConfig(folds=folds)) == expected
 
 
 def test_one_label_in_a_class_makes_the_result_unguarded():

@@ -339,9 +339,9 @@ try:
     build_network(TimmConfig(kind="timm", name="resnet18"), **fit)
 except ConfigError as error:
     assert "torchvision::nms" in str(error), error
-    print("refused")
+    print("rejected")
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.stdout == "refused\n", done.stderr
+    assert done.stdout == "rejected\n", done.stderr

@@ -75,8 +75,8 @@ def test_points_that_are_not_finite_are_named():
 
 def test_an_empty_chunk_proposes_nothing():
     p = points(8, 3)
-    whole = choose_anchors([AnchorChunk(p, 0)], 3)
-    assert choose_anchors([AnchorChunk(p, 0), AnchorChunk(p[:0], 8)], 3) == whole
+    joint = choose_anchors([AnchorChunk(p, 0)], 3)
+    assert choose_anchors([AnchorChunk(p, 0), AnchorChunk(p[:0], 8)], 3) == joint
 
 
 def test_anchors_agree_with_numpy():

@@ -102,11 +102,11 @@ def test_an_anchor_that_is_never_selected_changes_nothing():
 
 @pytest.mark.parametrize("size", [1, 7, N])
 def test_chunks_and_order_of_items_do_not_matter(size):
-    whole = tuples()
+    joint = tuples()
     parts = torch.cat([tuples(chunk) for chunk in ITEMS.split(size)])
-    assert torch.equal(parts, whole)
+    assert torch.equal(parts, joint)
     order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(tuples(ITEMS[order]), whole[order])
+    assert torch.equal(tuples(ITEMS[order]), joint[order])
 
 
 def test_float32_features_give_the_same_labels_where_the_margin_is_clear():

@@ -125,9 +125,9 @@ def figures(hub):
 
 
 @torch.no_grad()
-def accuracy(answer):
+def accuracy(predict):
     x, y, _ = draw(2000, 5, shift=1)
-    return float((answer(x).argmax(dim=1) == y).float().mean())
+    return float((predict(x).argmax(dim=1) == y).float().mean())
 
 
 def test_samples_are_routed_to_their_domains_expert_and_the_hub_beats_singles_and_ensemble():
