@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # these take seconds to import, and --help needs none of them
     from dist_tl.deploy.options import KubeOptions
     from dist_tl.deploy.submissions import Submission
     from dist_tl.deploy.summary import KubeRow
-    from dist_tl.jobs.job_file import Job
+    from dist_tl.jobs.spec import JobConfig
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="Job file.")]
 Overrides = Annotated[
@@ -92,7 +92,9 @@ def cluster_options(path: Path | None) -> "KubeOptions":
     return read_options(path)
 
 
-def _submit_ray(spec: "Job", address: str, dry_run: bool, detach: bool, take_over: bool) -> None:
+def _submit_ray(
+    spec: "JobConfig", address: str, dry_run: bool, detach: bool, take_over: bool
+) -> None:
     from dist_tl.cluster.submission import ENTRYPOINT, RayJobs
     from dist_tl.deploy.manifests import check_no_secret, run_label
     from dist_tl.deploy.submissions import Submission
@@ -120,7 +122,7 @@ def _submit_ray(spec: "Job", address: str, dry_run: bool, detach: bool, take_ove
 
 
 def _submit_kube(
-    spec: "Job", options: "KubeOptions", dry_run: bool, detach: bool, take_over: bool
+    spec: "JobConfig", options: "KubeOptions", dry_run: bool, detach: bool, take_over: bool
 ) -> None:
     from dist_tl.deploy.kube import connect, follow_with_retries
     from dist_tl.deploy.manifests import as_yaml, render
@@ -157,7 +159,7 @@ def _submit_kube(
     watch(spec.run, follow)
 
 
-def _with_scale(spec: "Job") -> "Job":
+def _with_scale(spec: "JobConfig") -> "JobConfig":
     """Returns the job with the generator bounds that `dist-tl scale` stored in the run, if any."""
     from dist_tl.cluster.scaling import read_scale
     from dist_tl.storage.objects import ObjectStore
@@ -175,7 +177,7 @@ def _with_scale(spec: "Job") -> "Job":
     return spec.model_copy(update={"generators": pool.model_copy(update=bounds)})
 
 
-def _record(spec: "Job", submission: "Submission", remedy: str) -> None:
+def _record(spec: "JobConfig", submission: "Submission", remedy: str) -> None:
     """Stores the submission in the run, if possible: only the cluster may reach the store."""
     from dist_tl.deploy.submissions import write_submission
     from dist_tl.storage.objects import ObjectStore
@@ -186,7 +188,7 @@ def _record(spec: "Job", submission: "Submission", remedy: str) -> None:
         print_status(f"the run's store is unreachable from this machine ({error}); {remedy}")
 
 
-def _check_reachable(spec: "Job") -> None:
+def _check_reachable(spec: "JobConfig") -> None:
     if spec.store != "direct" or not ("://" in spec.run or spec.run.startswith("/")):
         raise ConfigError(
             "store: the cluster must reach the run: expected store: direct and a URL (or an "
@@ -195,13 +197,13 @@ def _check_reachable(spec: "Job") -> None:
         )
 
 
-def _job_text(spec: "Job") -> str:
+def _job_text(spec: "JobConfig") -> str:
     import yaml
 
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, width=100)
 
 
-def kube_plan(spec: "Job", options: Path | None) -> "list[KubeRow]":
+def kube_plan(spec: "JobConfig", options: Path | None) -> "list[KubeRow]":
     """Validates the job for Kubernetes and returns its pods, for `dist-tl plan --kube`.
 
     Raises:

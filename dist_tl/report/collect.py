@@ -41,7 +41,8 @@ def write_report(store: ObjectStore) -> str:
     if isinstance(results, StudyResults):
         store.write(layout.REPORT, build_study_page(results).encode())
         return layout.REPORT
-    metrics = {stage.name: _rows(store, stage.name) for stage in results.stages}
+    trained = [stage.name for stage in results.stages if "steps" in stage.figures]
+    metrics = {name: _rows(store, name) for name in trained}
     page = build_page(
         results,
         metrics={name: rows for name, rows in metrics.items() if rows},

@@ -138,11 +138,12 @@ def error_bars(
     Args:
         scale: factor on means and half-widths; 100 for shares in per cent.
     """
+    single = all(value.half_width is None for value in intervals)
     return Series(
         label=label,
         x=tuple(x),
         y=tuple(scale * value.mean for value in intervals),
-        half_width=tuple(scale * (value.half_width or 0.0) for value in intervals),
+        half_width=None if single else tuple(scale * (v.half_width or 0.0) for v in intervals),
         style="points",
         color=color,
     )

@@ -108,7 +108,9 @@ class GeometricLabelsJob(TrainingJobConfig):
         """Returns how the arm g2l_START_GROW grows its labels."""
         _, start, grow = arm.split("_")
         starts = {"near": "nearest", "far": "farthest"}
-        return LabelConfig(m=self.m, start=starts[start], grow=grow, factor=FACTORS[grow])
+        return LabelConfig.model_validate(
+            {"m": self.m, "start": starts[start], "grow": grow, "factor": FACTORS[grow]}
+        )
 
     @property
     def g2l_arms(self) -> list[str]:

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from dist_tl.cluster.config import TrialsConfig
 from dist_tl.config import StrictModel
-from dist_tl.datasets.spec import DataConfig
+from dist_tl.datasets.spec import DataConfig, MixtureConfig
 from dist_tl.jobs.spec import BudgetConfig, JobConfig
 from dist_tl.jobs.teacher import AnyTeacher, TeacherConfig
 from dist_tl.methods.layer_search.episodes import EpisodesConfig
@@ -67,7 +67,8 @@ class LayerSearchJob(JobConfig):
         if held_out is None or not isinstance(teacher, TeacherConfig):
             return self
         ours, theirs = held_out.data, teacher.data
-        if ours.source != theirs.source or ours.source == "mixture":
+        mixed = isinstance(ours, MixtureConfig) or isinstance(theirs, MixtureConfig)
+        if mixed or ours.source != theirs.source:
             return self
         shared = set(ours.classes or ()) & set(theirs.classes or ())
         if shared or ours.classes is None or theirs.classes is None:
