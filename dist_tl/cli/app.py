@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # these take seconds to import, and --help needs none of them
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
 RESUME = "stopped; the same command resumes from what is committed"
-JOB_KINDS = "Kinds of jobs: " + "; ".join(f"{name} ({k.summary})" for name, k in KINDS.items())
 
 app = typer.Typer(
     name="dist-tl",
@@ -43,7 +42,6 @@ app = typer.Typer(
     dist-tl scale RUN generators=4     resize the generator pool of a running job
 
     Exit codes: 0 done, 2 bad input, 3 failed and can be resumed, 130 interrupted.""",
-    epilog=JOB_KINDS,
     rich_markup_mode="rich",
     no_args_is_help=True,
     add_completion=False,
@@ -51,7 +49,7 @@ app = typer.Typer(
 )
 
 
-@app.command(epilog=JOB_KINDS)
+@app.command()
 def plan(
     job: JobFile,
     overrides: Overrides = None,
@@ -121,7 +119,7 @@ def _show_training(table: "PlanTable") -> None:
     )
 
 
-@app.command(epilog=JOB_KINDS)
+@app.command()
 def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Run a job on a private Ray cluster, or on the one RAY_ADDRESS names.
 
@@ -233,6 +231,7 @@ for verb in (submit, status, logs, stop, scale):
 def main() -> NoReturn:
     """Runs the command; every named error becomes one message and an exit code."""
     configure_logging(logging.WARNING)
+    _list_kinds_in_help()
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except (typer.Exit, SystemExit) as leaving:
@@ -255,6 +254,14 @@ def main() -> NoReturn:
         if not isinstance(error, SupersededError):  # a later attempt is running already
             _say_how_to_resume()
         sys.exit(FAILED)
+
+
+def _list_kinds_in_help() -> None:
+    kinds = "; ".join(f"{name} ({kind.summary})" for name, kind in KINDS.items())
+    app.info.epilog = f"Kinds of jobs: {kinds}"
+    for command in app.registered_commands:
+        if command.callback in (plan, run, submit):
+            command.epilog = app.info.epilog
 
 
 def _say_how_to_resume() -> None:

@@ -30,9 +30,9 @@ JOBS = PACKAGE / "jobs"
 PRESETS = sorted((ROOT / "launch" / "presets").glob("*.yaml"))
 USUAL_FILES = {"__init__", "spec", "plan", "tasks", "run", "results", "exports"}
 OTHER_FILES = {
-    "hub": {"cost", "features", "stages", "warm_start"},
-    "layer_search": {"features"},
-    "manifold": {"claims", "sources"},
+    "hub": {"cost"},
+    "geometric_labels": {"labelling", "pairs"},
+    "manifold": {"claims", "curves"},
 }
 LIMIT = 100
 
@@ -283,3 +283,10 @@ def test_a_bad_job_of_a_new_kind_ends_before_an_attempt_is_recorded(
     assert "Traceback" not in err
     written = {str(path.relative_to(tmp_path)) for path in (tmp_path / "run").rglob("*.json")}
     assert written == set()
+
+
+@pytest.mark.parametrize("verb", [(), ("plan",), ("run",), ("submit",)])
+def test_help_lists_a_new_kind(command, toy_job, verb):
+    code, out, _ = command(*verb, "--help")
+    assert code == 0
+    assert "toy (squares of numbers)" in " ".join(out.replace("│", " ").split())
