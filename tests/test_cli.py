@@ -72,7 +72,7 @@ def test_help_teaches_the_verbs_overrides_and_exit_codes(command):
     for verb in ("plan", "run", "report", "doctor"):
         assert f"dist-tl {verb}" in out
     assert "target.labels_per_class=10" in out
-    for meaning in ("0 done", "2 bad input", "3 failed and can be started again", "130"):
+    for meaning in ("0 done", "2 bad input", "3 failed and can be resumed", "130"):
         assert meaning in out
 
 
@@ -115,7 +115,7 @@ def test_each_verb_explains_itself(command, verb, lessons):
         ),
         (
             "kind=transmute",
-            "kind: expected one of source, transfer, hub, predict, manifold",
+            "kind: expected one of transfer, hub, predict, layer_search, geometric_labels, manifold",
         ),
         ("lanes=3", "3 lanes cannot be shared by 2 workers"),
         ("seed", "expected key=value"),
