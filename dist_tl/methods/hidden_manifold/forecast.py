@@ -324,8 +324,8 @@ def crossing(one: Forecast, other: Forecast) -> float | None:
             f"expected curves over the same sizes, got {one.sizes_S} and {other.sizes_S}"
         )
     gap_S, log_n_S = one.mse_S - other.mse_S, np.log(one.sizes_S)
-    apart = np.flatnonzero(gap_S)  # where curves are equal, the signs around decide
-    for before, after in pairwise(apart):
+    unequal = np.flatnonzero(gap_S)  # if curves are equal at a size, the signs around it decide
+    for before, after in pairwise(unequal):
         if gap_S[before] * gap_S[after] < 0:
             if after > before + 1:
                 return float(one.sizes_S[before + 1])
