@@ -51,9 +51,9 @@ def select_for_episode(
     if not views:
         gram_LSS = gram_LES[:, : len(labels_S)]
         return select_layers(gram_LSS, labels_S, config, rng=rng, fixed=fixed)
+    support_S = torch.from_numpy(episode.support_S)
     layers = [
-        torch.cat([phi_ND[episode.support_S] for phi_ND in layer])
-        for layer in zip(*views, strict=True)
+        torch.cat([phi_ND[support_S] for phi_ND in layer]) for layer in zip(*views, strict=True)
     ]
     gram_LVV = layer_grams(layers, torch.arange(len(layers[0])))
     return select_by_views(gram_LVV, labels_S, len(views), config)
