@@ -115,7 +115,7 @@ def test_each_verb_explains_itself(command, verb, lessons):
         ),
         (
             "kind=transmute",
-            "kind: expected one of transfer, hub, predict, layer_search, geometric_labels, manifold",
+            "kind: expected one of transfer, hub, predict, layer_search, geometric_labels, ",
         ),
         ("lanes=3", "3 lanes cannot be shared by 2 workers"),
         ("seed", "expected key=value"),
