@@ -107,16 +107,10 @@ class GeometricLabelsJob(TrainingJobConfig):
     def label_config(self, arm: str) -> LabelConfig:
         """Returns how the arm g2l_START_GROW grows its labels."""
         _, start, grow = arm.split("_")
-<<<<<<< HEAD
         starts = {"near": "nearest", "far": "farthest"}
         return LabelConfig.model_validate(
             {"m": self.m, "start": starts[start], "grow": grow, "factor": FACTORS[grow]}
         )
-=======
-        start = {"near": "nearest", "far": "farthest"}[start]
-        fields = {"m": self.m, "start": start, "grow": grow, "factor": FACTORS[grow]}
-        return LabelConfig.model_validate(fields)
->>>>>>> w-j2
 
     @property
     def g2l_arms(self) -> list[str]:
