@@ -12,13 +12,17 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """With several pytest workers, a module stays with one, and so do all tests of the cluster."""
-    for item in items:
-        folder = item.path.parent.name
-        group = folder if folder == "cluster" else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            module = nodeid.split("::")[0]
+            return "tests/cluster" if module.startswith("tests/cluster/") else module
+
+    return ByModule(config, log)
 
 
 @pytest.fixture
