@@ -15,7 +15,7 @@ from dist_tl.train.checkpoints import CheckpointConfig
 from dist_tl.train.engine import EngineConfig, OptimizerConfig
 
 NAME = r"^[a-z0-9][a-z0-9_-]{0,39}$"
-# A folder of the user's, not a key of the run.
+# A folder or URL given by the user, not a key of the run.
 ModelPlace = Annotated[str, Field(min_length=1), AfterValidator(absolute_place)]
 
 
@@ -85,7 +85,7 @@ class JobConfig(StrictModel):
 
 
 class TrainingJobConfig(JobConfig):
-    """What jobs with a group of sharded trainers say beside."""
+    """Fields of jobs that train on a group of sharded trainers."""
 
     engine: EngineConfig = Field(default_factory=EngineConfig)
     checkpoints: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -106,30 +106,34 @@ class TrainingJobConfig(JobConfig):
             )
         return self
 
-    def check_cpus(self, beside: float, what: str) -> None:
-        """Refuse a private cluster that trainers fill: what works beside them would never start.
+    def check_cpus(self, others: float, name: str) -> None:
+        """Checks that a private cluster has CPUs left for the workers next to the trainers.
+
+        Args:
+            others: CPUs that these workers need.
+            name: what they are called in the message.
 
         Raises:
-            ValueError: naming the smallest `session.num_cpus` that works.
+            ValueError: it has not; names the smallest `session.num_cpus` that works.
         """
-        needed = self.trainers.workers * self.trainers.cpus + beside
+        needed = self.trainers.workers * self.trainers.cpus + others
         if self.session.num_cpus < needed:
             raise ValueError(
-                f"session.num_cpus: {self.trainers.workers} trainers and {what} beside them need "
-                f"{needed:g}, got {self.session.num_cpus}. These are shares, not cores: more of "
-                "them than the machine has are fine"
+                f"session.num_cpus: {self.trainers.workers} trainers and {name} next to them need "
+                f"{needed:g}, got {self.session.num_cpus}. These are shares, not cores: more than "
+                "the machine has are fine"
             )
 
-    def check_batch(self, what: str, batch_size: int) -> None:
-        """Refuse a batch that the lanes cannot share evenly.
+    def check_batch(self, name: str, batch_size: int) -> None:
+        """Checks that a batch is divisible by the lanes.
 
         Raises:
-            ValueError: it is not divisible; names the nearest sizes that are.
+            ValueError: it is not; names the field and the nearest sizes that are.
         """
         per_lane, rest = divmod(batch_size, self.lanes)
         if rest:
             near = [n * self.lanes for n in (per_lane, per_lane + 1) if n]
             raise ValueError(
-                f"{what}: a batch of {batch_size} cannot be shared by {self.lanes} lanes; "
+                f"{name}: a batch of {batch_size} cannot be shared by {self.lanes} lanes; "
                 f"the nearest that work: {near}"
             )
