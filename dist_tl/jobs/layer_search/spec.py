@@ -67,8 +67,9 @@ class LayerSearchJob(JobConfig):
         if held_out is None or not isinstance(teacher, TeacherConfig):
             return self
         ours, theirs = held_out.data, teacher.data
-        mixed = isinstance(ours, MixtureConfig) or isinstance(theirs, MixtureConfig)
-        if mixed or ours.source != theirs.source:
+        if isinstance(ours, MixtureConfig) or isinstance(theirs, MixtureConfig):
+            return self
+        if ours.source != theirs.source:
             return self
         shared = set(ours.classes or ()) & set(theirs.classes or ())
         if shared or ours.classes is None or theirs.classes is None:
