@@ -303,7 +303,7 @@ def test_chunks_and_cpus_change_no_label_and_no_result(geometry, tmp_path):
             "without labels there are no human_labels and no pairs",
         ),
         (GEOMETRY, {"rare": {"min_count": 400}}, "lower it, shorten m"),
-        (LAYER_SEARCH, {"episodes": {"ways": 9}}, "9 ways need as many classes"),
+        (LAYER_SEARCH, {"episodes": {"ways": 9}}, "expected at least 9 classes for 9 ways, got 5"),
         (
             LAYER_SEARCH,
             {"held_out": {"data": {"source": "digits", "classes": ["2", "3"]}}},
