@@ -10,7 +10,7 @@ from dist_tl.config import StrictModel
 from dist_tl.errors import ConfigError
 from dist_tl.shards.manifest import read_manifest
 from dist_tl.storage import layout
-from dist_tl.storage.attempts import latest_attempt
+from dist_tl.storage.attempts import latest_attempt, latest_record
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.loop import read_rows
 
@@ -46,14 +46,13 @@ def run_status(store: ObjectStore) -> RunStatus:
         ConfigError: the store contains no run.
     """
     job = _read_job(store)
-    number = latest_attempt(store)
-    attempt = store.read_json(layout.attempt_key(number)) if number else {}
+    attempt = latest_record(store)
     scale = read_scale(store)
     return RunStatus(
         run=store.url,
         kind=job["kind"],
         state="done" if store.exists(layout.RESULTS) else "unfinished",
-        attempts=number,
+        attempts=latest_attempt(store),
         last_started=attempt.get("started"),
         last_host=attempt.get("host"),
         generators=scale.generators if scale else None,

@@ -1,7 +1,8 @@
 """Attempts of a run: if several overlap, the latest one owns the run and the others stop.
 
-An attempt creates the next free number below attempts/ (create-only) with a random token and reads
-it back, so two attempts never share a number, even in a store that ignores create-only writes.
+An attempt writes the next number with a random token below attempts/ and lists the folder again. An
+attempt that sees another with its number takes its record back and picks a higher one, so two never
+share a number, however slow either is, in every store that lists what was written.
 Before it commits a checkpoint, a result or a task output, an attempt checks for a later number.
 Checkpoint keys contain the number, because two attempts may write different bytes. Another attempt
 may begin between check and commit. Shards of pseudo samples are not fenced: their bytes are the
@@ -23,7 +24,6 @@ from dist_tl.storage.objects import ObjectStore
 CHECK_EVERY_S = 5.0
 # An ID that all retries of one RayJob share: none of them reclaims a run from a later submission.
 SUBMISSION = "DIST_TL_SUBMISSION"
-SETTLE_S = 0.2  # longer than a second writer needs between its check and its write
 
 
 class Attempt:
@@ -49,7 +49,7 @@ class Attempt:
             return
         latest = latest_attempt(self.store)
         if latest > self.number:
-            record = self.store.read_json(layout.attempt_key(latest))
+            record = latest_record(self.store)
             raise SupersededError(
                 f"attempt {latest} of this run was started on "
                 f"{record.get('host', 'another machine')} and supersedes attempt {self.number}, "
@@ -65,8 +65,13 @@ class Attempt:
 
 def latest_attempt(store: ObjectStore) -> int:
     """Returns the highest attempt number, or 0 if there is no attempt."""
-    numbers = map(layout.parse_attempt, store.list(layout.ATTEMPTS))
-    return max((number for number in numbers if number is not None), default=0)
+    return max(_numbers(store).values(), default=0)
+
+
+def latest_record(store: ObjectStore) -> dict[str, Any]:
+    """Returns the host and the start time of the latest attempt, or {} if there is no attempt."""
+    numbers = _numbers(store)
+    return store.read_json(max(numbers)) if numbers else {}
 
 
 def begin_attempt(store: ObjectStore) -> Attempt:
@@ -76,35 +81,38 @@ def begin_attempt(store: ObjectStore) -> Attempt:
         StorageError: the store rejects the request.
         SupersededError: this is a retry of a submission, and a later submission owns the run.
     """
+    token = secrets.token_hex(8)
     record = {
-        "word": secrets.token_hex(8),
         "host": socket.gethostname(),
         "started": time.time(),
         "submission": os.environ.get(SUBMISSION, ""),
     }
-    number = latest_attempt(store) + 1
+    numbers = _numbers(store)
+    if record["submission"]:
+        _check_not_superseded(store, record["submission"], sorted(numbers))
+    number = max(numbers.values(), default=0) + 1
     while True:
-        if record["submission"]:
-            _check_not_superseded(store, record["submission"], number)
-        if _claim(store, number, record):
+        key = layout.attempt_key(number, token)
+        store.write_json(key, record)
+        rivals = sorted(rival for rival, taken in _numbers(store).items() if taken == number)
+        if rivals == [key]:
             return Attempt(store, number)
-        number += 1
+        # The rival may do the same: different steps keep the two from meeting again.
+        store.delete(key)
+        number += 1 + sum(rival < key for rival in rivals)
 
 
-def _check_not_superseded(store: ObjectStore, submission: str, number: int) -> None:
-    earlier = [store.read_json(layout.attempt_key(n)) for n in range(1, number)]
+def _numbers(store: ObjectStore) -> dict[str, int]:
+    numbers = {key: layout.parse_attempt(key) for key in store.list(layout.ATTEMPTS)}
+    return {key: number for key, number in numbers.items() if number is not None}
+
+
+def _check_not_superseded(store: ObjectStore, submission: str, keys: list[str]) -> None:
+    earlier = [store.read_json(key) for key in keys]
     submissions = [attempt.get("submission", "") for attempt in earlier]
     if submission in submissions and submissions[-1] != submission:
         raise SupersededError(
-            f"attempt {number - 1} of this run was started on {earlier[-1].get('host')} and "
+            f"attempt {layout.parse_attempt(keys[-1])} of this run was started on "
+            f"{earlier[-1].get('host')} and "
             "supersedes this submission, whose retries cannot succeed; delete this submission"
         )
-
-
-def _claim(store: ObjectStore, number: int, record: dict[str, Any]) -> bool:
-    key = layout.attempt_key(number)
-    if store.exists(key) or not store.write_json(key, record, create_only=True):
-        return False
-    # A store that ignores create-only keeps the last writer's token.
-    time.sleep(SETTLE_S)
-    return store.read_json(key)["word"] == record["word"]

@@ -20,7 +20,7 @@ MODEL_CARD = "README.md"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")
 _SHARD_OR_ENTRY = re.compile(r"(?:.*/)?(?:shards/(\d{6,})\.tar|entries/(\d{6,})\.json)")
 _STEP = re.compile(r"(?:.*/)?step-(\d{8,})(?:/.*)?")
-_ATTEMPT = re.compile(r"attempts/(\d{6,})\.json")
+_ATTEMPT = re.compile(r"attempts/(\d{6,})-[0-9a-f]+\.json")
 _RANK = re.compile(r"(?:.*/)?rank-(\d{5,})\.(?:safetensors|json)")
 
 
@@ -116,9 +116,9 @@ def _rank_key(stage: str, step: int, rank: int, attempt: int) -> str:
     return f"{checkpoint_prefix(stage, step)}/{folder}rank-{_check_count('rank', rank):05d}"
 
 
-def attempt_key(number: int) -> str:
-    """Returns the key of the record of one attempt of the run."""
-    return f"{ATTEMPTS}/{_check_count('attempt', number):06d}.json"
+def attempt_key(number: int, token: str) -> str:
+    """Returns the key of the record of one attempt of the run; `token` is its random hex string."""
+    return f"{ATTEMPTS}/{_check_count('attempt', number):06d}-{token}.json"
 
 
 def parse_attempt(key: str) -> int | None:

@@ -1,23 +1,23 @@
 """Attempts: the latest attempt owns the run, with or without create-only writes."""
 
 import threading
+import time
 
 import pytest
 
 from dist_tl.errors import StorageError, SupersededError
 from dist_tl.storage import attempts
 from dist_tl.storage.attempts import SUBMISSION, Attempt, begin_attempt, latest_attempt
+from dist_tl.storage.layout import ATTEMPTS
 from dist_tl.storage.objects import ObjectStore
 
 
-class NoCreateOnlyStore(ObjectStore):
-    """Ignores create-only, like some stores: the last writer wins."""
+class SlowStore(ObjectStore):
+    """Writes long after it listed, and ignores create-only, like some stores."""
 
     def write(self, key, data, *, create_only=False):
+        time.sleep(self.delay)
         return super().write(key, data)
-
-    def exists(self, key):
-        return False
 
 
 def test_numbers_count_up_and_the_latest_attempt_owns_the_run(tmp_path):
@@ -76,20 +76,23 @@ def test_poll_ignores_an_unreachable_store_and_check_does_not(tmp_path, monkeypa
         attempt.check()
 
 
-@pytest.mark.parametrize("kind", [ObjectStore, NoCreateOnlyStore])
-def test_concurrent_attempts_never_share_a_number(tmp_path, kind):
+@pytest.mark.parametrize("delays", [(0, 0, 0, 0), (0, 0.1, 0.3, 0.3)])
+def test_concurrent_attempts_never_share_a_number(tmp_path, delays):
     numbers = []
-    barrier = threading.Barrier(4)
+    barrier = threading.Barrier(len(delays))
 
-    def start():
-        store = kind(tmp_path)
+    def start(delay):
+        store = SlowStore(tmp_path)
+        store.delay = delay
         barrier.wait()
         numbers.append(begin_attempt(store).number)
 
-    threads = [threading.Thread(target=start) for _ in range(4)]
+    threads = [threading.Thread(target=start, args=(delay,)) for delay in delays]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(numbers)) == 4
+    assert len(set(numbers)) == len(delays)
     assert max(numbers) == latest_attempt(ObjectStore(tmp_path))
+    # An attempt that met another took its record back.
+    assert len(ObjectStore(tmp_path).list(ATTEMPTS)) == len(delays)
