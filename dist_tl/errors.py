@@ -5,6 +5,8 @@ message, so that Ray can pickle it. A message says what was expected, what was r
 fix it.
 """
 
+from typing import Any
+
 
 class DistTLError(Exception):
     """Base class of all errors that dist_tl raises deliberately."""
@@ -22,8 +24,28 @@ class StorageError(DistTLError, OSError):
     """Raised if the object store rejects a request, is unreachable, or lost a committed object."""
 
 
+class DamagedError(DistTLError, ValueError):
+    """Raised if a stored object is missing, altered or cut short.
+
+    Attributes:
+        marker: key of the marker that made the object exist; once it is deleted, the same job
+            makes the object again. Empty if the run cannot make it again.
+    """
+
+    def __init__(self, message: str, marker: str = "") -> None:
+        super().__init__(message)
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.marker)
+
+
 class ShardError(DistTLError, ValueError):
     """Raised if a shard does not match its entry: truncated, altered, or of an unknown format."""
+
+
+class DamagedShardError(DamagedError, ShardError):
+    """Raised if a shard or its entry is damaged; a run generates it again from its order."""
 
 
 class ShardTimeoutError(ShardError, TimeoutError):

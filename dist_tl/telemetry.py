@@ -72,8 +72,7 @@ class MetricsLog:
     """Metric rows as JSON lines, kept in memory and passed to a sink periodically.
 
     Object stores cannot append, so every flush writes the whole text. A resumed stage passes the
-    existing text and the step from which it resumes; rows after that step are dropped, because
-    they are logged again.
+    text of its checkpoint.
     """
 
     def __init__(
@@ -81,11 +80,9 @@ class MetricsLog:
         sink: Callable[[bytes], None],
         *,
         existing: bytes = b"",
-        resume_step: int = 0,
         flush_every_s: float = 10.0,
     ) -> None:
-        rows = [json.loads(line) for line in existing.splitlines() if line.strip()]
-        self._lines = [json.dumps(row) for row in rows if row.get("step", 0) <= resume_step]
+        self._lines = existing.decode().splitlines()
         self._sink = sink
         self._flush_every_s = flush_every_s
         self._flushed_at = time.monotonic()
@@ -98,5 +95,9 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Passes all rows to the sink."""
-        self._sink("".join(line + "\n" for line in self._lines).encode())
+        self._sink(self.text())
         self._flushed_at = time.monotonic()
+
+    def text(self) -> bytes:
+        """Returns all rows as JSON lines."""
+        return "".join(line + "\n" for line in self._lines).encode()

@@ -7,20 +7,20 @@ and receives one point. The choice is deterministic, so a job that lost an actor
 from collections.abc import Callable, Sequence
 
 import ray
-from safetensors.torch import load as load_tensors
 
 from dist_tl.cluster.config import TrialsConfig
 from dist_tl.cluster.outcomes import collect
 from dist_tl.cluster.roles import start_actor
 from dist_tl.methods.geometry.anchors import AnchorChunk, Proposal, drive_choice
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.tensors import read_tensors
 
 
 class _Chunk:
     """Actor of one chunk of stored features."""
 
     def __init__(self, store_url: str, key: str, first: int) -> None:
-        points_ND = load_tensors(ObjectStore(store_url).read(key))["features"]
+        points_ND = read_tensors(ObjectStore(store_url), key)["features"]
         self._chunk = AnchorChunk(points_ND, first)
 
     def call(self, name: str, *arguments: object) -> object:

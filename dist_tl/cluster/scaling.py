@@ -12,7 +12,7 @@ from dist_tl.config import StrictModel
 from dist_tl.errors import ConfigError
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
-from dist_tl.storage.records import read_record
+from dist_tl.storage.records import read_record, write_record
 
 POOLS = ("generators",)
 _SIZE = re.compile(r"(\d+)(?:\.\.(\d+))?")
@@ -54,7 +54,7 @@ def write_scale(store: ObjectStore, scale: Scale) -> None:
     Raises:
         StorageError: writing failed.
     """
-    store.write(layout.SCALE, scale.model_dump_json().encode())
+    write_record(store, layout.SCALE, scale)
 
 
 def read_scale(store: ObjectStore) -> Scale | None:

@@ -20,6 +20,7 @@ from dist_tl.errors import CheckpointMismatchError
 from dist_tl.storage import layout
 from dist_tl.storage.attempts import Attempt
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import read_record, write_record
 
 Inputs = TypeVar("Inputs", bound=StrictModel)
 Output = TypeVar("Output", bound=StrictModel)
@@ -84,11 +85,12 @@ def read_output(store: ObjectStore, task: Task[Inputs], output: type[Output]) ->
 
     Raises:
         CheckpointMismatchError: the stored output has other inputs.
+        DamagedError: the stored output is not the one that was written.
     """
-    data = store.read_or_none(layout.result_key(task.name))
-    if data is None:
+    remedy = "start the same job again, which runs the task again"
+    stored = read_record(store, layout.result_key(task.name), StoredOutput, remedy=remedy)
+    if stored is None:
         return None
-    stored = StoredOutput.model_validate_json(data)
     if stored.inputs != _fingerprint(task):
         raise CheckpointMismatchError(
             f"{task.name} ran with other settings; use another run name, or delete that run"
@@ -125,5 +127,5 @@ def _run_one(
     output = work(task.inputs, store).model_dump_json()
     Attempt(store, attempt).check()
     stored = StoredOutput(inputs=_fingerprint(task), output=output)
-    store.write(layout.result_key(task.name), stored.model_dump_json().encode())
+    write_record(store, layout.result_key(task.name), stored)
     return output

@@ -8,7 +8,7 @@ from pydantic import Field
 from dist_tl.config import StrictModel
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
-from dist_tl.storage.records import read_record
+from dist_tl.storage.records import read_record, write_record
 
 
 class Submission(StrictModel):
@@ -30,7 +30,7 @@ def write_submission(store: ObjectStore, submission: Submission) -> None:
     Raises:
         StorageError: the store cannot be written.
     """
-    store.write(layout.SUBMISSION, submission.model_dump_json(indent=1).encode())
+    write_record(store, layout.SUBMISSION, submission)
 
 
 def read_submission(store: ObjectStore) -> Submission | None:

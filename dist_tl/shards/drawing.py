@@ -10,8 +10,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from dist_tl.config import StrictModel, fingerprint
@@ -41,6 +39,7 @@ from dist_tl.shards.writer import ShardConfig
 from dist_tl.storage import layout
 from dist_tl.storage.model_files import files_fingerprint, read_model_files
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.tensors import read_tensors, write_tensors
 
 
 class ByClass(StrictModel):
@@ -127,20 +126,19 @@ def open_generate_stage(
             raise ConfigError(f"stage {spec.name} draws by target images and needs conditions")
         # Never overwrites another job's conditions: they exist if the manifest does.
         if read_manifest(store, spec.name) is None:
-            store.write(layout.conditions_key(spec.name), conditions_bytes(q_NK))
+            write_tensors(store, layout.conditions_key(spec.name), {"q": q_NK.contiguous()})
     return open_stage(store, spec.manifest(created_by))
 
 
-def conditions_bytes(q_NK: Tensor) -> bytes:
-    """Serializes (N, K) float32 conditions."""
-    return save_tensors({"q": q_NK.contiguous()})
-
-
 def read_conditions(store: ObjectStore, spec: GenerateSpec) -> Tensor | None:
-    """Returns the stage's (N, K) conditions, or None if it draws by class."""
+    """Returns the stage's (N, K) conditions, or None if it draws by class.
+
+    Raises:
+        DamagedError: they are missing or altered.
+    """
     if not isinstance(spec.draw, ByTarget):
         return None
-    return load_tensors(store.read(layout.conditions_key(spec.name)))["q"]
+    return read_tensors(store, layout.conditions_key(spec.name))["q"]
 
 
 def draw_samples(

@@ -4,16 +4,22 @@ A shard exists only if it has an entry: the tar is written first. Both are plain
 """
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field
 
 from dist_tl.config import Model, StrictModel, differing_fields, fingerprint, validate
-from dist_tl.errors import ConfigError, ShardError
+from dist_tl.errors import ConfigError, DamagedShardError, ShardError
 from dist_tl.shards.order import ShardPlan
-from dist_tl.storage.layout import entries_prefix, entry_key, manifest_key, parse_shard_index
+from dist_tl.storage.layout import (
+    entries_prefix,
+    entry_key,
+    manifest_key,
+    marker_of,
+    parse_shard_index,
+)
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import unseal, write_record
 
 FORMAT_VERSION = 1
 
@@ -64,10 +70,9 @@ def open_stage(store: ObjectStore, manifest: StageManifest) -> StageManifest:
     Raises:
         ConfigError: the stage holds samples of another plan, generator or shape.
     """
-    data = manifest.model_dump_json(indent=1).encode()
     key = manifest_key(manifest.plan.stage)
     if store.read_or_none(key) is None:
-        store.write(key, data, create_only=True)
+        write_record(store, key, manifest, create_only=True)
     # Read again in both cases: another process may have written it first.
     stored = read_manifest(store, manifest.plan.stage)
     if stored is None:
@@ -85,27 +90,19 @@ def read_manifest(store: ObjectStore, stage: str) -> StageManifest | None:
     """Returns the manifest of a stage, or None if the stage has not started.
 
     Raises:
-        ShardError: it is damaged, or has an unsupported format version.
+        DamagedShardError: it is not the manifest that was written.
+        ShardError: it has an unsupported format version.
     """
-    key = manifest_key(stage)
-    data = _read_mapping(store, key)
-    if data is not None and data.get("format_version") != FORMAT_VERSION:
-        raise ShardError(
-            f"{key} has format {data.get('format_version')!r}, this version reads "
-            f"{FORMAT_VERSION}; use the version of dist_tl that wrote it"
-        )
-    return None if data is None else _as_model(StageManifest, data, key)
+    return _read(store, manifest_key(stage), StageManifest, version=FORMAT_VERSION)
 
 
 def read_entry(store: ObjectStore, stage: str, index: int) -> ShardEntry | None:
     """Returns the entry of a shard, or None if the shard is not committed yet.
 
     Raises:
-        ShardError: the entry is damaged.
+        DamagedShardError: it is not the entry that was written.
     """
-    key = entry_key(stage, index)
-    data = _read_mapping(store, key)
-    return None if data is None else _as_model(ShardEntry, data, key)
+    return _read(store, entry_key(stage, index), ShardEntry)
 
 
 def check_entry(entry: ShardEntry, plan: ShardPlan) -> ShardEntry:
@@ -126,26 +123,28 @@ def check_entry(entry: ShardEntry, plan: ShardPlan) -> ShardEntry:
 
 
 def committed_indices(store: ObjectStore, stage: str) -> set[int]:
-    """Returns the indices of a stage's committed shards. Lists keys: for status and repair only."""
+    """Returns the indices of a stage's committed shards. Lists keys: slow."""
     indices = map(parse_shard_index, store.list(entries_prefix(stage)))
     return {index for index in indices if index is not None}
 
 
-def _read_mapping(store: ObjectStore, key: str) -> Mapping[str, Any] | None:
-    raw = store.read_or_none(key)
-    if raw is None:
+def _read(
+    store: ObjectStore, key: str, model: type[Model], *, version: int | None = None
+) -> Model | None:
+    data = store.read_or_none(key)
+    if data is None:
         return None
     try:
-        data = json.loads(raw)
+        fields = json.loads(unseal(data))
     except ValueError as error:
-        raise ShardError(f"{key} is damaged: {error}; delete it to regenerate it") from None
-    if not isinstance(data, dict):
-        raise ShardError(f"{key} is damaged: expected a mapping, got {type(data).__name__}")
-    return data
-
-
-def _as_model(model: type[Model], data: Mapping[str, Any], key: str) -> Model:
+        problem = f"{key} is damaged: {error}; start the same job again, which makes it again"
+        raise DamagedShardError(problem, marker_of(key)) from None
+    if version is not None and fields.get("format_version") != version:
+        raise ShardError(
+            f"{key} has format {fields.get('format_version')!r}, this version reads {version}; use "
+            "the version of dist_tl that wrote it"
+        )
     try:
-        return validate(model, data, source=key)
+        return validate(model, fields, source=key)
     except ConfigError as error:
-        raise ShardError(f"{error}; delete it to regenerate it") from None
+        raise ShardError(f"{error}; another version of dist_tl wrote it: use that one") from None

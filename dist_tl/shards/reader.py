@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_tl.errors import ShardError
+from dist_tl.errors import DamagedShardError, ShardError
 from dist_tl.shards.manifest import ShardEntry, check_entry, read_entry
 from dist_tl.shards.order import ShardPlan
 from dist_tl.shards.sample import (
@@ -21,7 +21,7 @@ from dist_tl.shards.sample import (
     decode_soft,
 )
 from dist_tl.shards.tar import BLOCK, walk_tar
-from dist_tl.storage.layout import shard_key
+from dist_tl.storage.layout import entry_key, shard_key
 from dist_tl.storage.objects import ObjectStore
 
 MAX_DECODED_BYTES = 1 << 34
@@ -54,7 +54,7 @@ def check_tar(data: bytes | None, stage: str, entry: ShardEntry) -> bytes:
     """Returns `data` if it is the tar that `entry` describes.
 
     Raises:
-        ShardError: it is missing, or its size or hash differs.
+        DamagedShardError: it is missing, or its size or hash differs.
     """
     if data is None:
         raise _damaged(stage, entry.index, f"{shard_key(stage, entry.index)} is missing")
@@ -77,7 +77,7 @@ def fetch_tar(store: ObjectStore, stage: str, entry: ShardEntry) -> bytes:
     """Fetches the tar that `entry` describes.
 
     Raises:
-        ShardError: it is missing, truncated or altered; names the shard and the repair command.
+        DamagedShardError: it is missing, truncated or altered.
         StorageError: the store cannot be read.
     """
     return check_tar(store.read_or_none(shard_key(stage, entry.index)), stage, entry)
@@ -177,7 +177,7 @@ def verify_shard(store: ObjectStore, plan: ShardPlan, index: int) -> ShardEntry 
     """Reads and checks a shard. Returns its entry, or None if it is not committed yet.
 
     Raises:
-        ShardError: it is missing, altered, or made for another order; repair regenerates it.
+        ShardError: it is missing, altered, or made for another order.
     """
     entry = read_entry(store, plan.stage, index)
     if entry is None:
@@ -187,7 +187,9 @@ def verify_shard(store: ObjectStore, plan: ShardPlan, index: int) -> ShardEntry 
     return entry
 
 
-def _damaged(stage: str, index: int, problem: str) -> ShardError:
-    return ShardError(
-        f"shard {index} of stage {stage!r}: {problem}; `dist-tl shards repair URL` regenerates it"
+def _damaged(stage: str, index: int, problem: str) -> DamagedShardError:
+    return DamagedShardError(
+        f"shard {index} of stage {stage!r}: {problem}; start the same job again, which generates "
+        "it again",
+        entry_key(stage, index),
     )

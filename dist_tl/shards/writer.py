@@ -21,6 +21,7 @@ from dist_tl.shards.sample import PseudoSample, encode
 from dist_tl.shards.tar import pack_tar
 from dist_tl.storage.layout import entry_key, shard_key
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import write_record
 
 
 class ShardConfig(StrictModel):
@@ -107,14 +108,12 @@ def commit_shard(
     *,
     seconds: float,
     attempt: int = 0,
-    repair: bool = False,
 ) -> ShardEntry:
     """Stores a packed shard, then its entry. Keeps an existing shard.
 
     Args:
         seconds: wall-clock time since the start of the order, for the entry.
         attempt: number of earlier attempts at this order, for the entry.
-        repair: rewrite the tar if its entry exists and matches.
 
     Returns:
         The committed entry, which may be another attempt's.
@@ -127,10 +126,7 @@ def commit_shard(
     started = time.monotonic()
     existing = read_entry(store, order.stage, order.index)
     if existing is not None:
-        _check_match(existing, packed)
-        if repair:
-            store.write(shard_key(order.stage, order.index), packed.data)
-        return existing
+        return _check_match(existing, packed)
     store.write(shard_key(order.stage, order.index), packed.data)
     entry = ShardEntry(
         index=order.index,
@@ -145,7 +141,7 @@ def commit_shard(
         attempt=attempt,
     )
     key = entry_key(order.stage, order.index)
-    if store.write(key, entry.model_dump_json().encode(), create_only=True):
+    if write_record(store, key, entry, create_only=True):
         return entry
     winner = read_entry(store, order.stage, order.index)
     if winner is None:
@@ -176,7 +172,6 @@ def write_shard(
     store: ObjectStore,
     *,
     attempt: int = 0,
-    repair: bool = False,
 ) -> ShardEntry:
     """Packs `samples` and commits them as the shard of `order`.
 
@@ -189,6 +184,4 @@ def write_shard(
     """
     started = time.monotonic()
     packed = pack_shard(order, samples)
-    return commit_shard(
-        packed, store, seconds=time.monotonic() - started, attempt=attempt, repair=repair
-    )
+    return commit_shard(packed, store, seconds=time.monotonic() - started, attempt=attempt)

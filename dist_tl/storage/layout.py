@@ -21,6 +21,8 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")
 _SHARD_OR_ENTRY = re.compile(r"(?:.*/)?(?:shards/(\d{6,})\.tar|entries/(\d{6,})\.json)")
 _STEP = re.compile(r"(?:.*/)?step-(\d{8,})(?:/.*)?")
 _ATTEMPT = re.compile(r"attempts/(\d{6,})-[0-9a-f]+\.json")
+_STAGE = re.compile(r"stages/[^/]+")
+_CHECKPOINT = re.compile(r"stages/[^/]+/checkpoints/step-\d{8,}")
 _RANK = re.compile(r"(?:.*/)?rank-(\d{5,})\.(?:safetensors|json)")
 
 
@@ -110,10 +112,19 @@ def rank_state_key(stage: str, step: int, rank: int, attempt: int = 0) -> str:
     return f"{_rank_key(stage, step, rank, attempt)}.json"
 
 
+def checkpoint_metrics_key(stage: str, step: int, attempt: int = 0) -> str:
+    """Returns the key of the metrics up to a checkpoint."""
+    return f"{_files_prefix(stage, step, attempt)}/metrics.jsonl"
+
+
 def _rank_key(stage: str, step: int, rank: int, attempt: int) -> str:
+    return f"{_files_prefix(stage, step, attempt)}/rank-{_check_count('rank', rank):05d}"
+
+
+def _files_prefix(stage: str, step: int, attempt: int) -> str:
     # Attempts of a run may overlap briefly: each writes its own files.
-    folder = f"attempt-{_check_count('attempt', attempt):06d}/" if attempt else ""
-    return f"{checkpoint_prefix(stage, step)}/{folder}rank-{_check_count('rank', rank):05d}"
+    folder = f"/attempt-{_check_count('attempt', attempt):06d}" if attempt else ""
+    return f"{checkpoint_prefix(stage, step)}{folder}"
 
 
 def attempt_key(number: int, token: str) -> str:
@@ -153,3 +164,18 @@ def parse_rank(key: str) -> int | None:
     """Returns the rank of a rank's checkpoint file, or None for any other key."""
     match = _RANK.fullmatch(key)
     return int(match[1]) if match else None
+
+
+def marker_of(key: str) -> str:
+    """Returns the key of the marker that commits an object: without it, the object is made again.
+
+    E.g. the entry of a shard, COMMIT of a checkpoint's file, the result of a stage's model.
+    """
+    if (index := parse_shard_index(key)) is not None:
+        return f"{key.rsplit('/', 2)[0]}/entries/{index:06d}.json"
+    if match := _CHECKPOINT.match(key):
+        return f"{match[0]}/COMMIT"
+    if match := _STAGE.match(key):
+        is_input = key.endswith(("/manifest.json", "/conditions.safetensors"))
+        return f"{match[0]}/{'manifest' if is_input else 'result'}.json"
+    return RESULTS if key in (GALLERY, REPORT) or key.startswith("models/") else key

@@ -1,13 +1,35 @@
-"""Files of a model, stored below a run or at any other path or URL."""
+"""Files of a model, stored below a run or at any other path or URL.
+
+A folder that dist_tl wrote has SHA256SUMS, as `sha256sum --check` reads it, with every other file.
+"""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 
-from dist_tl.errors import ConfigError
+from dist_tl.errors import ConfigError, DamagedError
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
 
 FILES = (layout.MODEL_TENSORS, layout.MODEL_CONFIG)
+SUMS = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-f]{64})  (\S+)")
+
+
+def write_model_files(store: ObjectStore, prefix: str, files: Mapping[str, bytes]) -> None:
+    """Writes the files of a model below `prefix`, and the digests of each folder after its files.
+
+    Args:
+        files: content by path below `prefix`.
+    """
+    sums: dict[str, str] = {}
+    for path, data in sorted(files.items()):
+        store.write(f"{prefix}/{path}", data)
+        folder, slash, name = path.rpartition("/")
+        line = f"{hashlib.sha256(data).hexdigest()}  {name}\n"
+        sums[f"{folder}{slash}{SUMS}"] = sums.get(f"{folder}{slash}{SUMS}", "") + line
+    for path in sorted(sums, reverse=True):  # that of the whole model last
+        store.write(f"{prefix}/{path}", sums[path].encode())
 
 
 def read_model_files(store: ObjectStore, location: str) -> dict[str, bytes]:
@@ -27,11 +49,38 @@ def read_named_files(store: ObjectStore, location: str, names: Sequence[str]) ->
 
     Raises:
         ConfigError: a file is missing.
+        DamagedError: a file is not the one that was written.
     """
     folder = _folder(store, location)
     contents = {name: folder.read_or_none(name) for name in names}
+    sums = folder.read_or_none(SUMS)
+    if sums is not None:
+        _verify(folder.url, _marker(location), sums, contents)
     _require(folder, [name for name, data in contents.items() if data is None])
     return {name: data for name, data in contents.items() if data is not None}
+
+
+def _marker(location: str) -> str:
+    is_in_run = location != "." and _is_key(location)
+    return layout.marker_of(f"{location}/{SUMS}") if is_in_run else ""
+
+
+def _verify(url: str, marker: str, sums: bytes, contents: Mapping[str, bytes | None]) -> None:
+    lines = sums.decode(errors="replace").splitlines()
+    matches = [_LINE.fullmatch(line) for line in lines]
+    digests = {match[2]: match[1] for match in matches if match is not None}
+    if len(digests) < len(lines) or not digests:
+        problem = f"{SUMS} is not a list of digests and file names"
+    else:
+        wrong = [name for name, data in contents.items() if _digest(data) != digests.get(name, "")]
+        problem = f"{', '.join(wrong)} differs from its digest in {SUMS}" if wrong else ""
+    if problem:
+        remedy = "start the same job again" if marker else "copy the folder again"
+        raise DamagedError(f"the model at {url} is damaged: {problem}; {remedy}", marker)
+
+
+def _digest(data: bytes | None) -> str | None:
+    return None if data is None else hashlib.sha256(data).hexdigest()
 
 
 def check_model_files(store: ObjectStore, location: str) -> None:

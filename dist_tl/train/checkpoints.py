@@ -1,8 +1,9 @@
 """Sharded checkpoints: every rank writes its own files; COMMIT is written last.
 
-A checkpoint is a folder with two files per rank (tensors, and the slices that they hold) and
-COMMIT, which lists every file with its digest. Without COMMIT a checkpoint does not exist:
-`restore` ignores it and the next `save` removes it.
+A checkpoint is a folder with two files per rank (tensors, and the slices that they hold), the
+metrics so far, and COMMIT, which lists every file with its digest. Without COMMIT a checkpoint does
+not exist: `restore` ignores it and the next `save` removes it. A damaged checkpoint is removed, and
+the one before is restored.
 
 Restoring at another world size is not supported and raises an error.
 """
@@ -13,21 +14,24 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
 from pydantic import Field
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from dist_tl.config import StrictModel, validate
-from dist_tl.errors import CheckpointError, CheckpointMismatchError
+from dist_tl.errors import CheckpointError, CheckpointMismatchError, ConfigError
 from dist_tl.storage import layout
 from dist_tl.storage.attempts import Attempt
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import unseal, write_record
 from dist_tl.train.engine import Engine
 
 FORMAT = 1
+Item = TypeVar("Item")
 logger = logging.getLogger(__name__)
 
 
@@ -74,6 +78,10 @@ class TrainState:
         return TrainState(self.step + 1, self.cursor + 1)
 
 
+class _Damage(Exception):
+    """A file of a checkpoint is not the one that COMMIT lists."""
+
+
 class Checkpoints:
     """The checkpoints of one stage on one rank. `save` and `restore` are collectives."""
 
@@ -92,36 +100,55 @@ class Checkpoints:
         self._attempt = attempt
         self._fingerprint, self._rank, self._world_size = fingerprint, rank, world_size
         self.seconds_blocked = 0.0
+        self.restored_metrics = b""
+        self.notes: list[str] = []  # damage that `restore` found
 
     def is_due(self, step: int) -> bool:
         """Whether to save a checkpoint after optimizer step `step`."""
         return self._config.every_steps > 0 and step % self._config.every_steps == 0
 
-    def save(self, engine: Engine, state: TrainState) -> None:
+    def save(self, engine: Engine, state: TrainState, metrics: bytes = b"") -> None:
         """Saves the engine and `state`; returns on every rank once the checkpoint is committed.
+
+        Args:
+            metrics: content of metrics.jsonl up to this step; of rank 0 only.
 
         Raises:
             StorageError: writing a file failed; nothing is committed.
             SupersededError: a later attempt owns the run; nothing is committed.
         """
         started = time.monotonic()
-        records = self._gather(self._write_own_files(engine, state.step))
+        records = self._gather(self._write_own_files(engine, state.step, metrics))
         if self._rank == 0:
             self._commit(state, records)
         dist.barrier()
         self.seconds_blocked += time.monotonic() - started
 
     def restore(self, engine: Engine) -> TrainState:
-        """Restores the latest committed checkpoint; returns a new state if there is none.
+        """Restores the latest undamaged checkpoint; returns a new state if there is none.
+
+        Also sets `restored_metrics` on rank 0. Damaged checkpoints are removed.
 
         Raises:
             CheckpointMismatchError: the stage, the world size or the sharding of the parameters
                 differs.
-            CheckpointError: a file is missing, altered, or of an unknown format.
         """
-        commit = self._latest()
-        if commit is None:
-            return TrainState()
+        while (commit := self._latest()) is not None:
+            self._check_matches(commit)
+            problem, tensors = "", None
+            try:
+                tensors = self._read_own_files(engine, commit)
+            except _Damage as damage:
+                problem = str(damage)
+            problems = [found for found in self._gather([problem]) if found]
+            if not problems:
+                assert tensors is not None, "this rank found no problem"
+                engine.load_local_state(tensors, num_updates=commit.step)
+                return TrainState(commit.step, commit.cursor)
+            self._drop(commit.step, problems[0])
+        return TrainState()
+
+    def _check_matches(self, commit: Commit) -> None:
         if commit.fingerprint != self._fingerprint:
             raise CheckpointMismatchError(
                 f"stage {self._stage}: another job made the checkpoint at step {commit.step} "
@@ -133,11 +160,30 @@ class Checkpoints:
                 f"{commit.world_size} workers, this job has {self._world_size}; "
                 f"resume with trainers.workers={commit.world_size}, or use another run name"
             )
-        self._check_slices(engine, commit)
-        key = layout.rank_tensors_key(self._stage, commit.step, self._rank, commit.attempt)
-        tensors = load_tensors(self._read(key, commit))
-        engine.load_local_state(tensors, num_updates=commit.step)
-        return TrainState(commit.step, commit.cursor)
+
+    def _read_own_files(self, engine: Engine, commit: Commit) -> dict[str, Tensor]:
+        key_parts = (self._stage, commit.step, self._rank, commit.attempt)
+        state = self._read(layout.rank_state_key(*key_parts), commit)
+        tensors = self._read(layout.rank_tensors_key(*key_parts), commit)
+        if json.loads(state)["slices"] != _slices(engine):
+            raise CheckpointMismatchError(
+                f"{layout.rank_state_key(*key_parts)}: the parameters are sharded differently in "
+                "this job; another version of the software made the checkpoint: use that version, "
+                "or another run name"
+            )
+        if self._rank == 0:
+            key = layout.checkpoint_metrics_key(self._stage, commit.step, commit.attempt)
+            self.restored_metrics = self._read(key, commit)
+        return load_tensors(tensors)
+
+    def _drop(self, step: int, problem: str) -> None:
+        """Removes a damaged checkpoint. Every rank waits until it is gone."""
+        note = f"stage {self._stage}: {problem}; the checkpoint at step {step} is removed"
+        logger.warning(note)
+        self.notes.append(note)
+        if self._rank == 0:
+            self._remove(step)
+        dist.barrier()
 
     def clear(self) -> None:
         """Removes all checkpoints, once the result of the stage is stored."""
@@ -145,14 +191,17 @@ class Checkpoints:
             for step in self._steps():
                 self._remove(step)
 
-    def _write_own_files(self, engine: Engine, step: int) -> list[FileRecord]:
+    def _write_own_files(self, engine: Engine, step: int, metrics: bytes) -> list[FileRecord]:
         tensors = save_tensors(engine.local_state())
         slices = json.dumps({"format": FORMAT, "slices": _slices(engine)}, sort_keys=True)
         key_parts = (self._stage, step, self._rank, self._number)
-        return [
-            self._write(layout.rank_tensors_key(*key_parts), tensors),
-            self._write(layout.rank_state_key(*key_parts), slices.encode()),
-        ]
+        files = {
+            layout.rank_tensors_key(*key_parts): tensors,
+            layout.rank_state_key(*key_parts): slices.encode(),
+        }
+        if self._rank == 0:
+            files[layout.checkpoint_metrics_key(self._stage, step, self._number)] = metrics
+        return [self._write(key, data) for key, data in files.items()]
 
     @property
     def _number(self) -> int:
@@ -162,10 +211,11 @@ class Checkpoints:
         self._store.write(key, data)
         return FileRecord(key=key, sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
 
-    def _gather(self, records: Sequence[FileRecord]) -> list[FileRecord]:
+    def _gather(self, own: Sequence[Item]) -> list[Item]:
+        """Returns the items of all ranks, in the order of the ranks."""
         gathered: list[Any] = [None] * self._world_size
-        dist.all_gather_object(gathered, list(records))
-        return [record for part in gathered for record in part]
+        dist.all_gather_object(gathered, list(own))
+        return [item for part in gathered for item in part]
 
     def _commit(self, state: TrainState, records: Sequence[FileRecord]) -> None:
         if self._attempt is not None:
@@ -178,9 +228,7 @@ class Checkpoints:
             fingerprint=self._fingerprint,
             files=tuple(records),
         )
-        self._store.write_json(
-            layout.commit_key(self._stage, state.step), commit.model_dump(mode="json")
-        )
+        write_record(self._store, self._commit_key(state.step), commit)
         logger.info("stage %s: checkpoint at step %d committed", self._stage, state.step)
         # Also removes uncommitted files of earlier attempts; files of later steps cannot exist yet.
         committed = [step for step in self._steps() if self._is_committed(step)]
@@ -191,34 +239,37 @@ class Checkpoints:
 
     def _latest(self) -> Commit | None:
         """Reads COMMIT on rank 0 only, so all ranks restore the same checkpoint or all raise."""
-        payload: list[Any] = [None, b""]
+        payload: list[Any] = [None, 0, b""]
         if self._rank == 0:
             steps = [step for step in self._steps() if self._is_committed(step)]
             if steps:
                 key = self._commit_key(steps[-1])
-                payload = [key, self._store.read(key)]
+                payload = [key, steps[-1], self._store.read(key)]
         dist.broadcast_object_list(payload, src=0)
-        key, data = payload
-        return None if key is None else _parse(key, data)
-
-    def _check_slices(self, engine: Engine, commit: Commit) -> None:
-        key = layout.rank_state_key(self._stage, commit.step, self._rank, commit.attempt)
-        if json.loads(self._read(key, commit))["slices"] != _slices(engine):
-            raise CheckpointMismatchError(
-                f"{key}: the parameters are sharded differently in this job; another version of "
-                "the software made the checkpoint: use that version, or another run name"
-            )
+        key, step, data = payload
+        if key is None:
+            return None
+        try:
+            fields = json.loads(unseal(data))
+        except ValueError as error:
+            self._drop(step, f"{key} is damaged: {error}")
+            return self._latest()
+        try:
+            return validate(Commit, fields, source=key)
+        except ConfigError as error:
+            raise CheckpointError(
+                f"{error}; another version of the software wrote it: use that version, or another "
+                "run name"
+            ) from None
 
     def _read(self, key: str, commit: Commit) -> bytes:
         """Reads a file of the checkpoint and verifies its digest."""
         digests = {record.key: record.sha256 for record in commit.files}
         data = self._store.read_or_none(key)
-        if data is None or hashlib.sha256(data).hexdigest() != digests.get(key):
-            problem = "is missing" if data is None else "is not the committed file"
-            folder = layout.checkpoint_prefix(self._stage, commit.step)
-            raise CheckpointError(
-                f"{key} {problem}; delete {folder} to resume from the previous checkpoint"
-            )
+        if data is None:
+            raise _Damage(f"{key} is missing")
+        if hashlib.sha256(data).hexdigest() != digests.get(key):
+            raise _Damage(f"{key} is not the committed file")
         return data
 
     def _steps(self) -> list[int]:
@@ -243,13 +294,3 @@ def _slices(engine: Engine) -> dict[str, Any]:
         f.name: {"shape": list(f.shape), "offset": f.offset, "length": f.master.numel()}
         for f in engine.fragments
     }
-
-
-def _parse(key: str, data: bytes) -> Commit:
-    try:
-        return validate(Commit, json.loads(data), source=key)
-    except ValueError as error:  # not JSON, or not a Commit
-        raise CheckpointError(
-            f"{key} is damaged or of another version: {error}; delete it to resume from the "
-            "previous checkpoint"
-        ) from None

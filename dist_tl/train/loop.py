@@ -47,7 +47,7 @@ def fit(
         record.add(state.step, parts, feed.seconds_starved)
         if checkpoints.is_due(state.step) and state.step < num_steps:
             record.settle(engine)
-            checkpoints.save(engine, state)
+            checkpoints.save(engine, state, record.stored())
     record.settle(engine)
     return state
 
@@ -138,6 +138,10 @@ class StepRecord:
                 f"stage {self._stage}: step {engine.num_updates} left weights that are NaN or "
                 "infinite; lower the learning rate"
             )
+
+    def stored(self) -> bytes:
+        """Returns the rows so far as JSON lines; nothing on ranks without a log."""
+        return b"" if self._metrics is None else self._metrics.text()
 
     def _log(self, row: "_Row", figures: dict[str, float]) -> None:
         if not math.isfinite(figures["loss"]):

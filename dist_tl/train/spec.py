@@ -1,7 +1,9 @@
 """The specification and the result of a training stage."""
 
+import hashlib
+import json
 from collections.abc import Iterable
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -11,6 +13,7 @@ from dist_tl.errors import CheckpointMismatchError
 from dist_tl.shards.order import ShardPlan
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import damaged, read_record
 from dist_tl.train.cached import CachedHub
 from dist_tl.train.checkpoints import CheckpointConfig
 from dist_tl.train.engine import EngineConfig, OptimizerConfig
@@ -91,6 +94,8 @@ class StageResult(StrictModel):
     seconds_starved: float = Field(description="Seconds spent waiting for shards on rank 0.")
     seconds_saving: float = Field(description="Seconds blocked by checkpoint saves on rank 0.")
     final_loss: float
+    metrics_sha256: str = Field(default="", description="SHA-256 of metrics.jsonl.")
+    notes: tuple[str, ...] = Field(default=(), description="Damage that was found and mended.")
     predictions: tuple[int, ...] = Field(
         default=(), description="Predicted class of each evaluated row, in order."
     )
@@ -111,11 +116,11 @@ def read_result(store: ObjectStore, spec: StageSpec) -> StageResult | None:
 
     Raises:
         CheckpointMismatchError: another specification made the result.
+        DamagedError: the result is not the one that was written.
     """
-    data = store.read_or_none(layout.result_key(spec.name))
-    if data is None:
+    result = _stored_result(store, spec.name)
+    if result is None:
         return None
-    result = StageResult.model_validate_json(data)
     if result.fingerprint != spec.fingerprint:
         raise CheckpointMismatchError(
             f"stage {spec.name} was done by another job ({result.fingerprint}, this one is "
@@ -126,9 +131,24 @@ def read_result(store: ObjectStore, spec: StageSpec) -> StageResult | None:
 
 def stored_results(store: ObjectStore, names: Iterable[str]) -> dict[str, StageResult]:
     """Returns the results of finished stages by name, for reports: fingerprints are not checked."""
-    stored = {name: store.read_or_none(layout.result_key(name)) for name in names}
-    return {
-        name: StageResult.model_validate_json(data)
-        for name, data in stored.items()
-        if data is not None
-    }
+    stored = {name: _stored_result(store, name) for name in names}
+    return {name: result for name, result in stored.items() if result is not None}
+
+
+def _stored_result(store: ObjectStore, name: str) -> StageResult | None:
+    remedy = "start the same job again, which trains the stage again"
+    return read_record(store, layout.result_key(name), StageResult, remedy=remedy)
+
+
+def read_metrics(store: ObjectStore, result: StageResult) -> list[dict[str, Any]]:
+    """Returns the metric rows of a finished stage.
+
+    Raises:
+        DamagedError: they are not the ones that were written.
+    """
+    key = layout.metrics_key(result.name)
+    data = store.read_or_none(key) or b""
+    if hashlib.sha256(data).hexdigest() != result.metrics_sha256:
+        remedy = "start the same job again, which trains the stage again"
+        raise damaged(key, "its SHA-256 is not the one in the stage's result", remedy=remedy)
+    return [json.loads(line) for line in data.splitlines()]

@@ -5,6 +5,7 @@ model, its metrics and, last, its result: a stage that has a result is finished.
 """
 
 import copy
+import hashlib
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from dist_tl.shards.order import ShardPlan
 from dist_tl.shards.stream import ShardStream
 from dist_tl.storage import layout
 from dist_tl.storage.attempts import Attempt
+from dist_tl.storage.model_files import write_model_files
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import write_record
 from dist_tl.telemetry import MetricsLog
 from dist_tl.train import objectives
 from dist_tl.train.cached import CachedHub
@@ -68,7 +71,7 @@ def run_stage(
     with ExitStack() as resources:
         stage = _build(spec, store, rank, world_size, attempt, resources)
         state = stage.checkpoints.restore(stage.engine)
-        record = _step_record(stage, state.step, log_every, on_progress)
+        record = _step_record(stage, log_every, on_progress)
         fit(
             stage.engine,
             _objective(spec, store, stage.engine.device),
@@ -241,24 +244,16 @@ def _teacher(
     return MeanTeacher(teachers, temperature)
 
 
-def _step_record(
-    stage: _Stage, resume_step: int, log_every: int, on_progress: OnProgress
-) -> StepRecord:
-    """Creates the record of the steps; rank 0 appends to the metrics of earlier attempts."""
-    key = layout.metrics_key(stage.spec.name)
-    stored = stage.store.read_or_none(key) or b""
+def _step_record(stage: _Stage, log_every: int, on_progress: OnProgress) -> StepRecord:
+    """Creates the record of the steps; rank 0 appends to the metrics of the checkpoint."""
+    key, restored = layout.metrics_key(stage.spec.name), stage.checkpoints.restored_metrics
 
     def write(data: bytes) -> None:
         stage.store.write(key, data)
 
-    metrics = None
-    if stage.rank == 0:
-        metrics = MetricsLog(write, existing=stored, resume_step=resume_step)
-    seconds_before = max(
-        (row["elapsed_s"] for row in read_rows(stored) if row["step"] <= resume_step), default=0.0
-    )
+    seconds_before = max((row["elapsed_s"] for row in read_rows(restored)), default=0.0)
     return StepRecord(
-        metrics,
+        MetricsLog(write, existing=restored) if stage.rank == 0 else None,
         stage=stage.spec.name,
         every=log_every,
         started=stage.started - seconds_before,
@@ -314,6 +309,8 @@ def _result(stage: _Stage, record: StepRecord, scores: _Scores) -> StageResult:
         seconds_starved=stage.feed.seconds_starved,
         seconds_saving=stage.checkpoints.seconds_blocked,
         final_loss=record.last_loss,
+        metrics_sha256=hashlib.sha256(record.stored()).hexdigest(),
+        notes=tuple(stage.checkpoints.notes),
         predictions=scores.predictions,
         correct=scores.correct,
         last_step_correct=scores.last_step_correct,
@@ -325,10 +322,9 @@ def _store(stage: _Stage, result: StageResult) -> None:
     if stage.rank == 0:
         if stage.attempt is not None:
             stage.attempt.check()
-        prefix = layout.stage_model_prefix(stage.spec.name)
-        for name, data in model_files(stage.replica.cpu()).items():
-            stage.store.write(f"{prefix}/{name}", data)
-        key = layout.result_key(stage.spec.name)
-        stage.store.write(key, result.model_dump_json().encode())
+        name = stage.spec.name
+        files = model_files(stage.replica.cpu())
+        write_model_files(stage.store, layout.stage_model_prefix(name), files)
+        write_record(stage.store, layout.result_key(name), result)
     dist.barrier()
     stage.checkpoints.clear()

@@ -3,8 +3,6 @@
 from collections.abc import Iterable
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from dist_tl.config import fingerprint
@@ -15,6 +13,7 @@ from dist_tl.jobs.workers import Workers
 from dist_tl.methods.geometry.pool import kept_rows
 from dist_tl.seeds import numpy_rng
 from dist_tl.shards.manifest import StageManifest, open_stage
+from dist_tl.storage.tensors import read_tensors, write_tensors
 
 
 class PoolLabels:
@@ -29,12 +28,12 @@ class PoolLabels:
     def features(self, name: str) -> Tensor:
         """Returns the (N, D) features of a data set."""
         keys = [task.inputs.key for task in self.plan.features(name)]
-        return torch.cat([load_tensors(self._store.read(key))["features"] for key in keys])
+        return torch.cat([read_tensors(self._store, key)["features"] for key in keys])
 
     def tuples(self, arm: str) -> Tensor:
         """Returns the (N, m) label tuples of the pool."""
         keys = [task.inputs.key for task in self.plan.labels()]
-        return torch.cat([load_tensors(self._store.read(key))[arm] for key in keys])
+        return torch.cat([read_tensors(self._store, key)[arm] for key in keys])
 
     def store(self, name: str, classes_N: Tensor) -> Labelling:
         """Stores the classes of all items that are not dropped.
@@ -49,7 +48,7 @@ class PoolLabels:
             num_classes=int(classes.max()) + 1,
             digest=fingerprint([rows.tolist(), classes.tolist()]),
         )
-        self._store.write(labelling.key, save_tensors({"rows": rows, "classes": classes}))
+        write_tensors(self._store, labelling.key, {"rows": rows, "classes": classes})
         return labelling
 
     def write_shards(self, phase: str, labellings: Iterable[Labelling]) -> None:

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from dist_tl.cluster.anchors import choose_anchors_on_ray
@@ -26,6 +24,7 @@ from dist_tl.methods.geometry.pairs import Pair
 from dist_tl.methods.geometry.pool import class_means, class_table
 from dist_tl.seeds import derive_seed, numpy_rng
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.tensors import read_tensors, write_tensors
 from dist_tl.train.spec import StageResult
 
 
@@ -86,7 +85,7 @@ def _store_anchors(plan: GeometricLabelsPlan, store: ObjectStore) -> int:
     job = plan.job
     if job.anchors.count is None:
         keys = [task.inputs.key for task in plan.features("anchors")]
-        points_MD = class_means([load_tensors(store.read(key)) for key in keys])
+        points_MD = class_means([read_tensors(store, key) for key in keys])
     else:
         chunks = [task.inputs for task in plan.features("pool")]
         proposals = choose_anchors_on_ray(
@@ -99,7 +98,7 @@ def _store_anchors(plan: GeometricLabelsPlan, store: ObjectStore) -> int:
         points_MD = torch.stack([proposal.point_D for proposal in proposals])
     if job.m > len(points_MD):
         raise ConfigError(f"m: {job.m} anchors a label, and there are {len(points_MD)}")
-    store.write(ANCHORS, save_tensors({"points": points_MD.contiguous()}))
+    write_tensors(store, ANCHORS, {"points": points_MD.contiguous()})
     return len(points_MD)
 
 

@@ -8,8 +8,6 @@ import time
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from dist_tl.config import StrictModel
 from dist_tl.jobs.geometric_labels.plan import (
@@ -27,6 +25,7 @@ from dist_tl.methods.geometry.pool import class_sums
 from dist_tl.shards.sample import PseudoSample
 from dist_tl.shards.writer import write_shard
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.tensors import read_tensors, write_tensors
 from dist_tl.train.models import load_classifier
 from dist_tl.train.rows import RowsSpec, load_rows
 
@@ -59,15 +58,15 @@ def compute_features(inputs: FeaturesInputs, store: ObjectStore) -> TaskOutput:
     features_ND = torch.cat(parts).float()
     labels_N = torch.from_numpy(rows.labels[inputs.first : inputs.last])
     sums = class_sums(features_ND, labels_N, rows.num_classes)
-    store.write(inputs.key, save_tensors({"features": features_ND.contiguous(), **sums}))
+    write_tensors(store, inputs.key, {"features": features_ND.contiguous(), **sums})
     return TaskOutput(seconds=time.monotonic() - began)
 
 
 def label_chunk(inputs: LabelsInputs, store: ObjectStore) -> LabelsOutput:
     """Stores the label tuples of a chunk for every arm that labels with anchors."""
     began, job = time.monotonic(), inputs.job
-    features_ND = load_tensors(store.read(inputs.features))["features"]
-    anchors = Anchors.of(load_tensors(store.read(ANCHORS))["points"])
+    features_ND = read_tensors(store, inputs.features)["features"]
+    anchors = Anchors.of(read_tensors(store, ANCHORS)["points"])
     tuples, degenerate = {}, {}
     for arm in job.g2l_arms:
         labels = label_items(features_ND, anchors, job.label_config(arm))
@@ -76,7 +75,7 @@ def label_chunk(inputs: LabelsInputs, store: ObjectStore) -> LabelsOutput:
     if "nearest_m" in job.arms:
         tuples["nearest_m"] = nearest_anchors(features_ND, anchors, job.m).contiguous()
         degenerate["nearest_m"] = 0
-    store.write(inputs.key, save_tensors(tuples))
+    write_tensors(store, inputs.key, tuples)
     return LabelsOutput(degenerate=degenerate, seconds=time.monotonic() - began)
 
 
@@ -85,7 +84,7 @@ def write_labelled_shards(inputs: ShardsInputs, store: ObjectStore) -> TaskOutpu
     began = time.monotonic()
     plan = GeometricLabelsPlan(inputs.job).shard_plan(inputs.labelling)
     images = load_rows(RowsSpec(data=inputs.job.pool)).images
-    labelling = load_tensors(store.read(inputs.labelling.key))
+    labelling = read_tensors(store, inputs.labelling.key)
     rows, classes = labelling["rows"].tolist(), labelling["classes"].tolist()
     for index in range(inputs.first, min(inputs.first + SHARDS_PER_TASK, plan.num_shards)):
         order = plan.order(index)

@@ -4,8 +4,6 @@ import time
 
 import torch
 from pydantic import Field
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from dist_tl.config import StrictModel
 from dist_tl.jobs.hub.plan import EvaluateInputs, FeaturesInputs, HubPlan, RowsInputs, TimeInputs
@@ -20,6 +18,7 @@ from dist_tl.shards.sample import PseudoSample
 from dist_tl.shards.writer import write_shard
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.tensors import read_tensors, write_tensors
 from dist_tl.train.hub_model import ExpertSource, load_hub
 from dist_tl.train.models import load_classifier
 from dist_tl.train.rows import load_rows
@@ -63,7 +62,7 @@ def compute_features(inputs: FeaturesInputs, store: ObjectStore) -> TaskOutput:
         name: in_batches(network.features, load_rows(rows).tensor()).float().contiguous()
         for name, rows in plan.cached_rows().items()
     }
-    store.write(_features_key(inputs.expert), save_tensors(tensors))
+    write_tensors(store, _features_key(inputs.expert), tensors)
     return TaskOutput(seconds=time.monotonic() - began)
 
 
@@ -72,9 +71,7 @@ def write_rows(inputs: RowsInputs, store: ObjectStore) -> TaskOutput:
     began = time.monotonic()
     plan = HubPlan(inputs.job, store)
     data, shards = load_rows(plan.cached_rows()[inputs.rows]), plan.shards(inputs.rows)
-    features = [
-        load_tensors(store.read(_features_key(source)))[inputs.rows] for source in plan.sources
-    ]
+    features = [read_tensors(store, _features_key(source))[inputs.rows] for source in plan.sources]
     rows_ND = torch.cat([data.tensor().flatten(1), *features], dim=1).numpy()
     for order in map(shards.order, range(shards.num_shards)):
         samples = (

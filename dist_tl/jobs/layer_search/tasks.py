@@ -9,8 +9,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from dist_tl.config import StrictModel
@@ -46,7 +44,9 @@ from dist_tl.models.layer_set import count_blocks
 from dist_tl.models.networks import Network, build_network, replace_head, with_layers
 from dist_tl.seeds import numpy_rng, torch_rng
 from dist_tl.storage import layout
+from dist_tl.storage.model_files import write_model_files
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.tensors import read_tensors, write_tensors
 from dist_tl.train.models import load_classifier, model_files
 from dist_tl.train.rows import RowsSpec, load_rows
 
@@ -112,7 +112,7 @@ def compute_features(inputs: FeaturesInputs, store: ObjectStore) -> FeaturesOutp
             )
         parts.append(layer_vectors(network.blocks(images), job.pooling))
     layers = [torch.cat(columns) for columns in zip(*parts, strict=True)]
-    store.write(inputs.key, save_tensors({f"{i:04d}": v for i, v in enumerate(layers)}))
+    write_tensors(store, inputs.key, {f"{i:04d}": v for i, v in enumerate(layers)})
     return FeaturesOutput(
         widths=tuple(phi_ND.shape[1] for phi_ND in layers),
         zeros=sum(map(num_zero_vectors, layers)),
@@ -125,7 +125,7 @@ def compute_features(inputs: FeaturesInputs, store: ObjectStore) -> FeaturesOutp
 def read_vectors(url: str, keys: tuple[str, ...]) -> tuple[Tensor, ...]:
     """Returns the (N, D) float64 unit vectors of every layer, from a store at `url`."""
     store = ObjectStore(url)
-    parts = [load_tensors(store.read(key)) for key in keys]
+    parts = [read_tensors(store, key) for key in keys]
     # Converted to float64 once, not in every episode.
     return tuple(torch.cat([part[name] for part in parts]).double() for name in sorted(parts[0]))
 
@@ -254,5 +254,4 @@ def export_selected(job: LayerSearchJob, store: ObjectStore) -> ExportOutput:
 
 
 def _save(network: Network, name: str, store: ObjectStore) -> None:
-    for file, data in model_files(network).items():
-        store.write(f"{layout.model_prefix(name, 0)}/{file}", data)
+    write_model_files(store, layout.model_prefix(name, 0), model_files(network))

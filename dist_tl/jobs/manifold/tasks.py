@@ -3,8 +3,6 @@
 import time
 from dataclasses import replace
 
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from dist_tl.config import StrictModel
@@ -31,6 +29,7 @@ from dist_tl.methods.hidden_manifold.sampling import draw_tasks, sample_chunk
 from dist_tl.methods.hidden_manifold.student import draw_student, train_student
 from dist_tl.seeds import torch_rng
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.tensors import read_tensors, write_tensors
 
 CENTRING_SAMPLES = 20_000
 
@@ -64,7 +63,7 @@ def train_source(inputs: CellInputs, store: ObjectStore) -> SourceOutput:
     student = draw_student(task.inputs, job.hidden, job.activation, rng=rng)
     rng = torch_rng(seed, "source order")
     student = train_student(student, chunk.x_ND, chunk.y_N, job.source_training, rng=rng)
-    store.write(inputs.weights_key, save_tensors({"weights": student.weights_KD.contiguous()}))
+    write_tensors(store, inputs.weights_key, {"weights": student.weights_KD.contiguous()})
     test = sample_chunk(task, min(job.test_samples, CHUNK), rng=torch_rng(seed, "source test"))
     error = student.error_rate(test.x_ND, test.y_N)
     return SourceOutput(error=error, seconds=time.monotonic() - began)
@@ -81,7 +80,7 @@ def sum_moments(inputs: MomentsInputs, store: ObjectStore) -> MomentsOutput:
         seed=inputs.seed,
         binned=job.mixture and inputs.cell.is_matched and job.activation != "relu",
     )
-    store.write(inputs.sums_keys[inputs.part], save_tensors(sums_to_tensors(plain, bins)))
+    write_tensors(store, inputs.sums_keys[inputs.part], sums_to_tensors(plain, bins))
     return MomentsOutput(seconds=time.monotonic() - began)
 
 
@@ -89,7 +88,7 @@ def measure_cell(inputs: CellInputs, store: ObjectStore) -> ErrorsOutput:
     """Measures transferred features in one cell: simulation, Gaussian theory, mixture theory."""
     began, job, experiment = time.monotonic(), inputs.job, _experiment(inputs)
     weights_KD = _source_weights(inputs, store)
-    plain, bins = sums_from_tensors([load_tensors(store.read(key)) for key in inputs.sums_keys])
+    plain, bins = sums_from_tensors([read_tensors(store, key) for key in inputs.sums_keys])
     centred = job.activation == "relu"
     mean_K = plain.sum_v_K / plain.count if centred else None
     features = FeatureMap(weights_KD, job.activation, mean_K)
@@ -134,4 +133,4 @@ def _experiment(inputs: CellInputs) -> Experiment:
 
 def _source_weights(inputs: CellInputs, store: ObjectStore) -> Tensor:
     """Returns the first layer W (K, D) of the trained source, float64."""
-    return load_tensors(store.read(inputs.weights_key))["weights"].double()
+    return read_tensors(store, inputs.weights_key)["weights"].double()

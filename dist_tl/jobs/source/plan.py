@@ -21,6 +21,7 @@ from dist_tl.shards.drawing import generator_fingerprint, open_generator
 from dist_tl.storage import layout
 from dist_tl.storage.model_files import files_fingerprint, read_model_files
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import read_record
 from dist_tl.train.models import NewGenerator, NewNetwork, load_classifier
 from dist_tl.train.objectives import DiffusionSpec, SupervisedSpec
 from dist_tl.train.rows import FoldSpec, RowsSpec, load_rows
@@ -80,8 +81,9 @@ def source_facts(source: SourceConfig | SourceAssets, store: ObjectStore, seed: 
     """
     if isinstance(source, SourceAssets):
         return _open_assets(store, source)
-    if (stored := store.read_or_none(layout.result_key(PHASE))) is not None:
-        return SourceFacts.model_validate_json(stored)
+    remedy = "start the same job again, which judges the source again"
+    if stored := read_record(store, layout.result_key(PHASE), SourceFacts, remedy=remedy):
+        return stored
     training = source_rows(source, seed, held_out=False)
     rows = load_rows(training)
     return SourceFacts(

@@ -5,8 +5,6 @@ from itertools import chain, islice
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from dist_tl.jobs.source.plan import PHASE, SourceFacts, SourcePlan, source_rows, source_stages
 from dist_tl.jobs.source.spec import SourceAssets, SourceConfig
@@ -20,6 +18,8 @@ from dist_tl.shards.sample import dequantise
 from dist_tl.storage import layout
 from dist_tl.storage.model_files import files_fingerprint, read_model_files
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import write_record
+from dist_tl.storage.tensors import read_tensors, write_tensors
 from dist_tl.train.models import load_classifier
 from dist_tl.train.rows import load_rows
 from dist_tl.train.spec import StageSpec
@@ -55,7 +55,7 @@ def trained_source(
         load_rows(source_rows(source, job.seed, held_out=side)).tensor() for side in (False, True)
     )
     moments, frechet_real = real_moments(classifier, training, held_out)
-    store.write(MOMENTS, save_tensors(moments._asdict()))
+    write_tensors(store, MOMENTS, moments._asdict())
     facts = facts.model_copy(
         update={
             "classifier_fingerprint": files_fingerprint(read_model_files(store, facts.classifier)),
@@ -65,20 +65,23 @@ def trained_source(
             "num_held_out": len(held_out),
         }
     )
-    store.write(layout.result_key(PHASE), facts.model_dump_json().encode())
+    write_record(store, layout.result_key(PHASE), facts)
     return facts
+
+
+def _real_moments(store: ObjectStore, facts: SourceFacts) -> Moments | None:
+    return None if facts.frechet_real is None else Moments(**read_tensors(store, MOMENTS))
 
 
 def judge_generator(store: ObjectStore, facts: SourceFacts, spec: GenerateSpec) -> GeneratorQuality:
     """Agreement and Frechet distance of the first samples of a stage that stores class labels."""
     shards = (read_shard(store, spec.name, index) for index in range(spec.plan().num_shards))
     samples = list(islice(chain.from_iterable(shards), JUDGED_SAMPLES))
-    stored = store.read_or_none(MOMENTS)
     share, distance = judge_samples(
         load_classifier(store, facts.classifier).eval(),
         dequantise(torch.from_numpy(np.stack([sample.image for sample in samples]))),
         torch.tensor([sample.label for sample in samples]),
-        real=None if stored is None else Moments(**load_tensors(stored)),
+        real=_real_moments(store, facts),
         num_held_out=facts.num_held_out,
     )
     return GeneratorQuality(
