@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from dist_tl.contents import without_places
 from dist_tl.errors import ConfigError
 
 
@@ -221,20 +222,33 @@ def _literals(model: type[BaseModel]) -> list[Any]:
 
 
 def fingerprint(value: StrictModel | Mapping[str, Any] | list[Any]) -> str:
-    """Returns 16 hexadecimal digits that change if anything in `value` changes."""
+    """Returns 16 hexadecimal digits that change if anything in `value` changes.
+
+    Of a pinned place, the content counts, not where it lies.
+    """
     plain = value.model_dump(mode="json") if isinstance(value, StrictModel) else value
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    text = without_places(json.dumps(plain, sort_keys=True, separators=(",", ":")))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Returns the dotted paths at which two plain mappings differ, sorted by key."""
+    """Returns the dotted paths at which two plain mappings differ, sorted by key.
+
+    Lists of one length are compared item by item.
+    """
     paths: list[str] = []
     for key in sorted(set(old) | set(new)):
         path = f"{prefix}{key}"
-        before, after = old.get(key), new.get(key)
+        before, after = _by_index(old.get(key), new.get(key))
         if isinstance(before, dict) and isinstance(after, dict):
             paths += differing_fields(before, after, f"{path}.")
         elif before != after:
             paths.append(path)
     return paths
+
+
+def _by_index(old: Any, new: Any) -> tuple[Any, Any]:
+    """Returns two lists of one length as mappings of their indices, other values unchanged."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return tuple({str(i): item for i, item in enumerate(items)} for items in (old, new))
+    return old, new

@@ -1,5 +1,6 @@
 """What holds for every test."""
 
+import gc
 import re
 import signal
 import sys
@@ -23,6 +24,19 @@ def pytest_xdist_make_scheduler(config, log):
             return "tests/cluster" if module.startswith("tests/cluster/") else module
 
     return ByModule(config, log)
+
+
+# One group per session, since DeepSpeed keeps handles to the first group.
+@pytest.fixture(scope="session")
+def alone():
+    """A process group of one rank in the test process."""
+    import torch.distributed as dist
+    from one_rank import join_on_cpu
+
+    join_on_cpu(0, 1)
+    yield
+    gc.unfreeze()
+    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -298,7 +298,7 @@ def test_a_model_and_its_plain_form_have_the_same_fingerprint():
 def test_differing_fields_returns_sorted_paths():
     old = {"a": 1, "b": {"c": 1, "d": [1, 2], "e": {"f": 0}}, "g": None}
     new = {"a": 1, "b": {"c": 2, "d": [1, 3], "e": {"f": 0}}, "h": 1}
-    assert differing_fields(old, new) == ["b.c", "b.d", "h"]
+    assert differing_fields(old, new) == ["b.c", "b.d.1", "h"]
     assert differing_fields(old, copy.deepcopy(old)) == []
 
 

@@ -128,14 +128,12 @@ def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> N
     from dist_tl.jobs.job_file import read_job
 
     spec = read_job(job, overrides or [])
-    from dist_tl.jobs.run import open_store, run_job
-    from dist_tl.report.collect import write_report
+    from dist_tl.jobs.run import run_job
+    from dist_tl.storage.layout import REPORT
 
     # Ray writes about lost workers to stdout, which belongs to the results alone.
     with TerminalProgress() as progress, redirect_stdout(sys.stderr):
         results = run_job(spec, progress)
-    with open_store(spec) as store:
-        report_key = write_report(store)
     if as_json:
         print(results.model_dump_json(indent=1))
         return
@@ -143,7 +141,7 @@ def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> N
     minutes, seconds = divmod(round(results.wall_seconds), 60)
     console.print(
         f"{minutes} min {seconds} s, peak memory {results.peak_memory_bytes / 2**30:.1f} GiB; "
-        f"report: {results.run}/{report_key}",
+        f"report: {results.run}/{REPORT}",
         highlight=False,
         markup=False,
     )

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, field_validator
 
+from dist_tl.contents import check_pin, relative_to, split_pin
 from dist_tl.datasets.decode import IMAGE_SUFFIXES, MAX_FILE_BYTES, decode_image
 from dist_tl.datasets.listing import UNLABELLED, Listing
 from dist_tl.datasets.selection import SourceConfig, require_local
@@ -25,6 +26,12 @@ class FolderConfig(SourceConfig):
 
     _local = field_validator("path")(require_local)
 
+    def named_files(self) -> dict[str, dict[str, Path]]:
+        """Returns the files that are read, relative name -> path, by the place that names them."""
+        root = _root(self)
+        folders = [root] if self.unlabelled else _class_folders(root)
+        return {self.path: relative_to(root, (f for one in folders for f in _images_below(one)))}
+
 
 def list_folder(config: FolderConfig) -> Listing:
     """Lists all images below the class folders, sorted by class name and path.
@@ -35,39 +42,35 @@ def list_folder(config: FolderConfig) -> Listing:
         ConfigError: the path is not a folder.
         DataError: the folder is empty, or has no sub-folders.
     """
-    root = Path(config.path).expanduser()
-    if config.unlabelled:
-        return _list_unlabelled(root)
-    classes = _class_folders(root)
-    files = [_images_below(folder) for folder in classes]
+    root = _root(config)
+    classes = [] if config.unlabelled else _class_folders(root)
+    files = [_images_below(folder) for folder in classes] or [_unlabelled_images(root)]
     paths = [path for in_class in files for path in in_class]
+    check_pin(config.path, relative_to(root, paths))
     return Listing(
         names=[str(path) for path in paths],
         labels=np.repeat(np.arange(len(files)), [len(in_class) for in_class in files]),
-        class_names=tuple(folder.name for folder in classes),
+        class_names=tuple(folder.name for folder in classes) or (UNLABELLED,),
         read=lambda i: _read(paths[i]),
     )
 
 
-def _list_unlabelled(root: Path) -> Listing:
+def _root(config: FolderConfig) -> Path:
+    root = Path(split_pin(config.path)[0]).expanduser()
     if not root.is_dir():
         existing = "a file" if root.exists() else "nothing"
         raise ConfigError(f"path: expected a folder at {root}, found {existing}")
+    return root
+
+
+def _unlabelled_images(root: Path) -> list[Path]:
     paths = _images_below(root)
     if not paths:
         raise DataError(f"{root} contains no images; expected {', '.join(IMAGE_SUFFIXES)} files")
-    return Listing(
-        names=[str(path) for path in paths],
-        labels=np.zeros(len(paths), dtype=np.int64),
-        class_names=(UNLABELLED,),
-        read=lambda i: _read(paths[i]),
-    )
+    return paths
 
 
 def _class_folders(root: Path) -> list[Path]:
-    if not root.is_dir():
-        existing = "a file" if root.exists() else "nothing"
-        raise ConfigError(f"path: expected a folder at {root}, found {existing}")
     entries = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
     if not entries:
         raise DataError(f"{root} is empty; expected one sub-folder of images per class")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from dist_tl.config import StrictModel
+from dist_tl.contents import split_pin
 from dist_tl.datasets.decode import as_array
 from dist_tl.datasets.digits import DigitsConfig, list_digits
 from dist_tl.datasets.domains import change_domain
@@ -67,6 +68,20 @@ def load_images(config: DataConfig, *, seed: int = 0) -> LabelledImages:
     if config.domain is not None:
         stacked = change_domain(stacked, config.domain, numbers=positions)
     return LabelledImages(stacked, chosen.labels, chosen.class_names)
+
+
+def selected_rows(config: DataConfig) -> frozenset[tuple[str, int]]:
+    """Returns (content of the source, position in it) of each image that a job keeps.
+
+    Two configurations of one source share an image if and only if they share a row, whatever they
+    do to its pixels. Of a pinned source, the content counts, not its path.
+    """
+    if isinstance(config, MixtureConfig):
+        return frozenset().union(*map(selected_rows, config.domains.values()))
+    places = config.named_files() if not isinstance(config, DigitsConfig) else [config.source]
+    source = " ".join(split_pin(place)[1] or place for place in places)
+    chosen = select(_list(config), config, seed=0)
+    return frozenset((source, position) for position in chosen.indices.tolist())
 
 
 def _mixture(config: MixtureConfig, seed: int) -> LabelledImages:

@@ -5,6 +5,7 @@ are decoded. Nothing is extracted to disk or unpickled.
 """
 
 import glob
+import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, field_validator
 
+from dist_tl.contents import check_pin, relative_to, split_pin
 from dist_tl.datasets.decode import IMAGE_SUFFIXES, MAX_FILE_BYTES, decode_image
 from dist_tl.datasets.listing import UNLABELLED, Listing
 from dist_tl.datasets.selection import SourceConfig, require_local
@@ -45,6 +47,14 @@ class WdsConfig(SourceConfig):
         for path in (value,) if isinstance(value, str) else value or ():
             require_local(path)
         return value
+
+    def named_files(self) -> dict[str, dict[str, Path]]:
+        """Returns the files that are read, name -> path, by the place that names them."""
+        files = {pattern: _matches(pattern) for pattern in _patterns(self)}
+        if self.classes_file is not None:
+            path = Path(split_pin(self.classes_file)[0]).expanduser()
+            files[self.classes_file] = {path.name: path}
+        return files
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,9 @@ def list_tars(config: WdsConfig) -> Listing:
         DataError: a file is not an uncompressed tar, a member has an unsafe name or is too large, a
             sample lacks its image or label, or a label is not a valid class index.
     """
-    patterns = (config.path,) if isinstance(config.path, str) else config.path
+    patterns = _patterns(config)
+    for place, files in config.named_files().items():
+        check_pin(place, files)
     if config.unlabelled:
         return _list_unlabelled(patterns)
     samples = [sample for tar in _tar_paths(patterns) for sample in _samples(tar)]
@@ -89,7 +101,7 @@ def list_tars(config: WdsConfig) -> Listing:
     if config.classes_file is None:
         class_names = tuple(str(label) for label in range(labels.max() + 1))
     else:
-        class_names = _class_names(Path(config.classes_file).expanduser())
+        class_names = _class_names(Path(split_pin(config.classes_file)[0]).expanduser())
     if labels.max() >= len(class_names):
         _, member = samples[int(labels.argmax())]
         raise DataError(
@@ -125,18 +137,27 @@ def _images(tar: Path) -> dict[str, _Member]:
     return images
 
 
-def _tar_paths(patterns: tuple[str, ...]) -> list[Path]:
-    paths: list[Path] = []
-    for pattern in patterns:
-        literal = Path(pattern).expanduser()
-        # An existing path is used literally, even if it contains a bracket.
-        matches = [literal] if literal.exists() else sorted(map(Path, glob.glob(str(literal))))
-        if not matches:
-            raise ConfigError(f"path: nothing matches {pattern}; expected a local tar or a pattern")
-        paths += matches
+def _patterns(config: WdsConfig) -> tuple[str, ...]:
+    return (config.path,) if isinstance(config.path, str) else config.path
+
+
+def _matches(place: str) -> dict[str, Path]:
+    """Returns the files that a path or a pattern names, sorted by path, by their names."""
+    pattern = split_pin(place)[0]
+    literal = Path(pattern).expanduser()
+    # An existing path is used literally, even if it contains a bracket.
+    paths = [literal] if literal.exists() else sorted(map(Path, glob.glob(str(literal))))
+    if not paths:
+        raise ConfigError(f"path: nothing matches {pattern}; expected a local file or a pattern")
     for path in paths:
         if path.is_dir():
             raise ConfigError(f"path: {path} is a folder; use its tars, e.g. {path}/*.tar")
+    return relative_to(Path(os.path.commonpath([path.parent for path in paths])), paths)
+
+
+def _tar_paths(patterns: tuple[str, ...]) -> list[Path]:
+    paths = [path for pattern in patterns for path in _matches(pattern).values()]
+    for path in paths:
         if paths.count(path) > 1:
             raise ConfigError(f"path: {path} is named twice; name each tar once")
     return paths

@@ -2,8 +2,14 @@
 
 from collections.abc import Mapping
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from dist_tl.storage import layout
+from dist_tl.storage.model_files import read_all_files, write_model_files
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.tensors import write_tensors
 from dist_tl.train.spec import StageResult
 
 CARD = """# {arm}, seed {seed}
@@ -33,9 +39,7 @@ def export_model(
     Args:
         facts: rows of the card, in addition to accuracy, stage and fingerprint.
     """
-    source, target = layout.stage_model_prefix(result.name), layout.model_prefix(arm, seed)
-    for key in store.list(source):
-        store.write(f"{target}{key.removeprefix(source)}", store.read(key))
+    files = read_all_files(store, layout.stage_model_prefix(result.name))
     correct, total = sum(result.correct), len(result.correct)
     rows = {
         "accuracy on the test split": f"{result.accuracy:.1%} ({correct} of {total})",
@@ -50,4 +54,13 @@ def export_model(
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         how=how_to_load,
     )
-    store.write(f"{target}/{layout.MODEL_CARD}", card.encode())
+    files[layout.MODEL_CARD] = card.encode()
+    write_model_files(store, layout.model_prefix(arm, seed), files)
+
+
+def export_gallery(
+    store: ObjectStore, arrays: Mapping[str, NDArray], metadata: Mapping[str, str]
+) -> None:
+    """Stores the images that the report shows; see `report/gallery.py` for the arrays."""
+    tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+    write_tensors(store, layout.GALLERY, tensors, metadata)

@@ -34,7 +34,7 @@ def models(job: JobConfig) -> dict[str, str]:
     return {
         path: value
         for path, field, value in _values(job)
-        if isinstance(value, str) and _names_model(field)
+        if isinstance(value, str) and names_model(field)
     }
 
 
@@ -62,7 +62,8 @@ def _below(path: str, field: FieldInfo, value: Any) -> Iterator[Entry]:
             yield from _below(f"{path}.{index}", field, item)
 
 
-def _names_model(field: FieldInfo) -> bool:
+def names_model(field: FieldInfo) -> bool:
+    """Whether a field names a stored model."""
     marks = [*field.metadata, *_annotations(field.annotation)]
     return any(isinstance(mark, NamesModel) for mark in marks)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from dist_tl.config import StrictModel
+from dist_tl.jobs.inputs import pin_inputs
 from dist_tl.jobs.kinds import KINDS
 from dist_tl.jobs.spec import JobConfig, TrainingJobConfig
 from dist_tl.models.networks import parameter_count
@@ -75,7 +76,8 @@ def plan_job(job: JobConfig) -> PlanTable:
         DataError: its data is damaged.
     """
     # An empty store: planning neither waits for a remote one nor depends on what it holds.
-    return KINDS[job.kind].plan(job, ObjectStore(NEW_RUN)).table()
+    store = ObjectStore(NEW_RUN)
+    return KINDS[job.kind].plan(pin_inputs(job, store), store).table()
 
 
 def plan_table(

@@ -1,20 +1,26 @@
 """Runs a job of any kind in its store: claim the folder, plan, run, export, store the results."""
 
-import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from dist_tl.cluster.session import set_variable
-from dist_tl.config import differing_fields, fingerprint
-from dist_tl.errors import ConfigError, StorageError
+from dist_tl.errors import ConfigError, DamagedError, StorageError
+from dist_tl.jobs.identity import check_same_job, claim, identity
+from dist_tl.jobs.inputs import pin_inputs
 from dist_tl.jobs.kinds import KINDS
-from dist_tl.jobs.spec import MAY_CHANGE, JobConfig
+from dist_tl.jobs.spec import JobConfig
 from dist_tl.jobs.versions import versions
 from dist_tl.jobs.workers import open_workers
-from dist_tl.report.results import AnyResults, RunRecord, read_results, results_of
+from dist_tl.report.collect import write_report
+from dist_tl.report.results import (
+    AnyResults,
+    RunRecord,
+    results_of,
+    stored_results,
+    write_results,
+)
 from dist_tl.storage import layout
 from dist_tl.storage.attempts import begin_attempt
 from dist_tl.storage.embedded import EmbeddedS3
@@ -25,38 +31,62 @@ from dist_tl.telemetry import Progress
 def run_job(job: JobConfig, progress: Progress) -> AnyResults:
     """Runs `job`, or resumes it; finished stages and tasks are not repeated.
 
+    Writes the report too. What is found damaged is made again, each object once.
+
     Raises:
         ConfigError: the job cannot work, or the run folder holds another job.
+        DataError: an input is damaged, or is not the one that the run began with.
+        DamagedError: what was made again is damaged again.
         DistTLError: the job failed; committed work is kept, and the same call resumes.
     """
-    began, kind = time.monotonic(), KINDS[job.kind]
+    healed: set[str] = set()
     with open_store(job) as store:
-        check_same_job(job, store)
-        if (stored := store.read_or_none(layout.RESULTS)) is not None:
-            progress.say("this run has finished; its results are shown again")
-            return read_results(stored)
-        plan = kind.plan(job, store)
-        _claim(job, store)
-        attempt = begin_attempt(store)
-        with open_workers(job, attempt, progress) as workers:
-            outcome = kind.run(plan, workers)
-            stages, memory = workers.records(), workers.session.peak_memory_bytes
-        attempt.check()
-        findings = kind.results(outcome)
-        kind.export(outcome, store)
-        record = RunRecord(
-            run=job.run,
-            kind=job.kind,
-            fingerprint=fingerprint(_identity(job.model_dump(mode="json"))),
-            stages=stages,
-            versions=versions(),
-            wall_seconds=time.monotonic() - began,
-            peak_memory_bytes=memory,
-        )
-        results = results_of(record, findings)
-        attempt.check()
-        store.write(layout.RESULTS, results.model_dump_json(indent=1).encode())
-        return results
+        while True:
+            try:
+                results = _run(job, store, progress)
+                write_report(store)
+                return results
+            except DamagedError as damage:
+                if not damage.marker or damage.marker in healed:
+                    raise
+                healed.add(damage.marker)
+                progress.say(f"{damage.args[0].partition(';')[0]}; it is made again")
+                # The marker first: what has no marker does not exist.
+                store.delete(damage.marker)
+                store.delete(layout.RESULTS)
+
+
+def _run(job: JobConfig, store: ObjectStore, progress: Progress) -> AnyResults:
+    began, kind = time.monotonic(), KINDS[job.kind]
+    job = pin_inputs(job, store)
+    check_same_job(job, store)
+    if (stored := stored_results(store)) is not None:
+        claim(job, store)
+        progress.say("this run has finished; its results are shown again")
+        return stored
+    plan = kind.plan(job, store)
+    claim(job, store)
+    attempt = begin_attempt(store, identity(job))
+    with open_workers(job, attempt, progress) as workers:
+        outcome = kind.run(plan, workers)
+        stages, memory = workers.records(), workers.session.peak_memory_bytes
+    attempt.check()
+    findings = kind.results(outcome)
+    kind.export(outcome, store)
+    record = RunRecord(
+        run=job.run,
+        kind=job.kind,
+        fingerprint=identity(job),
+        stages=stages,
+        versions=versions(),
+        wall_seconds=time.monotonic() - began,
+        peak_memory_bytes=memory,
+        gallery=store.exists(layout.GALLERY),
+    )
+    results = results_of(record, findings)
+    attempt.check()
+    write_results(store, results)
+    return results
 
 
 @contextmanager
@@ -86,36 +116,3 @@ def _writable(store: ObjectStore) -> ObjectStore:
     except StorageError as error:  # nothing has started: this is the job's fault, not the run's
         raise ConfigError(f"run: {error}") from None
     return store
-
-
-def _identity(job: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that change a job's results."""
-    return {key: value for key, value in job.items() if key not in (*MAY_CHANGE, "run")}
-
-
-def check_same_job(job: JobConfig, store: ObjectStore) -> None:
-    """Checks that the run folder holds no other job.
-
-    Raises:
-        ConfigError: it does; the message names the fields that differ.
-    """
-    stored = store.read_or_none(layout.JOB)
-    if stored is None:
-        return
-    before, now = json.loads(stored)["job"], job.model_dump(mode="json")
-    if differing := differing_fields(_identity(before), _identity(now)):
-        raise ConfigError(
-            f"{job.run} holds another job: {', '.join(differing)} differ; choose another "
-            f"run folder (run=...), or delete that one. May change between attempts: "
-            f"{', '.join(MAY_CHANGE)}"
-        )
-
-
-def _claim(job: JobConfig, store: ObjectStore) -> None:
-    if store.exists(layout.JOB):
-        return
-    plain = job.model_dump(mode="json")
-    store.write_json(
-        layout.JOB,
-        {"job": plain, "fingerprint": fingerprint(_identity(plain)), "versions": versions()},
-    )

@@ -200,6 +200,8 @@ class Workers:
     def _show_stage(
         self, name: str, spec: StageSpec, result: StageResult, done: int, total: int
     ) -> None:
+        for line in result.notes:
+            self.progress.say(line)
         self.progress.update(name, done, total, spec.name)
         note = f"{result.seconds:.1f} s"
         if result.correct:

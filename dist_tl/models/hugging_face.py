@@ -15,10 +15,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dist_tl.config import NamesModel
+from dist_tl.contents import split_pin
 from dist_tl.errors import ConfigError
 from dist_tl.models.inputs import ImageShape, InputAdapter, InputConfig
 from dist_tl.models.messages import check_name, join_names, one_line
-from dist_tl.models.pretrained import local_folder, saved_statistics
+from dist_tl.models.pretrained import local_folder, require_weights, saved_files, saved_statistics
 from dist_tl.models.taps import detach_head
 
 if TYPE_CHECKING:
@@ -68,6 +69,10 @@ class TransformersConfig(InputConfig):
             raise ValueError("config belongs to architecture; a path has its own config")
         return self
 
+    def named_files(self) -> dict[str, dict[str, Path]]:
+        """Returns the files that are read, name -> path, by the place that names them."""
+        return {} if self.path is None else {self.path: saved_files(local_folder(self.path))}
+
 
 class TransformersTrunk(nn.Module):
     """Maps images (N, C, H, W) in [-1, 1] to the inputs (N, D) of the classifier's head."""
@@ -103,7 +108,7 @@ def build_transformers(
             model = _new_model(config, num_classes, shape)
         missing: list[str] = []
     else:
-        name, folder = config.path, local_folder(config.path)
+        name, folder = split_pin(config.path)[0], require_weights(local_folder(config.path))
         with _readable_errors(name):
             model, missing = _saved_model(folder)
         config = config.model_copy(

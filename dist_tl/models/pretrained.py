@@ -4,9 +4,11 @@ Only JSON and safetensors files are downloaded from a hub: never a pickle, never
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_tl.contents import check_pin, relative_to, split_pin
 from dist_tl.errors import ConfigError
 from dist_tl.models.inputs import Normalise
 from dist_tl.models.messages import one_line
@@ -14,26 +16,50 @@ from dist_tl.models.messages import one_line
 _FILES = ("config.json", "*processor_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
-def local_folder(path: str) -> Path:
-    """Returns `path` if it is a folder, else a local copy of that hub repository.
+def local_folder(
+    place: str, *, patterns: Sequence[str] = _FILES, revision: str | None = None
+) -> Path:
+    """Returns the folder at `place`, or a local copy of the hub repository of that name.
+
+    Args:
+        patterns: the files that are read; only these are downloaded.
 
     Raises:
-        ConfigError: neither exists, or the folder has no safetensors file.
+        ConfigError: neither exists.
+        DataError: `place` is pinned to other contents.
     """
+    path = split_pin(place)[0]
     folder = Path(path).expanduser()
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(path, allow_patterns=list(_FILES)))
+            copy = snapshot_download(path, revision=revision, allow_patterns=list(patterns))
         except Exception as error:
             raise ConfigError(
                 f"{path} is neither a local folder nor a model that can be downloaded from the "
                 f"hub: {one_line(error)}"
             ) from error
+        folder = Path(copy)
+    check_pin(place, saved_files(folder))
+    return folder
+
+
+def saved_files(folder: Path) -> dict[str, Path]:
+    """Returns the JSON and safetensors files below a folder by their relative names."""
+    found = (path for suffix in ("json", "safetensors") for path in folder.rglob(f"*.{suffix}"))
+    return relative_to(folder, sorted(found))
+
+
+def require_weights(folder: Path) -> Path:
+    """Returns `folder` if it has a safetensors file.
+
+    Raises:
+        ConfigError: it has none.
+    """
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(
-            f"{path} has no *.safetensors file, and pickled weights are never loaded; save the "
+            f"{folder} has no *.safetensors file, and pickled weights are never loaded; save the "
             "model again with save_pretrained"
         )
     return folder

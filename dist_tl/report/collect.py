@@ -1,7 +1,6 @@
 """Builds the report of a run from the files in its store; the job file is not needed."""
 
 import json
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import load as load_arrays
@@ -9,11 +8,13 @@ from safetensors.numpy import load as load_arrays
 from dist_tl.errors import ConfigError
 from dist_tl.report.gallery import Gallery
 from dist_tl.report.page import build_page
-from dist_tl.report.results import AnyResults, StudyResults
-from dist_tl.report.results import read_results as parse_results
+from dist_tl.report.results import AnyResults, StudyResults, stored_results
 from dist_tl.report.study import build_study_page
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.tensors import read_sealed
+from dist_tl.train.spec import read_metrics
+from dist_tl.train.spec import stored_results as stored_stages
 
 
 def read_results(store: ObjectStore) -> AnyResults:
@@ -21,14 +22,15 @@ def read_results(store: ObjectStore) -> AnyResults:
 
     Raises:
         ConfigError: the store has no results: the run is not finished, or there is no run.
+        DamagedError: the results are not the ones that were written.
     """
-    data = store.read_or_none(layout.RESULTS)
-    if data is None:
+    results = stored_results(store)
+    if results is None:
         raise ConfigError(
             f"{store.url} contains no {layout.RESULTS}; start the job with `dist-tl run`, or wait "
             "until it has finished"
         )
-    return parse_results(data)
+    return results
 
 
 def write_report(store: ObjectStore) -> str:
@@ -36,31 +38,27 @@ def write_report(store: ObjectStore) -> str:
 
     Raises:
         ConfigError: the run has no results yet.
+        DamagedError: a file that the report shows is not the one that was written.
     """
     results = read_results(store)
     if isinstance(results, StudyResults):
         store.write(layout.REPORT, build_study_page(results).encode())
         return layout.REPORT
     trained = [stage.name for stage in results.stages if "steps" in stage.figures]
-    metrics = {name: _rows(store, name) for name in trained}
+    metrics = {
+        name: read_metrics(store, result) for name, result in stored_stages(store, trained).items()
+    }
     page = build_page(
         results,
         metrics={name: rows for name, rows in metrics.items() if rows},
-        gallery=_gallery(store),
+        gallery=_gallery(store) if results.gallery else None,
     )
     store.write(layout.REPORT, page.encode())
     return layout.REPORT
 
 
-def _rows(store: ObjectStore, stage: str) -> list[dict[str, Any]]:
-    data = store.read_or_none(layout.metrics_key(stage)) or b""
-    return [json.loads(line) for line in data.splitlines() if line.strip()]
-
-
-def _gallery(store: ObjectStore) -> Gallery | None:
-    data = store.read_or_none(layout.GALLERY)
-    if data is None:
-        return None
+def _gallery(store: ObjectStore) -> Gallery:
+    data = read_sealed(store, layout.GALLERY)
     arrays, names = load_arrays(data), _metadata(data)
     return Gallery(
         pseudo_images=arrays["pseudo_images"],

@@ -4,15 +4,17 @@ Intervals are two-sided 95 % Student t over seeds; differences between arms are 
 because two arms of one seed share their labels, their test split and their initial weights.
 """
 
-import json
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from scipy import stats
 
 from dist_tl.config import StrictModel
+from dist_tl.storage import layout
+from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import parse_record, write_record
 
 
 class Interval(StrictModel):
@@ -208,6 +210,14 @@ class Study(Findings):
     facts: tuple[tuple[str, str], ...] = Field(default=(), description="Figures by name.")
 
 
+class JobRecord(StrictModel):
+    """job.json: the resolved job of a run, with its inputs pinned to their contents."""
+
+    job: dict[str, Any]
+    fingerprint: str = Field(description="Of the fields that change the results.")
+    versions: dict[str, str]
+
+
 class RunRecord(StrictModel):
     """Which run produced the findings of a results.json, and what it cost."""
 
@@ -218,6 +228,7 @@ class RunRecord(StrictModel):
     versions: dict[str, str]
     wall_seconds: float
     peak_memory_bytes: int
+    gallery: bool = Field(default=False, description="Whether the run stored a gallery of images.")
 
 
 class ComparisonResults(RunRecord, Comparison):
@@ -237,14 +248,23 @@ def results_of(record: RunRecord, findings: Comparison | Study) -> AnyResults:
     return model(**dict(record), **dict(findings))
 
 
-def read_results(text: str | bytes) -> AnyResults:
-    """Parses the content of a results.json.
+def write_results(store: ObjectStore, results: AnyResults) -> None:
+    """Stores the results.json of a run."""
+    write_record(store, layout.RESULTS, results)
+
+
+def stored_results(store: ObjectStore) -> AnyResults | None:
+    """Returns the results of a run, or None if it is not finished.
 
     Raises:
-        ValueError: the content is neither a comparison nor a study.
+        DamagedError: they are not the results that were written.
     """
-    model = StudyResults if "verdict" in json.loads(text) else ComparisonResults
-    return model.model_validate_json(text)
+    data = store.read_or_none(layout.RESULTS)
+    if data is None:
+        return None
+    kind = StudyResults if b'"verdict":' in data else ComparisonResults
+    remedy = "`dist-tl run` with the same job makes it again from the finished stages"
+    return parse_record(data, layout.RESULTS, kind, remedy=remedy)
 
 
 def summarise(

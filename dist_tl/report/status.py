@@ -8,10 +8,12 @@ from pydantic import Field
 from dist_tl.cluster.scaling import Bounds, read_scale
 from dist_tl.config import StrictModel
 from dist_tl.errors import ConfigError
+from dist_tl.report.results import JobRecord, stored_results
 from dist_tl.shards.manifest import read_manifest
 from dist_tl.storage import layout
 from dist_tl.storage.attempts import latest_attempt, latest_record
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import damaged, read_record
 from dist_tl.train.loop import read_rows
 
 
@@ -44,6 +46,7 @@ def run_status(store: ObjectStore) -> RunStatus:
 
     Raises:
         ConfigError: the store contains no run.
+        DamagedError: a record of the run is not the one that was written.
     """
     job = _read_job(store)
     attempt = latest_record(store)
@@ -51,10 +54,10 @@ def run_status(store: ObjectStore) -> RunStatus:
     return RunStatus(
         run=store.url,
         kind=job["kind"],
-        state="done" if store.exists(layout.RESULTS) else "unfinished",
+        state="done" if stored_results(store) else "unfinished",
         attempts=latest_attempt(store),
-        last_started=attempt.get("started"),
-        last_host=attempt.get("host"),
+        last_started=attempt.started,
+        last_host=attempt.host if attempt.started else None,
         generators=scale.generators if scale else None,
         stages=tuple(_stages(store)),
     )
@@ -72,12 +75,14 @@ def check_has_generators(store: ObjectStore) -> None:
 
 
 def _read_job(store: ObjectStore) -> dict[str, Any]:
-    if not store.exists(layout.JOB):
+    remedy = "`dist-tl run` with the same job writes it again"
+    record = read_record(store, layout.JOB, JobRecord, remedy=remedy)
+    if record is None:
         raise ConfigError(
             f"{store.url} contains no run (no {layout.JOB}); check the URL, and that the job has "
             "started"
         )
-    return dict(store.read_json(layout.JOB)["job"])
+    return record.job
 
 
 def _stages(store: ObjectStore) -> list[StageStatus]:
@@ -100,13 +105,22 @@ def _stage(store: ObjectStore, stage: str, names: list[str]) -> StageStatus:
     if "result.json" in names:
         return StageStatus(stage=stage, state="done", progress="")
     if "metrics.jsonl" in names:
-        rows = read_rows(store.read_or_none(layout.metrics_key(stage)))
-        latest = f"step {rows[-1]['step']}, loss {rows[-1]['loss']:.3f}, " if rows else ""
+        latest = _latest_step(store, stage)
         commits = [name.split("/")[1] for name in names if name.endswith("/COMMIT")]
         saved = max((layout.parse_checkpoint_step(name) or 0 for name in commits), default=0)
         progress = f"{latest}checkpoint at step {saved}"
         return StageStatus(stage=stage, state="training", progress=progress)
     return StageStatus(stage=stage, state="begun", progress="")
+
+
+def _latest_step(store: ObjectStore, stage: str) -> str:
+    key = layout.metrics_key(stage)
+    try:
+        rows = read_rows(store.read_or_none(key))
+        return f"step {rows[-1]['step']}, loss {rows[-1]['loss']:.3f}, " if rows else ""
+    except (ValueError, LookupError, TypeError) as error:
+        remedy = "a running stage replaces it within seconds, a resumed one restores it"
+        raise damaged(key, repr(error), remedy=f"look again: {remedy}") from None
 
 
 def age(unix_time: float) -> str:

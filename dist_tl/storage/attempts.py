@@ -15,15 +15,27 @@ import os
 import secrets
 import socket
 import time
-from typing import Any
 
-from dist_tl.errors import StorageError, SupersededError
+from pydantic import Field
+
+from dist_tl.config import StrictModel
+from dist_tl.errors import DamagedError, StorageError, SupersededError
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import read_record, write_record
 
 CHECK_EVERY_S = 5.0
 # An ID that all retries of one RayJob share: none of them reclaims a run from a later submission.
 SUBMISSION = "DIST_TL_SUBMISSION"
+
+
+class AttemptRecord(StrictModel):
+    """When and where an attempt started. Empty if it cannot be read: the number is in its key."""
+
+    host: str = "another machine"
+    started: float | None = Field(default=None, description="Unix time, seconds.")
+    submission: str = ""
+    job: str = Field(default="", description="Fingerprint of the job and its inputs.")
 
 
 class Attempt:
@@ -49,11 +61,10 @@ class Attempt:
             return
         latest = latest_attempt(self.store)
         if latest > self.number:
-            record = latest_record(self.store)
             raise SupersededError(
-                f"attempt {latest} of this run was started on "
-                f"{record.get('host', 'another machine')} and supersedes attempt {self.number}, "
-                "which stops. Committed work is kept; the later attempt resumes from it"
+                f"attempt {latest} of this run was started on {latest_record(self.store).host} and "
+                f"supersedes attempt {self.number}, which stops. Committed work is kept; the later "
+                "attempt resumes from it"
             )
 
     def poll(self) -> None:
@@ -68,32 +79,36 @@ def latest_attempt(store: ObjectStore) -> int:
     return max(_numbers(store).values(), default=0)
 
 
-def latest_record(store: ObjectStore) -> dict[str, Any]:
-    """Returns the host and the start time of the latest attempt, or {} if there is no attempt."""
+def latest_record(store: ObjectStore) -> AttemptRecord:
+    """Returns the record of the latest attempt; an empty one if there is no attempt."""
     numbers = _numbers(store)
-    return store.read_json(max(numbers)) if numbers else {}
+    return _read(store, max(numbers)) if numbers else AttemptRecord()
 
 
-def begin_attempt(store: ObjectStore) -> Attempt:
+def begin_attempt(store: ObjectStore, job: str = "") -> Attempt:
     """Creates the next attempt, which owns the run from then on.
+
+    Args:
+        job: fingerprint of the job and its inputs.
 
     Raises:
         StorageError: the store rejects the request.
         SupersededError: this is a retry of a submission, and a later submission owns the run.
     """
     token = secrets.token_hex(8)
-    record = {
-        "host": socket.gethostname(),
-        "started": time.time(),
-        "submission": os.environ.get(SUBMISSION, ""),
-    }
+    record = AttemptRecord(
+        host=socket.gethostname(),
+        started=time.time(),
+        submission=os.environ.get(SUBMISSION, ""),
+        job=job,
+    )
     numbers = _numbers(store)
-    if record["submission"]:
-        _check_not_superseded(store, record["submission"], sorted(numbers))
+    if record.submission:
+        _check_not_superseded(store, record.submission, sorted(numbers))
     number = max(numbers.values(), default=0) + 1
     while True:
         key = layout.attempt_key(number, token)
-        store.write_json(key, record)
+        write_record(store, key, record)
         rivals = sorted(rival for rival, taken in _numbers(store).items() if taken == number)
         if rivals == [key]:
             return Attempt(store, number)
@@ -108,11 +123,18 @@ def _numbers(store: ObjectStore) -> dict[str, int]:
 
 
 def _check_not_superseded(store: ObjectStore, submission: str, keys: list[str]) -> None:
-    earlier = [store.read_json(key) for key in keys]
-    submissions = [attempt.get("submission", "") for attempt in earlier]
+    earlier = [_read(store, key) for key in keys]
+    submissions = [attempt.submission for attempt in earlier]
     if submission in submissions and submissions[-1] != submission:
         raise SupersededError(
             f"attempt {layout.parse_attempt(keys[-1])} of this run was started on "
-            f"{earlier[-1].get('host')} and "
-            "supersedes this submission, whose retries cannot succeed; delete this submission"
+            f"{earlier[-1].host} and supersedes this submission, whose retries cannot succeed; "
+            "delete this submission"
         )
+
+
+def _read(store: ObjectStore, key: str) -> AttemptRecord:
+    try:
+        return read_record(store, key, AttemptRecord, remedy="") or AttemptRecord()
+    except DamagedError:
+        return AttemptRecord()

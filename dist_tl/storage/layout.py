@@ -138,6 +138,11 @@ def parse_attempt(key: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def input_key(digest: str) -> str:
+    """Returns the key of the manifest of an input of the run."""
+    return f"inputs/{digest}.json"
+
+
 def commit_key(stage: str, step: int) -> str:
     """Returns the key of the marker that commits a checkpoint."""
     return f"{checkpoint_prefix(stage, step)}/COMMIT"

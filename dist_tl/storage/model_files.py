@@ -6,10 +6,14 @@ A folder that dist_tl wrote has SHA256SUMS, as `sha256sum --check` reads it, wit
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from dist_tl.errors import ConfigError, DamagedError
+from dist_tl.config import StrictModel
+from dist_tl.contents import Manifest, digest_of, manifest_of, split_pin
+from dist_tl.errors import ConfigError, DamagedError, DataError
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import read_record, write_record
 
 FILES = (layout.MODEL_TENSORS, layout.MODEL_CONFIG)
 SUMS = "SHA256SUMS"
@@ -49,15 +53,96 @@ def read_named_files(store: ObjectStore, location: str, names: Sequence[str]) ->
 
     Raises:
         ConfigError: a file is missing.
-        DamagedError: a file is not the one that was written.
+        DamagedError: a file of the run, or of a folder that dist_tl wrote, was altered.
+        DataError: a file of a pinned place has changed since the run started.
     """
-    folder = _folder(store, location)
+    place, digest = split_pin(location)
+    folder = _folder(store, place)
     contents = {name: folder.read_or_none(name) for name in names}
     sums = folder.read_or_none(SUMS)
     if sums is not None:
-        _verify(folder.url, _marker(location), sums, contents)
+        _verify(folder.url, _marker(place), sums, contents)
     _require(folder, [name for name, data in contents.items() if data is None])
-    return {name: data for name, data in contents.items() if data is not None}
+    found = {name: data for name, data in contents.items() if data is not None}
+    if digest:
+        _check_unchanged(store, location, found)
+    return found
+
+
+def read_all_files(store: ObjectStore, prefix: str) -> dict[str, bytes]:
+    """Returns all files of a model of the run by their path below `prefix`, without the digests.
+
+    Raises:
+        DamagedError: a file is not the one that was written.
+    """
+    folders: dict[str, list[str]] = {}
+    for key in store.list(prefix):
+        folder, _, name = key.rpartition("/")
+        if name != SUMS:
+            folders.setdefault(folder, []).append(name)
+    return {
+        f"{folder}/{name}".removeprefix(f"{prefix}/"): data
+        for folder, names in folders.items()
+        for name, data in read_named_files(store, folder, names).items()
+    }
+
+
+def _check_unchanged(store: ObjectStore, location: str, files: Mapping[str, bytes]) -> None:
+    place, digest = split_pin(location)
+    part = location.partition(digest)[2].lstrip("/")  # below the place that is pinned
+    manifest = read_manifest(store, digest)
+    for name, data in files.items():
+        path = f"{part}/{name}" if part else name
+        if manifest.get(path) != (len(data), hashlib.sha256(data).hexdigest()):
+            raise DataError(
+                f"{place}: {name} has changed since the run started; restore the file and start "
+                "the same job again, or start another run (run=...)"
+            )
+
+
+class InputManifest(StrictModel):
+    """Size and SHA-256 of the files of one input, by relative path."""
+
+    files: dict[str, tuple[int, str]]
+
+
+def write_manifest(store: ObjectStore, manifest: Manifest) -> None:
+    """Stores the manifest of an input in a run, under its digest."""
+    key = layout.input_key(digest_of(manifest))
+    if not store.exists(key):
+        write_record(store, key, InputManifest(files=manifest))
+
+
+def read_manifest(store: ObjectStore, digest: str) -> Manifest:
+    """Returns the manifest of an input of a run; empty if the run has no such input.
+
+    Raises:
+        DamagedError: it is not the one that was written.
+    """
+    key, remedy = layout.input_key(digest), "start the same job again, which writes it again"
+    record = read_record(store, key, InputManifest, remedy=remedy)
+    return record.files if record else {}
+
+
+def model_manifest(store: ObjectStore, location: str) -> Manifest:
+    """Returns the manifest of the JSON and safetensors files below a model's place.
+
+    Digests of a remote folder that dist_tl wrote are those in its SHA256SUMS: its files are not
+    read.
+    """
+    folder = _folder(store, split_pin(location)[0])
+    keys = [key for key in folder.list() if key.endswith((".json", ".safetensors"))]
+    if "://" not in folder.url:
+        return manifest_of({key: Path(folder.url) / key for key in keys})
+    sums = {key: _sums_beside(folder, key) for key in keys}
+    return {key: (folder.size(key), sums[key] or _digest(folder.read(key)) or "") for key in keys}
+
+
+def _sums_beside(folder: ObjectStore, key: str) -> str | None:
+    parent, slash, name = key.rpartition("/")
+    sums = folder.read_or_none(f"{parent}{slash}{SUMS}") or b""
+    matches = map(_LINE.fullmatch, sums.decode(errors="replace").splitlines())
+    return next((match[1] for match in matches if match is not None and match[2] == name), None)
 
 
 def _marker(location: str) -> str:
@@ -89,7 +174,7 @@ def check_model_files(store: ObjectStore, location: str) -> None:
     Raises:
         ConfigError: a file is missing.
     """
-    folder = _folder(store, location)
+    folder = _folder(store, split_pin(location)[0])
     _require(folder, [name for name in FILES if not folder.exists(name)])
 
 

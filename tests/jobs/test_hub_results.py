@@ -12,7 +12,7 @@ from dist_tl.jobs.hub.results import results
 from dist_tl.jobs.hub.run import HubOutcome
 from dist_tl.jobs.hub.spec import HubJob
 from dist_tl.jobs.hub.tasks import EvaluateOutput, TimeOutput
-from dist_tl.report.results import RunRecord, read_results, results_of
+from dist_tl.report.results import RunRecord, results_of, stored_results, write_results
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.rows import load_rows
@@ -240,7 +240,9 @@ def test_the_results_come_back_from_their_file(tmp_path):
         peak_memory_bytes=1 << 30,
     )
     found = results_of(record, results(outcome(tmp_path)))
-    assert read_results(found.model_dump_json()) == found
+    store = ObjectStore(tmp_path / "stored")
+    write_results(store, found)
+    assert stored_results(store) == found
 
 
 # Exports.

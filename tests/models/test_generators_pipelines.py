@@ -160,7 +160,7 @@ def test_a_low_precision_transformer_returns_float32_images(folders):
 
 
 def test_a_path_that_does_not_exist_is_rejected(tmp_path):
-    with pytest.raises(ConfigError, match="neither a local folder nor a pipeline"):
+    with pytest.raises(ConfigError, match="neither a local folder nor a model"):
         load(tmp_path / "nothing")
 
 

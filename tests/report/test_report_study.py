@@ -10,11 +10,13 @@ from dist_tl.report.results import (
     StageRecord,
     StudyResults,
     Table,
-    read_results,
+    stored_results,
+    write_results,
 )
 from dist_tl.report.study import build_study_page
 from dist_tl.report.summary import markdown_tables, tables, verdict
 from dist_tl.report.svg import NARROW, WIDE
+from dist_tl.storage.objects import ObjectStore
 
 LINE = Series(label="theory", x=(1, 10, 100), y=(0.3, 0.2, 0.1), band=((0.2, 0.4),) * 3)
 POINTS = Series(label="measured", x=(1, 10), y=(0.31, 0.2), half_width=(0.01, 0.0), style="points")
@@ -107,8 +109,10 @@ def test_a_heat_map_of_equal_cells_can_be_drawn():
     draw_heat_map(flat, width=WIDE).figure.canvas.draw()
 
 
-def test_results_survive_serialisation():
-    assert read_results(study().model_dump_json()) == study()
+def test_results_survive_serialisation(tmp_path):
+    store = ObjectStore(tmp_path)
+    write_results(store, study())
+    assert stored_results(store) == study()
 
 
 def test_terminal_and_markdown_show_the_same_tables():

@@ -1,11 +1,8 @@
 """Fixtures: one rank in the test process, and two ranks in processes that the session shares."""
 
-import gc
-
 import pytest
 import torch
-import torch.distributed as dist
-from rank_processes import TwoRanks, join_on_cpu
+from rank_processes import TwoRanks
 from small_hubs import store_experts
 
 from dist_tl.datasets.digits import DigitsConfig
@@ -26,16 +23,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-# One group per session, since DeepSpeed keeps handles to the first group.
-@pytest.fixture(scope="session")
-def alone():
-    """A process group of one rank in the test process."""
-    join_on_cpu(0, 1)
-    yield
-    gc.unfreeze()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -3,30 +3,14 @@
 Not in conftest.py, since several modules have that name, and a process imports functions by module.
 """
 
-import gc
-import os
 import traceback
-from unittest import mock
 
 import torch
 import torch.distributed as dist
+from one_rank import join_on_cpu
 from torch import multiprocessing
 
-from dist_tl.train.engine import join_group
-
 TIMEOUT_S = 120.0
-
-
-def join_on_cpu(rank, world_size, **fields):
-    """Joins a group and imports DeepSpeed, on the CPU even if there is a GPU, which ranks share."""
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    with mock.patch.object(torch.cuda, "is_available", return_value=False):
-        join_group(rank, world_size, **fields)
-    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):
-        import deepspeed  # noqa: F401
-    # ZeRO-3 collects garbage for every engine: half a second without the freeze.
-    gc.collect()
-    gc.freeze()
 
 
 def _serve(rank, rendezvous, calls, results):

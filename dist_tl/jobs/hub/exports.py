@@ -3,12 +3,10 @@
 import json
 
 import numpy as np
-from safetensors.numpy import save as save_arrays
 
 from dist_tl.datasets.images import LabelledImages
-from dist_tl.jobs.exports import export_model
+from dist_tl.jobs.exports import export_gallery, export_model
 from dist_tl.jobs.hub.run import HubOutcome
-from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.rows import load_rows
 
@@ -66,7 +64,7 @@ def _export_gallery(outcome: HubOutcome, store: ObjectStore) -> None:
         "target_images": rows.images[:0],
         "target_labels": rows.labels[:0],
     }
-    store.write(layout.GALLERY, save_arrays(arrays, metadata=metadata))
+    export_gallery(store, arrays, metadata)
 
 
 def _caption(rows: LabelledImages, index: int, predicted: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from dist_tl.config import StrictModel, fingerprint
+from dist_tl.datasets.spec import selected_rows
 from dist_tl.errors import ConfigError
 from dist_tl.jobs.plan import PlanTable, plan_table
 from dist_tl.jobs.source.spec import SourceAssets, SourceConfig, SourceJob
@@ -157,18 +158,24 @@ def source_stages(
 
 
 def forbid_source_data(stages: Iterable[StageSpec], source: SourceConfig | SourceAssets) -> None:
-    """Rejects stages that would read source data after the source phase.
+    """Rejects stages that would read an image of the source data after the source phase.
 
     Raises:
         ConfigError: naming the stage.
     """
     if isinstance(source, SourceAssets):
         return
-    forbidden = fingerprint(source.data)
+    forbidden = selected_rows(source.data)
+    shared: dict[str, bool] = {}
     for stage in stages:
-        reads = (stage.labelled, stage.unlabelled, stage.evaluate)
-        if any(fingerprint(rows.data) == forbidden for rows in reads if isinstance(rows, RowsSpec)):
-            raise ConfigError(
-                f"stage {stage.name} would read source data after the source phase; the target's "
-                "data must differ from the source's (another part, or other classes)"
-            )
+        for rows in (stage.labelled, stage.unlabelled, stage.evaluate):
+            if not isinstance(rows, RowsSpec):
+                continue
+            key = fingerprint(rows.data)
+            if key not in shared:
+                shared[key] = not forbidden.isdisjoint(selected_rows(rows.data))
+            if shared[key]:
+                raise ConfigError(
+                    f"stage {stage.name} would read source data after the source phase; the "
+                    "target's data must differ from the source's (another part, or other classes)"
+                )

@@ -46,9 +46,11 @@ def trained_source(
     Args:
         references: further stages that read source data, for reference arms.
     """
-    if isinstance(source, SourceAssets) or facts.classifier_accuracy is not None:
+    if isinstance(source, SourceAssets):
         return facts
     classifier_result, *_ = workers.train([*source_stages(job, source, facts), *references])
+    if facts.classifier_accuracy is not None:  # of an earlier attempt
+        return facts
     store = workers.store
     classifier = load_classifier(store, facts.classifier).eval()
     training, held_out = (

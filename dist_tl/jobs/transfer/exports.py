@@ -3,13 +3,11 @@
 import json
 
 import numpy as np
-from safetensors.numpy import save as save_arrays
 
-from dist_tl.jobs.exports import export_model
+from dist_tl.jobs.exports import export_gallery, export_model
 from dist_tl.jobs.transfer.plan import TransferPlan
 from dist_tl.jobs.transfer.run import TransferOutcome
 from dist_tl.shards.reader import read_shard
-from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.rows import load_rows
 
@@ -55,4 +53,4 @@ def _write_gallery(plan: TransferPlan, store: ObjectStore) -> None:
         "source_classes": json.dumps(plan.source.class_names),
         "target_classes": json.dumps(target.class_names),
     }
-    store.write(layout.GALLERY, save_arrays(arrays, metadata=names))
+    export_gallery(store, arrays, names)

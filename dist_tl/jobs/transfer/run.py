@@ -7,7 +7,6 @@ from torch import Tensor
 from dist_tl.cluster.generators import StageProgress
 from dist_tl.jobs.source.plan import SOURCE_STAGES
 from dist_tl.jobs.source.run import judge_generator, trained_source
-from dist_tl.jobs.stage_records import training_record
 from dist_tl.jobs.stages import repeat_seed
 from dist_tl.jobs.transfer.plan import Guard, TransferPlan
 from dist_tl.jobs.versions import versions
@@ -62,10 +61,7 @@ def run(plan: TransferPlan, workers: Workers) -> TransferOutcome:
     for spec in plan.generate_stages():
         open_generate_stage(store, spec, _conditions(plan, spec, store), created_by=versions())
         workers.generate(spec, batch_size=plan.read_batch_size(spec))
-    # An earlier attempt may have trained the stages that read source data.
     stages = stored_results(store, [*SOURCE_STAGES, *(spec.name for spec in references)])
-    for result in stages.values():
-        workers.record(training_record(result, "train"))
     guards = plan.guards()
     for repeat in plan.seeds:
         _train(workers, plan.repeat_stages(repeat), stages)

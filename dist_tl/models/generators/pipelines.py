@@ -28,6 +28,7 @@ from dist_tl.models.generators.protocol import (
 )
 from dist_tl.models.generators.sampling import draw_noise, guide, make_solver, solve
 from dist_tl.models.messages import one_line
+from dist_tl.models.pretrained import local_folder, saved_files
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -70,6 +71,18 @@ class PipelineConfig(StrictModel):
         default="float32",
         description="Precision of the transformer; images are decoded in float32.",
     )
+
+    def folder(self) -> Path:
+        """Returns the local folder of the pipeline, downloaded if necessary.
+
+        Raises:
+            ConfigError: there is neither a folder nor a hub model of that name.
+        """
+        return local_folder(self.path, patterns=_FILES, revision=self.revision)
+
+    def named_files(self) -> dict[str, dict[str, Path]]:
+        """Returns the files that are read, name -> path, by the place that names them."""
+        return {self.path: saved_files(self.folder())}
 
 
 class PipelineGenerator(nn.Module):
@@ -122,7 +135,7 @@ class PipelineGenerator(nn.Module):
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-        folder = _local_folder(config)
+        folder = config.folder()
         parts = _read_json(folder / "model_index.json")
         if _class_of(parts, "transformer") not in _DIT_CLASSES:
             raise ConfigError(
@@ -248,23 +261,6 @@ def _supported_schedule(saved: dict[str, Any]) -> dict[str, Any]:
 def _decoded_shape(latent_shape: tuple[int, ...], vae: "AutoencoderKL") -> tuple[int, int, int]:
     factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
     return (vae.config["out_channels"], latent_shape[1] * factor, latent_shape[2] * factor)
-
-
-def _local_folder(config: PipelineConfig) -> Path:
-    folder = Path(config.path).expanduser()
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(config.path, revision=config.revision, allow_patterns=list(_FILES))
-        )
-    except Exception as error:
-        raise ConfigError(
-            f"{config.path} is neither a local folder nor a pipeline that can be downloaded from "
-            f"the hub: {one_line(error)}"
-        ) from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
