@@ -24,7 +24,7 @@ from dist_tl.cluster.metrics import GeneratorMetrics, RestartMetrics
 from dist_tl.cluster.pending import PendingActors
 from dist_tl.cluster.roles import actor_options, start_actor
 from dist_tl.cluster.scaling import read_scale
-from dist_tl.errors import ConfigError, DistTLError, StorageError, WorkerError
+from dist_tl.errors import ConfigError, DamagedError, DistTLError, StorageError, WorkerError
 from dist_tl.shards.drawing import (
     GenerateSpec,
     draw_samples,
@@ -241,7 +241,7 @@ class GeneratorPool:
             self._kill_draining()
         try:
             scale = read_scale(self._store)
-        except (StorageError, ConfigError) as error:
+        except (StorageError, ConfigError, DamagedError) as error:
             logger.warning("the pool keeps its bounds: %s", error)
             return
         if scale is not None:

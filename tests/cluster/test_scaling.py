@@ -7,7 +7,7 @@ from dist_tl.cluster import generators
 from dist_tl.cluster.config import GeneratorsConfig
 from dist_tl.cluster.generators import DRAINING, GeneratorActor, GeneratorPool
 from dist_tl.cluster.scaling import Bounds, Scale, parse_sizes, read_scale, write_scale
-from dist_tl.errors import ConfigError
+from dist_tl.errors import ConfigError, DamagedError
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
 
@@ -43,7 +43,7 @@ def test_an_override_is_stored_and_a_damaged_one_is_a_named_error(store):
     write_scale(store, scale)
     assert read_scale(store) == scale
     store.write(layout.SCALE, b"{")
-    with pytest.raises(ConfigError, match=r"scale.json is damaged"):
+    with pytest.raises(DamagedError, match=r"scale.json is damaged"):
         read_scale(store)
 
 

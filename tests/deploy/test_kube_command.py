@@ -11,9 +11,11 @@ pytest.importorskip("kubernetes", reason="pip install 'dist_tl[kube]'")
 
 from dist_tl.cli import app as cli
 from dist_tl.deploy import kube as kube_module
+from dist_tl.report.results import JobRecord
 from dist_tl.storage import layout
 from dist_tl.storage.embedded import EmbeddedS3
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import write_record
 
 pytestmark = pytest.mark.s3
 PRESETS = Path(__file__).parents[2] / "launch" / "presets"
@@ -73,7 +75,9 @@ def submit(command, options):
 
 def begin(run):
     """Writes what a job stores as soon as it runs."""
-    ObjectStore(run).write_json(layout.JOB, {"job": {"kind": "transfer", "generators": {}}})
+    job = {"kind": "transfer", "generators": {}}
+    record = JobRecord(job=job, fingerprint="f", versions={})
+    write_record(ObjectStore(run), layout.JOB, record)
 
 
 def bounds(group):

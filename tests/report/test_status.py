@@ -6,19 +6,37 @@ import pytest
 
 from dist_tl.cluster.scaling import Bounds, Scale, write_scale
 from dist_tl.deploy.submissions import Submission, read_submission, write_submission
-from dist_tl.errors import ConfigError
+from dist_tl.errors import ConfigError, DamagedError
+from dist_tl.report.results import JobRecord, StudyResults, write_results
 from dist_tl.report.status import age, check_has_generators, run_status
 from dist_tl.shards.manifest import StageManifest, open_stage
 from dist_tl.shards.order import ShardPlan
 from dist_tl.storage import layout
 from dist_tl.storage.attempts import begin_attempt
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import write_record
+
+RESULTS = StudyResults(
+    run="r",
+    kind="source",
+    fingerprint="f",
+    stages=(),
+    versions={},
+    wall_seconds=1.0,
+    peak_memory_bytes=1,
+    findings=(),
+    verdict="none",
+)
+
+
+def write_job(store, job):
+    write_record(store, layout.JOB, JobRecord(job=job, fingerprint="f", versions={}))
 
 
 @pytest.fixture
 def store(tmp_path):
     store = ObjectStore(tmp_path / "run")
-    store.write_json(layout.JOB, {"job": {"kind": "transfer"}})
+    write_job(store, {"kind": "transfer"})
     return store
 
 
@@ -81,23 +99,23 @@ def test_status_reports_the_progress_of_each_stage(store):
         "done": ("done", ""),
     }
     shards(store, 4)
-    store.write(layout.RESULTS, b"{}")
+    write_results(store, RESULTS)
     assert stages(store)["pp-shards"] == ("done", "4 of 4 shards")
     assert run_status(store).state == "done"
 
 
 def test_a_source_job_is_done_once_it_has_results_like_any_other(store):
-    store.write_json(layout.JOB, {"job": {"kind": "source"}})
+    write_job(store, {"kind": "source"})
     store.write(layout.result_key("source"), b"{}")
     assert run_status(store).state == "unfinished"
-    store.write(layout.RESULTS, b"{}")
+    write_results(store, RESULTS)
     assert run_status(store).state == "done"
 
 
 def test_only_runs_with_generators_can_be_scaled(store):
     with pytest.raises(ConfigError, match="is of kind transfer and has no generators to scale"):
         check_has_generators(store)
-    store.write_json(layout.JOB, {"job": {"kind": "transfer", "generators": {}}})
+    write_job(store, {"kind": "transfer", "generators": {}})
     check_has_generators(store)
 
 
@@ -119,7 +137,7 @@ def test_the_submission_is_stored_without_secrets(store):
     assert read_submission(store) == submission
     assert b"token" not in store.read(layout.SUBMISSION)
     store.write(layout.SUBMISSION, b"[]")
-    with pytest.raises(ConfigError, match=r"submission.json is damaged"):
+    with pytest.raises(DamagedError, match=r"submission.json is damaged"):
         read_submission(store)
 
 
