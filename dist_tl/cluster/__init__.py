@@ -4,6 +4,9 @@ import os
 import secrets
 from pathlib import Path
 
+# Ray's own switch. Off, a cluster consists of one machine.
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
 
 def _has_token() -> bool:
     """Whether Ray finds a token in the environment or in the home folder."""
@@ -19,3 +22,5 @@ if not os.environ.get("RAY_ADDRESS"):
     else:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Otherwise Ray replaces 127.0.0.1 by the address of this machine and listens on all interfaces.
+    os.environ.setdefault(LOOPBACK, "0")

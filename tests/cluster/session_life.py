@@ -9,6 +9,7 @@ killed). Prints one line of JSON per cluster.
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -35,6 +36,8 @@ def describe(session):
     return {
         "folder": folder,
         "folder_mode": oct(os.stat(folder).st_mode & 0o777),
+        "watcher": session._watcher.pid,
+        "listening": listening([psutil.Process(), *children]),
         "processes": [[process.pid, process.create_time()] for process in children],
         "commands": [process.cmdline() for process in children],
         "cpus": ray.cluster_resources()["CPU"],
@@ -43,6 +46,16 @@ def describe(session):
         "runtime_env": str(ray.get_runtime_context().runtime_env),
         "files_with_secrets": [name for secret in secrets() for name in files_with(secret, folder)],
     }
+
+
+def listening(processes):
+    """Returns [address, command] of every port that others could connect to."""
+    return [
+        [connection.laddr.ip, " ".join(process.cmdline())[-80:]]
+        for process in processes
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN or connection.type == socket.SOCK_DGRAM
+    ]
 
 
 def secrets():

@@ -5,6 +5,7 @@ These clusters belong to separate programs and run next to the shared one.
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,12 +28,12 @@ PROGRAM = Path(__file__).with_name("session_life.py")
 
 
 def start(*endings):
+    """Starts the program as a user without a cluster and with strict warnings."""
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), *endings],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A user with strict warnings and without a cluster.
         env={
             **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
             "PYTHONWARNINGS": "error::DeprecationWarning",
@@ -71,7 +72,16 @@ def doomed(neighbour):
 
 
 @pytest.fixture(scope="module")
-def lives(doomed):
+def orphaned(doomed):
+    """Another one."""
+    program = start("wait")
+    yield program
+    program.kill()
+    program.communicate()
+
+
+@pytest.fixture(scope="module")
+def lives(doomed, orphaned):
     """Facts about two clusters that a program opened in sequence; both have ended."""
     program = start("raise", "lose")
     out, err = program.communicate(timeout=200)
@@ -98,6 +108,26 @@ def test_a_session_stops_with_its_driver_even_on_kill_9(doomed):
     doomed.kill()
     wait_until(lambda: still_running(facts) == [], timeout_s=15)
     wait_until(lambda: not Path(facts["folder"]).exists(), timeout_s=15)
+
+
+def test_what_a_killed_driver_and_its_killed_watcher_left_goes_with_the_next_session(orphaned):
+    facts = json.loads(orphaned.stdout.readline())
+    os.kill(facts["watcher"], signal.SIGKILL)
+    orphaned.kill()
+    orphaned.wait()
+    assert Path(facts["folder"]).exists(), "nobody is left to remove it"
+    next_one = start("raise")
+    out, err = next_one.communicate(timeout=200)
+    assert next_one.returncode == 0, err[-3000:]
+    assert still_running(facts) == []
+    assert not Path(facts["folder"]).exists()
+    assert not Path(json.loads(out)["folder"]).exists()
+
+
+def test_nothing_of_a_session_can_be_reached_from_other_machines(life):
+    addresses = {address.removeprefix("::ffff:") for address, _ in life["listening"]}
+    assert len(life["listening"]) > 5
+    assert addresses == {"127.0.0.1"}, life["listening"]
 
 
 def test_sessions_on_one_machine_do_not_see_each_other(life, ray_local):
