@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import ray
@@ -281,7 +280,7 @@ def test_retired_replicas_get_no_requests_while_the_load_changes(stored):
     assert torch.allclose(logits_of(predicted(store, plan)), local(hub).logits_BC, atol=1e-5)
 
 
-# Ray refuses a second node where it listens on loopback only, and would look for 127.0.0.1 elsewhere.
+# Where Ray listens on loopback it refuses a second node; where not, it replaces 127.0.0.1.
 RAY_ON_LOOPBACK = """
 from ray._private import ray_constants, services
 from ray.scripts.scripts import main

@@ -41,6 +41,13 @@ def start(*endings):
     )
 
 
+def described(program):
+    """Waits for the facts about the program's cluster."""
+    line = program.stdout.readline()
+    assert line, program.stderr.read()[-3000:]
+    return json.loads(line)
+
+
 def still_running(facts):
     commands = []
     for pid, created in facts["processes"]:
@@ -73,11 +80,14 @@ def doomed(neighbour):
 
 @pytest.fixture(scope="module")
 def orphaned(doomed):
-    """Another one."""
+    """Facts about a cluster whose driver and watcher were both killed."""
     program = start("wait")
-    yield program
+    facts = described(program)
+    os.kill(facts["watcher"], signal.SIGKILL)
     program.kill()
     program.communicate()
+    assert Path(facts["folder"]).exists(), "nobody is left to remove it"
+    return facts
 
 
 @pytest.fixture(scope="module")
@@ -102,26 +112,19 @@ def test_a_session_leaves_no_process_and_no_folder(lives, which):
     assert not Path(facts["folder"]).exists()
 
 
-def test_a_session_stops_with_its_driver_even_on_kill_9(doomed):
-    facts = json.loads(doomed.stdout.readline())
-    assert len(still_running(facts)) > 3
+def test_a_session_stops_with_its_driver_even_on_kill_9(doomed, lives):
+    facts = described(doomed)
+    assert len(still_running(facts)) > 3, "the sessions after it left it alone"
     doomed.kill()
     wait_until(lambda: still_running(facts) == [], timeout_s=15)
     wait_until(lambda: not Path(facts["folder"]).exists(), timeout_s=15)
 
 
-def test_what_a_killed_driver_and_its_killed_watcher_left_goes_with_the_next_session(orphaned):
-    facts = json.loads(orphaned.stdout.readline())
-    os.kill(facts["watcher"], signal.SIGKILL)
-    orphaned.kill()
-    orphaned.wait()
-    assert Path(facts["folder"]).exists(), "nobody is left to remove it"
-    next_one = start("raise")
-    out, err = next_one.communicate(timeout=200)
-    assert next_one.returncode == 0, err[-3000:]
-    assert still_running(facts) == []
-    assert not Path(facts["folder"]).exists()
-    assert not Path(json.loads(out)["folder"]).exists()
+def test_what_a_killed_driver_and_its_killed_watcher_left_goes_with_the_next_session(
+    orphaned, lives
+):
+    assert still_running(orphaned) == []
+    assert not Path(orphaned["folder"]).exists()
 
 
 def test_nothing_of_a_session_can_be_reached_from_other_machines(life):
