@@ -1,7 +1,8 @@
 """The Ray cluster of a job: the cluster at RAY_ADDRESS, or a private one on this machine.
 
 The private cluster is a child process with its own address and token, so several runs can share a
-machine. It stops with this process, even on kill -9, and does not receive the terminal's Ctrl-C.
+machine. It listens on loopback. It stops with this process, even on kill -9, and does not receive
+the terminal's Ctrl-C.
 """
 
 import ctypes
@@ -49,6 +50,8 @@ ENVIRONMENT = {
 
 # The single node of a private cluster has all roles; actors request a small amount of theirs.
 _ALL_ROLES = dict.fromkeys(get_args(Role), 1000)
+# Trainers on one machine need no other interface; the user's environment takes precedence.
+_ONE_MACHINE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 # Ray's own code raises warnings; with warnings as errors, Ray would not start.
 WARNINGS = {"PYTHONWARNINGS": "ignore::FutureWarning"}
 
@@ -174,6 +177,7 @@ class RaySession:
                 start_new_session=True,
                 preexec_fn=partial(_exit_with, os.getpid()),
                 env={
+                    **_ONE_MACHINE,
                     **os.environ,
                     **WARNINGS,
                     "RAY_ADDRESS": address,
