@@ -146,7 +146,7 @@ class RaySession:
             _stop(self._head)
             self._head = None
         if self._watcher is not None:
-            self._watcher.kill()
+            os.killpg(self._watcher.pid, signal.SIGKILL)  # with the command that it just runs
             self._watcher.wait()
             self._watcher = None
         if self._scratch is not None:

@@ -107,13 +107,13 @@ class RemoteFolder:
     def remedy(self, error: Exception) -> str:
         """Returns advice on how to fix an error of the store."""
         code = error_code(error)
+        if isinstance(error, ImportError):
+            return "install the package that fsspec needs for this kind of store"
         if self._protocol == embedded.PROTOCOL:
             return (
                 "the embedded S3 server of this run refuses or has stopped: start the same job "
                 "again to resume"
             )
-        if isinstance(error, ImportError):
-            return "install the package that fsspec needs for this kind of store"
         if self._protocol not in _S3:
             return "check the credentials, and that this machine can reach the store"
         if code == "NoSuchBucket":
@@ -196,6 +196,7 @@ def _raise_if_bucket_missing(error: FileNotFoundError) -> None:
 
 
 def _is_connection_error(error: Exception) -> bool:
+    # Imported lazily, as in `_make_filesystem`.
     from botocore.exceptions import ConnectionError as NoConnectionError
     from s3fs.core import S3_RETRYABLE_ERRORS
 
