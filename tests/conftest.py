@@ -58,5 +58,24 @@ def command(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture(scope="session")
+def s3_environment():
+    """A running embedded server as any S3 store: its AWS_* variables, the URL of its bucket."""
+    from dist_tl.storage import embedded
+
+    def describe(server):
+        ours = server.environment()
+        variables = {
+            "AWS_ENDPOINT_URL": ours[embedded.ENDPOINT],
+            "AWS_ACCESS_KEY_ID": ours[embedded.ACCESS_KEY],
+            "AWS_SECRET_ACCESS_KEY": ours[embedded.SECRET],
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        return variables, f"s3://{embedded.BUCKET}"
+
+    return describe
+
+
 def _plain(text):
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)

@@ -10,6 +10,7 @@ import yaml
 
 import dist_tl.jobs.run
 from dist_tl.cli import app as cli
+from dist_tl.cli import doctor
 from dist_tl.errors import ConfigError, DataError, StorageError
 
 TRAINING = {"steps": 4, "batch_size": 8}
@@ -199,6 +200,26 @@ def test_the_doctor_is_readable_by_programs(command):
     assert {"machine", "torch", "ray", "deepspeed", "embedded S3"} <= set(checks)
     failed = [name for name, check in checks.items() if check["state"] == "fails"]
     assert code == (cli.FAILED if failed else 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "state", "lesson"),
+    [("0", "ok", "127.0.0.1 and with a token"), ("1", "note", "listens on all interfaces")],
+)
+def test_the_doctor_says_who_can_reach_a_private_cluster(monkeypatch, value, state, lesson):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", value)
+    check = doctor._ray_address()
+    assert (check.name, check.state) == ("Ray cluster", state)
+    assert lesson in check.finding
+
+
+def test_the_doctor_names_a_setting_that_makes_the_store_fail(command, monkeypatch):
+    monkeypatch.setenv("AWS_PROFILE", "no-such-profile")
+    _, out, _ = command("doctor", "--json", "--store", "s3://bucket/run")
+    [check] = [check for check in json.loads(out) if check["name"] == "store"]
+    assert check["state"] == "fails"
+    assert "AWS_PROFILE is 'no-such-profile'" in check["finding"]
 
 
 def test_the_doctor_says_why_a_store_refuses(command, tmp_path):

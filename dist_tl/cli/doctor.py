@@ -10,6 +10,7 @@ from typing import Literal
 import psutil
 import torch
 
+from dist_tl.cluster import SEVERAL_MACHINES, is_on_loopback
 from dist_tl.config import StrictModel
 from dist_tl.errors import DistTLError
 from dist_tl.jobs.versions import PACKAGES, versions
@@ -96,12 +97,23 @@ def _ray_address() -> Check:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         return Check(name="Ray cluster", state="note", finding=f"RAY_ADDRESS names {address}")
-    return Check(name="Ray cluster", state="ok", finding="a private one is started for each run")
+    if not is_on_loopback():
+        finding = (
+            f"a private one is started for each run; as {SEVERAL_MACHINES} is "
+            f"{os.environ.get(SEVERAL_MACHINES)!r}, it listens on all interfaces and only its "
+            "token protects it: unset the variable"
+        )
+        return Check(name="Ray cluster", state="note", finding=finding)
+    finding = (
+        "a private one is started for each run, on 127.0.0.1 and with a token; other machines can "
+        "reach one port while trainers run, the rendezvous of torch.distributed (see README.md)"
+    )
+    return Check(name="Ray cluster", state="ok", finding=finding)
 
 
 def _embedded() -> str:
     with tempfile.TemporaryDirectory() as folder, EmbeddedS3(folder) as server:
-        # The doctor's own process speaks S3 for a moment; nothing is started that inherits this.
+        # This process uses the server for a moment; nothing is started that inherits this.
         before = dict(os.environ)
         os.environ.update(server.environment())
         try:

@@ -4,11 +4,20 @@ import os
 import secrets
 from pathlib import Path
 
+# Ray's own switch of clusters of several machines, read on every platform. Where it is on, Ray
+# replaces 127.0.0.1 by the address of this machine and listens on all interfaces.
+SEVERAL_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
 
 def _has_token() -> bool:
     """Whether Ray finds a token in the environment or in the home folder."""
     in_environment = any(os.environ.get(key) for key in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     return in_environment or Path("~/.ray/auth_token").expanduser().is_file()
+
+
+def is_on_loopback() -> bool:
+    """Whether other machines cannot connect to a private cluster."""
+    return os.environ.get(SEVERAL_MACHINES, "").lower() not in {"1", "true", ""}
 
 
 if not os.environ.get("RAY_ADDRESS"):
@@ -19,3 +28,4 @@ if not os.environ.get("RAY_ADDRESS"):
     else:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.setdefault(SEVERAL_MACHINES, "0")

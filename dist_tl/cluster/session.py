@@ -1,7 +1,8 @@
 """The Ray cluster of a job: the cluster at RAY_ADDRESS, or a private one on this machine.
 
 The private cluster is a child process with its own address and token, so several runs can share a
-machine. It stops with this process, even on kill -9, and does not receive the terminal's Ctrl-C.
+machine. It listens on loopback. It stops with this process, even on kill -9, and does not receive
+the terminal's Ctrl-C.
 """
 
 import ctypes
@@ -9,12 +10,10 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -30,10 +29,13 @@ import ray
 from dist_tl.cluster.config import SessionConfig
 from dist_tl.cluster.roles import Role
 from dist_tl.errors import ConfigError, WorkerError
+from dist_tl.storage.scratch import ScratchFolder, remove_stale
 
 logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0
 CONNECT_TIMEOUT_S = 10.0
+# Marks the processes of a private cluster by its folder.
+SESSION_FOLDER = "DIST_TL_SESSION_FOLDER"
 # Defaults of this process and Ray's processes; the user's environment takes precedence.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -48,6 +50,8 @@ ENVIRONMENT = {
 
 # The single node of a private cluster has all roles; actors request a small amount of theirs.
 _ALL_ROLES = dict.fromkeys(get_args(Role), 1000)
+# Trainers on one machine need no other interface; the user's environment takes precedence.
+_ONE_MACHINE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 # Ray's own code raises warnings; with warnings as errors, Ray would not start.
 WARNINGS = {"PYTHONWARNINGS": "ignore::FutureWarning"}
 
@@ -67,7 +71,7 @@ class RaySession:
         self._config, self._watch = config, watch
         self._head: subprocess.Popen[bytes] | None = None
         self._watcher: subprocess.Popen[bytes] | None = None
-        self._folder: Path | None = None
+        self._scratch: ScratchFolder | None = None
         self._environment_before: dict[str, str | None] = {}
         self._is_connected = False
         self._memory = _MemoryMonitor()
@@ -142,12 +146,12 @@ class RaySession:
             _stop(self._head)
             self._head = None
         if self._watcher is not None:
-            self._watcher.kill()
+            os.killpg(self._watcher.pid, signal.SIGKILL)  # with the command that it just runs
             self._watcher.wait()
             self._watcher = None
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        if self._scratch is not None:
+            self._scratch.remove()
+            self._scratch = None
         for key, value in self._environment_before.items():
             set_variable(key, value)
         self._environment_before.clear()
@@ -160,7 +164,8 @@ class RaySession:
     def _start_head(self) -> str:
         # Ray creates sockets below this folder, and their paths are limited to 107 bytes. Ray opens
         # its own folder to all users; this private parent folder keeps them out.
-        self._folder = Path(tempfile.mkdtemp(prefix="dtl-", dir="/tmp"))
+        remove_stale("dtl-", parent="/tmp", before=_kill_processes_of)
+        self._scratch = ScratchFolder("dtl-", parent="/tmp")
         port = _free_port()
         address = f"127.0.0.1:{port}"
         with (self._folder / "head.log").open("wb") as log:
@@ -171,15 +176,25 @@ class RaySession:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 preexec_fn=partial(_exit_with, os.getpid()),
-                env={**os.environ, **WARNINGS, "RAY_ADDRESS": address},
+                env={
+                    **_ONE_MACHINE,
+                    **os.environ,
+                    **WARNINGS,
+                    "RAY_ADDRESS": address,
+                    SESSION_FOLDER: str(self._folder),
+                },
             )
         self._watcher = _start_watcher(self._head.pid, self._folder)
         self._wait_until_ready(port)
         return address
 
+    @property
+    def _folder(self) -> Path:
+        assert self._scratch is not None, "the folder is created before the head starts"
+        return self._scratch.path
+
     def _wait_until_ready(self, port: int) -> None:
         assert self._head is not None
-        assert self._folder is not None
         deadline = time.monotonic() + START_TIMEOUT_S
         ready = self._folder / "ray" / "session_latest"
         while time.monotonic() < deadline:
@@ -191,7 +206,6 @@ class RaySession:
         raise WorkerError(f"Ray did not start on this machine; end of its log:\n{self._log_tail()}")
 
     def _log_tail(self) -> str:
-        assert self._folder is not None, "the folder is created before the head starts"
         return (self._folder / "head.log").read_text(errors="replace")[-1500:]
 
 
@@ -296,13 +310,31 @@ def _stop(head: subprocess.Popen[bytes]) -> None:
         head.kill()
         head.wait()
     # Children of a killed head lose their parent, but stay in its session.
-    children = [process for process in psutil.process_iter() if _session_of(process) == head.pid]
-    for process in children:
+    _kill([process for process in psutil.process_iter() if _session_of(process) == head.pid])
+
+
+def _kill_processes_of(folder: Path) -> None:
+    """Kills what is left of a private cluster whose driver and watcher were killed."""
+    marked = {_session_of(p) for p in psutil.process_iter() if _folder_of(p) == str(folder)}
+    # Ray's workers overwrite the mark with their title, but are in the session of the others.
+    _kill([p for p in psutil.process_iter() if _session_of(p) in marked - {None, os.getsid(0)}])
+
+
+def _folder_of(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(SESSION_FOLDER)
+    except (psutil.Error, OSError):
+        return None
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    """Kills processes; returns once they have exited."""
+    for process in processes:
         with suppress(psutil.Error):
             process.kill()
     # Without an init process that reaps orphans they stay zombies, which count as dead.
     deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and not all(map(_is_dead, children)):
+    while time.monotonic() < deadline and not all(map(_is_dead, processes)):
         time.sleep(0.05)
 
 

@@ -20,7 +20,8 @@ from dist_tl.report.results import StageRecord
 from dist_tl.shards.drawing import GenerateSpec
 from dist_tl.storage.attempts import Attempt
 from dist_tl.telemetry import Progress
-from dist_tl.train.spec import StageResult, StageSpec, read_result
+from dist_tl.train.spec import StageResult, StageSpec
+from dist_tl.train.stage import finished_result
 
 Inputs = TypeVar("Inputs", bound=StrictModel)
 Output = TypeVar("Output", bound=StrictModel)
@@ -78,7 +79,7 @@ class Workers:
             WorkerError: workers died more often than they may be restarted.
         """
         assert self._trainers is not None, "only jobs with `trainers` train on the group"
-        stored = [read_result(self.store, spec) for spec in specs]
+        stored = [finished_result(self.store, spec) for spec in specs]
         tickets = [
             self._trainers.post(spec) if result is None else None
             for spec, result in zip(specs, stored, strict=True)

@@ -18,15 +18,24 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
 
 from dist_tl.errors import StorageError
+from dist_tl.storage.scratch import ScratchFolder, remove_stale
 
-_BUCKET = "run"
+PROTOCOL = "embedded"
+# Read by `s3.py` in this process and in Ray's workers, which inherit it. Not AWS_*, which may
+# describe another store that the same run reads from.
+ENDPOINT = "DIST_TL_EMBEDDED_ENDPOINT"
+ACCESS_KEY = "DIST_TL_EMBEDDED_ACCESS_KEY"
+SECRET = "DIST_TL_EMBEDDED_SECRET"
+VARIABLES = (ENDPOINT, ACCESS_KEY, SECRET)
+
+BUCKET = "run"
+_SCRATCH_PREFIX = "dist_tl-s3-"
 _LISTENING = re.compile(r"Starting s3 server on \[http://127\.0\.0\.1:(\d+)/?\]")
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -36,7 +45,8 @@ class EmbeddedS3:
     """A context manager that serves one folder as one bucket.
 
     The server is killed if this process dies in any way, and ignores the terminal's Ctrl-C, so
-    that a run can still write its last checkpoint. Key and secret are new at every start.
+    that a run can still write its last checkpoint. Key and secret are new at every start. Folders
+    that killed processes left in the temporary folder are removed.
 
     Args:
         folder: created if missing. Object "a/b" is file a/b and vice versa; changes to the files
@@ -50,7 +60,7 @@ class EmbeddedS3:
 
     def __init__(self, folder: str | os.PathLike[str], *, start_timeout_s: float = 15.0) -> None:
         self.folder = Path(folder).expanduser().absolute()
-        self.url = f"s3://{_BUCKET}"
+        self.url = f"{PROTOCOL}://{BUCKET}"
         self._start_timeout_s = start_timeout_s
         self._server: subprocess.Popen[bytes] | None = None
         self._owner = 0
@@ -72,12 +82,14 @@ class EmbeddedS3:
         self._key, self._secret = secrets.token_hex(10), secrets.token_hex(20)
         self._owner = os.getpid()
         self._released = threading.Event()
-        self._scratch = Path(tempfile.mkdtemp(prefix="dist_tl-s3-"))
+        remove_stale(_SCRATCH_PREFIX)
+        self._scratch_folder = ScratchFolder(_SCRATCH_PREFIX)
+        self._scratch = self._scratch_folder.path
         atexit.register(self.stop)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self._scratch / "buckets").mkdir()
-            (self._scratch / "buckets" / _BUCKET).symlink_to(self.folder)
+            (self._scratch / "buckets" / BUCKET).symlink_to(self.folder)
             self._server = self._spawn(binary)
             self._port = self._wait_until_ready()
         except BaseException:
@@ -99,7 +111,7 @@ class EmbeddedS3:
                 server.kill()
                 server.wait()
         self._released.set()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch_folder.remove()
 
     def is_running(self) -> bool:
         """Returns whether the server's process is alive."""
@@ -121,22 +133,10 @@ class EmbeddedS3:
             StorageError: the server was not started.
         """
         self._require_started()
-        endpoint = f"http://127.0.0.1:{self._port}"
-        direct = [os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or "", "127.0.0.1"]
-        no_proxy = ",".join(filter(None, direct))
         return {
-            "AWS_ACCESS_KEY_ID": self._key,
-            "AWS_SECRET_ACCESS_KEY": self._secret,
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            # The rest overrides settings that the user may have for another store.
-            "AWS_ENDPOINT_URL_S3": endpoint,
-            "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "false",
-            "AWS_SESSION_TOKEN": "",
-            "NO_PROXY": no_proxy,
-            "no_proxy": no_proxy,
+            ENDPOINT: f"http://127.0.0.1:{self._port}",
+            ACCESS_KEY: self._key,
+            SECRET: self._secret,
         }
 
     def _require_started(self) -> subprocess.Popen[bytes]:

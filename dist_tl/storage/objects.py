@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import fsspec
 
 from dist_tl.errors import ConfigError, StorageError
+from dist_tl.storage import embedded
 from dist_tl.storage.local import TEMPORARY_PREFIXES, LocalFolder
 from dist_tl.storage.remote import RemoteFolder, error_code
 from dist_tl.telemetry import redact
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]*)://(.*)", re.DOTALL)
 _FORBIDDEN_IN_KEYS = re.compile(r"[\\*?\[\]#\x00-\x1f\x7f]")
-_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", embedded.SECRET)
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,8 @@ class ObjectStore:
     def _storage_errors(self, action: str, key: str) -> Iterator[None]:
         try:
             yield
+        except StorageError as error:  # of the settings of the store, and complete
+            raise StorageError(f"cannot {action} {self._address(key)}: {error}") from None
         except Exception as error:
             # Not chained: messages of the libraries may quote requests and credentials.
             raise StorageError(self._error_message(action, key, error)) from None
@@ -279,7 +282,7 @@ def _parse(url: str) -> tuple[str, str]:
         if not rest:
             raise ConfigError('expected a folder or a URL such as "s3://bucket/folder", got ""')
         return "file", os.path.abspath(os.path.expanduser(rest))
-    if protocol not in fsspec.available_protocols():
+    if protocol not in (*fsspec.available_protocols(), embedded.PROTOCOL):
         raise ConfigError(
             f"expected a path or a URL that starts with file://, s3:// or memory://, got {url!r}"
         )

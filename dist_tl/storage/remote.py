@@ -17,7 +17,10 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-_S3 = {"s3", "s3a"}
+from dist_tl.storage import embedded
+
+_S3 = {"s3", "s3a", embedded.PROTOCOL}
+_READ_BY_S3 = ("AWS_", "FSSPEC_", "REQUESTS_CA_BUNDLE", *embedded.VARIABLES)
 _WAITS_S = (0.2, 0.5, 1.2, 3.0)  # between retries; about 5 s in total, a server's restart
 
 _TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "Throttling", "ConditionalRequestConflict"}
@@ -106,6 +109,11 @@ class RemoteFolder:
         code = error_code(error)
         if isinstance(error, ImportError):
             return "install the package that fsspec needs for this kind of store"
+        if self._protocol == embedded.PROTOCOL:
+            return (
+                "the embedded S3 server of this run refuses or has stopped: start the same job "
+                "again to resume"
+            )
         if self._protocol not in _S3:
             return "check the credentials, and that this machine can reach the store"
         if code == "NoSuchBucket":
@@ -157,26 +165,14 @@ def _connect(protocol: str) -> Any:
 def _make_filesystem(protocol: str) -> Any:
     if protocol not in _S3:
         return fsspec.filesystem(protocol)
-    filesystem = fsspec.filesystem(
-        protocol,
-        skip_instance_cache=True,
-        use_listings_cache=False,
-        config_kwargs={
-            "retries": {"total_max_attempts": 1},
-            # Many servers return the checksum of the whole object for a range read, which the
-            # default would reject. Our own hashes are in the entries and commits.
-            "request_checksum_calculation": "when_required",
-            "response_checksum_validation": "when_required",
-            "connect_timeout": 5,
-            "read_timeout": 60,
-        },
-    )
-    filesystem.retries = 1
-    return filesystem
+    # Imported lazily: the import takes half a second and only S3 needs it.
+    from dist_tl.storage import s3
+
+    return s3.EmbeddedFileSystem() if protocol == embedded.PROTOCOL else s3.open_s3(protocol)
 
 
 def _environment_digest() -> str:
-    relevant = [item for item in os.environ.items() if item[0].startswith("AWS_")]
+    relevant = [item for item in os.environ.items() if item[0].startswith(_READ_BY_S3)]
     return hashlib.sha256(repr(sorted(relevant)).encode()).hexdigest()
 
 
@@ -200,7 +196,7 @@ def _raise_if_bucket_missing(error: FileNotFoundError) -> None:
 
 
 def _is_connection_error(error: Exception) -> bool:
-    # Imported lazily: the import takes half a second and only S3 needs it.
+    # Imported lazily, as in `_make_filesystem`.
     from botocore.exceptions import ConnectionError as NoConnectionError
     from s3fs.core import S3_RETRYABLE_ERRORS
 

@@ -188,8 +188,7 @@ class Checkpoints:
     def clear(self) -> None:
         """Removes all checkpoints, once the result of the stage is stored."""
         if self._rank == 0:
-            for step in self._steps():
-                self._remove(step)
+            remove_checkpoints(self._store, self._stage)
 
     def _write_own_files(self, engine: Engine, step: int, metrics: bytes) -> list[FileRecord]:
         tensors = save_tensors(engine.local_state())
@@ -286,6 +285,14 @@ class Checkpoints:
 
     def _commit_key(self, step: int) -> str:
         return layout.commit_key(self._stage, step)
+
+
+def remove_checkpoints(store: ObjectStore, stage: str) -> None:
+    """Removes all checkpoints of a stage, each COMMIT before the files that it lists."""
+    prefix = layout.checkpoints_prefix(stage)
+    for step in {layout.parse_checkpoint_step(key) for key in store.list(prefix)} - {None}:
+        store.delete(layout.commit_key(stage, step))
+    store.delete_all(prefix)
 
 
 def _slices(engine: Engine) -> dict[str, Any]:

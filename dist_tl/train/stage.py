@@ -30,7 +30,7 @@ from dist_tl.storage.records import write_record
 from dist_tl.telemetry import MetricsLog
 from dist_tl.train import objectives
 from dist_tl.train.cached import CachedHub
-from dist_tl.train.checkpoints import Checkpoints
+from dist_tl.train.checkpoints import Checkpoints, remove_checkpoints
 from dist_tl.train.engine import Engine
 from dist_tl.train.feeds import Feed, MemoryRows, Rows, ShardRows, own_lanes
 from dist_tl.train.hub_model import NewHub
@@ -65,7 +65,7 @@ def run_stage(
     Raises:
         DistTLError: a named error of the data, the store, the shards or the numerics.
     """
-    finished = read_result(store, spec)
+    finished = finished_result(store, spec)
     if finished is not None:
         return finished
     with ExitStack() as resources:
@@ -84,6 +84,21 @@ def run_stage(
         scores = _score(stage)
     result = _result(stage, record, scores)
     _store(stage, result)
+    return result
+
+
+def finished_result(store: ObjectStore, spec: StageSpec) -> StageResult | None:
+    """Returns the stage's result, or None if the stage is not finished.
+
+    Removes the checkpoints of a finished stage: a process that is killed after it stored the result
+    leaves them behind.
+
+    Raises:
+        CheckpointMismatchError: another specification made the result.
+    """
+    result = read_result(store, spec)
+    if result is not None:
+        remove_checkpoints(store, spec.name)
     return result
 
 

@@ -9,6 +9,7 @@ killed). Prints one line of JSON per cluster.
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -31,18 +32,42 @@ def describe(session):
 
     ray.get(ray.remote(read_secret).remote())
     folder = str(session._folder)
-    children = psutil.Process().children(recursive=True)
+    commands = commands_of(psutil.Process().children(recursive=True))
     return {
         "folder": folder,
         "folder_mode": oct(os.stat(folder).st_mode & 0o777),
-        "processes": [[process.pid, process.create_time()] for process in children],
-        "commands": [process.cmdline() for process in children],
+        "watcher": session._watcher.pid,
+        "listening": listening([psutil.Process(), *commands]),
+        "processes": [[process.pid, process.create_time()] for process in commands],
+        "commands": list(commands.values()),
         "cpus": ray.cluster_resources()["CPU"],
         "others": ray.util.list_named_actors(all_namespaces=True),
         "secret_seen": ray.get(ray.remote(read_secret).remote()) == SECRET,
         "runtime_env": str(ray.get_runtime_context().runtime_env),
         "files_with_secrets": [name for secret in secrets() for name in files_with(secret, folder)],
     }
+
+
+def commands_of(processes):
+    """Returns the command of every process that is still there."""
+    commands = {}
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # the watcher runs short commands
+            commands[process] = process.cmdline()
+    return commands
+
+
+def listening(processes):
+    """Returns [address, process] of every socket that others could send to."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found += [
+                [connection.laddr.ip, process.name()]
+                for connection in process.net_connections("inet")
+                if connection.status == psutil.CONN_LISTEN or connection.type == socket.SOCK_DGRAM
+            ]
+    return found
 
 
 def secrets():

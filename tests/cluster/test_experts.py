@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import ray
@@ -281,14 +280,26 @@ def test_retired_replicas_get_no_requests_while_the_load_changes(stored):
     assert torch.allclose(logits_of(predicted(store, plan)), local(hub).logits_BC, atol=1e-5)
 
 
+# Where Ray listens on loopback it refuses a second node; where not, it replaces 127.0.0.1.
+RAY_ON_LOOPBACK = """
+from ray._private import ray_constants, services
+from ray.scripts.scripts import main
+ray_constants.ENABLE_RAY_CLUSTER = True
+services.resolve_ip_for_localhost = lambda host: host
+main()
+"""
+
+
 @pytest.fixture
 def second_node(ray_local):
     """A second Ray node with its own processes and resources, like another machine."""
-    ray_command = Path(sys.executable).with_name("ray")
     node = subprocess.Popen(
         [
-            str(ray_command),
+            sys.executable,
+            "-c",
+            RAY_ON_LOOPBACK,
             "start",
+            "--node-ip-address=127.0.0.1",
             "--address",
             os.environ["RAY_ADDRESS"],
             "--block",

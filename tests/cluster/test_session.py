@@ -5,6 +5,7 @@ These clusters belong to separate programs and run next to the shared one.
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,17 +28,24 @@ PROGRAM = Path(__file__).with_name("session_life.py")
 
 
 def start(*endings):
+    """Starts the program as a user without a cluster and with strict warnings."""
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), *endings],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A user with strict warnings and without a cluster.
         env={
             **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
             "PYTHONWARNINGS": "error::DeprecationWarning",
         },
     )
+
+
+def described(program):
+    """Waits for the facts about the program's cluster."""
+    line = program.stdout.readline()
+    assert line, program.stderr.read()[-3000:]
+    return json.loads(line)
 
 
 def still_running(facts):
@@ -71,7 +79,19 @@ def doomed(neighbour):
 
 
 @pytest.fixture(scope="module")
-def lives(doomed):
+def orphaned(doomed):
+    """Facts about a cluster whose driver and watcher were both killed."""
+    program = start("wait")
+    facts = described(program)
+    os.kill(facts["watcher"], signal.SIGKILL)
+    program.kill()
+    program.communicate()
+    assert Path(facts["folder"]).exists(), "nobody is left to remove it"
+    return facts
+
+
+@pytest.fixture(scope="module")
+def lives(doomed, orphaned):
     """Facts about two clusters that a program opened in sequence; both have ended."""
     program = start("raise", "lose")
     out, err = program.communicate(timeout=200)
@@ -92,12 +112,25 @@ def test_a_session_leaves_no_process_and_no_folder(lives, which):
     assert not Path(facts["folder"]).exists()
 
 
-def test_a_session_stops_with_its_driver_even_on_kill_9(doomed):
-    facts = json.loads(doomed.stdout.readline())
-    assert len(still_running(facts)) > 3
+def test_a_session_stops_with_its_driver_even_on_kill_9(doomed, lives):
+    facts = described(doomed)
+    assert len(still_running(facts)) > 3, "the sessions after it left it alone"
     doomed.kill()
     wait_until(lambda: still_running(facts) == [], timeout_s=15)
     wait_until(lambda: not Path(facts["folder"]).exists(), timeout_s=15)
+
+
+def test_what_a_killed_driver_and_its_killed_watcher_left_goes_with_the_next_session(
+    orphaned, lives
+):
+    assert still_running(orphaned) == []
+    assert not Path(orphaned["folder"]).exists()
+
+
+def test_nothing_of_a_session_can_be_reached_from_other_machines(life):
+    addresses = {address.removeprefix("::ffff:") for address, _ in life["listening"]}
+    assert len(life["listening"]) > 5
+    assert addresses == {"127.0.0.1"}, life["listening"]
 
 
 def test_sessions_on_one_machine_do_not_see_each_other(life, ray_local):

@@ -35,14 +35,15 @@ def api(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory):
+def bucket(tmp_path_factory, s3_environment):
     with (
         EmbeddedS3(str(tmp_path_factory.mktemp("store"))) as server,
         pytest.MonkeyPatch.context() as patch,
     ):
-        for key, value in server.environment().items():
+        variables, url = s3_environment(server)
+        for key, value in variables.items():
             patch.setenv(key, value)
-        yield server.url
+        yield url
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ class RayNodes:
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))},
             **environment,
-            **dict.fromkeys(("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"), reached),
+            "AWS_ENDPOINT_URL": reached,
             **dict.fromkeys(("NO_PROXY", "no_proxy"), f"{environment['NO_PROXY']},10.77.0.0/24"),
             # Jobs start as they would in an image: by the first python, with the package in reach.
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),

@@ -66,10 +66,10 @@ def job_file(folder, source_folder):
 class Cluster:
     """The nodes, the store, and the command with the cluster's environment."""
 
-    def __init__(self, nodes, server, folder, network):
+    def __init__(self, nodes, bucket, folder, network):
         self.nodes, self.folder, self.network = nodes, folder, network
-        self.run = f"{server.url}/several"
-        self.alone = f"{server.url}/alone"
+        self.run = f"{bucket}/several"
+        self.alone = f"{bucket}/alone"
 
     def command(self, *arguments, **options):
         return subprocess.run(
@@ -83,16 +83,17 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster(tmp_path_factory, s3_environment):
     folder = tmp_path_factory.mktemp("nodes")
     with (
         tempfile.TemporaryDirectory(prefix="dtn-", dir="/tmp") as short,
         EmbeddedS3(str(folder / "store")) as server,
         open_network() as network,
-        RayNodes(Path(short), network, server.environment()) as nodes,
+        RayNodes(Path(short), network, s3_environment(server)[0]) as nodes,
         pytest.MonkeyPatch.context() as patch,
     ):
-        for key, value in server.environment().items():
+        variables, bucket = s3_environment(server)
+        for key, value in variables.items():
             patch.setenv(key, value)
         nodes.add("trainers-a", "trainers", 4)
         nodes.add("trainers-b", "trainers", 4)
@@ -100,7 +101,7 @@ def cluster(tmp_path_factory):
         # they unpack and delete each other's working directories, so there it stays, and no
         # generator node is lost.
         nodes.add("generators-a", "generators", 4 if network.is_one else 1)
-        yield Cluster(nodes, server, folder, network)
+        yield Cluster(nodes, bucket, folder, network)
 
 
 @pytest.fixture(scope="module")

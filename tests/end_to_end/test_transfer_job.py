@@ -24,9 +24,19 @@ from sklearn.datasets import load_digits
 
 from dist_tl.models.files import load_network
 from dist_tl.storage import layout
+from dist_tl.storage.scratch import MARKER
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(600)]
 SOURCE_CLASSES = 4
+ANOTHER_STORE = {
+    "FSSPEC_S3_ENDPOINT_URL": "http://127.0.0.1:1",
+    "FSSPEC_S3_KEY": "somebody-elses",
+    "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
+    "AWS_PROFILE": "no-such-profile",
+    "AWS_CA_BUNDLE": "/no/such/file",
+    "HTTP_PROXY": "http://127.0.0.1:1",
+    "http_proxy": "http://127.0.0.1:1",
+}
 
 
 def write_source_folder(folder):
@@ -75,13 +85,22 @@ def job_file(folder, source_folder, name, **changes):
     return path
 
 
-def start(job, *overrides):
+def start(job, *overrides, temporary=None):
+    """Starts the command for a user who has a cluster of his own, and another S3 store.
+
+    Args:
+        temporary: used as the temporary folder, to see what is left there.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", "dist_tl", "run", str(job), *overrides, "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))},
+        env={
+            **{k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))},
+            **ANOTHER_STORE,
+            **({} if temporary is None else {"TMPDIR": str(temporary)}),
+        },
         start_new_session=True,
     )
 
@@ -121,6 +140,22 @@ def all_gone(processes, timeout_s):
     return True
 
 
+def session_folders(process):
+    """The folders of private Ray clusters that a command opened; sockets need short paths."""
+    markers = Path("/tmp").glob(f"dtl-*/{MARKER}")
+    return [marker.parent for marker in markers if marker.read_text() == f"{process.pid}\n"]
+
+
+def shared_memory():
+    return set(os.listdir("/dev/shm"))
+
+
+@pytest.fixture
+def temporary(tmp_path_factory):
+    """A temporary folder of one test, with a short path, as sockets need."""
+    return tmp_path_factory.mktemp("t")
+
+
 def scores(results):
     return {(s["arm"], s["seed"]): s["correct"] for s in results["scores"]}
 
@@ -145,8 +180,12 @@ def source_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, source_folder):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    results = finish(start(job_file(folder, source_folder, "run")))
+    folder, temporary = tmp_path_factory.mktemp("undisturbed"), tmp_path_factory.mktemp("t")
+    before = shared_memory()
+    process = start(job_file(folder, source_folder, "run"), temporary=temporary)
+    results = finish(process)
+    left = [*temporary.iterdir(), *session_folders(process), *(shared_memory() - before)]
+    assert left == [], "a finished run leaves nothing"
     return folder / "run", results
 
 
@@ -190,28 +229,35 @@ def test_no_credentials_are_written(undisturbed):
         if path.is_file() and path.suffix in {".json", ".jsonl", ".html", ".md"}:
             text = path.read_text()
             assert "AWS_SECRET" not in text
+            assert "DIST_TL_EMBEDDED" not in text
             assert "secret_access_key" not in text.lower()
 
 
 def test_killed_and_without_its_source_data_a_run_ends_as_if_undisturbed(
-    undisturbed, source_folder, tmp_path
+    undisturbed, source_folder, tmp_path, temporary
 ):
     """kill -9 after the source phase, source data deleted, then the same command again."""
     kept = tmp_path / "source"
     shutil.copytree(source_folder, kept)
     # The folder's path is part of the job, so the undisturbed run's folder must be the one read.
     job = job_file(tmp_path, source_folder, "run")
-    process = start(job)
+    before = shared_memory()
+    process = start(job, temporary=temporary)
     wait_for(tmp_path / "run" / layout.result_key("pp-trunk-seed0"), process)
-    children = family(process)
+    children, folders = family(process), session_folders(process)
     process.kill()
     process.wait()
     assert all_gone(children, 30), "killing the command must end everything it started"
+    assert len(folders) == 1
+    assert [*temporary.iterdir()], "the embedded server's folder stays until the next start"
     shutil.rmtree(source_folder)
     try:
-        results = finish(start(job))
+        results = finish(start(job, temporary=temporary))
     finally:
         shutil.copytree(kept, source_folder)
+    assert [*temporary.iterdir(), *(shared_memory() - before)] == []
+    assert not folders[0].exists()
+    assert not list((tmp_path / "run").glob("stages/*/checkpoints"))
     run, expected = undisturbed
     assert scores(results) == scores(expected)
     for pattern in ("models/*/model.safetensors", "stages/*/shards/*.tar"):
@@ -220,10 +266,10 @@ def test_killed_and_without_its_source_data_a_run_ends_as_if_undisturbed(
 
 
 def test_ctrl_c_stops_in_ten_seconds_and_one_worker_sees_what_two_see(
-    undisturbed, source_folder, tmp_path
+    undisturbed, source_folder, tmp_path, temporary
 ):
     job = job_file(tmp_path, source_folder, "run", seeds=1, arms=["scratch", "pp"], p_ssl=None)
-    process = start(job, "trainers.workers=1")
+    process = start(job, "trainers.workers=1", temporary=temporary)
     wait_for(tmp_path / "run" / layout.result_key("source-classifier"), process)
     children = family(process)
     began = time.monotonic()
@@ -233,6 +279,7 @@ def test_ctrl_c_stops_in_ten_seconds_and_one_worker_sees_what_two_see(
     assert time.monotonic() - began < 10
     assert "the same command resumes" in err
     assert all_gone(children, 10), "Ctrl-C must leave nothing behind"
+    assert [*temporary.iterdir(), *session_folders(process)] == []
 
     finish(start(job, "trainers.workers=1"))
     run, _ = undisturbed

@@ -1,6 +1,7 @@
 """The embedded S3 server: plain files, authentication, and no orphan processes."""
 
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -92,43 +93,100 @@ def test_every_object_is_readable_immediately_after_its_write(server):
     assert len(store.list("e")) == i
 
 
-@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+@pytest.mark.parametrize("name", [embedded.ACCESS_KEY, embedded.SECRET])
 def test_wrong_credentials_are_rejected(server, use_environment, name):
     use_environment({name: "0123456789abcdef0123"})
-    with pytest.raises(StorageError, match="set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(StorageError, match="embedded S3 server of this run refuses"):
         ObjectStore(server.url).write("k", b"x")
-    with pytest.raises(StorageError, match="set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(StorageError, match="embedded S3 server of this run refuses"):
         ObjectStore(server.url).list()
 
 
 def test_the_secret_is_new_at_every_start_and_never_visible(server, tmp_path, caplog):
-    secret = server.environment()["AWS_SECRET_ACCESS_KEY"]
+    secret = server.environment()[embedded.SECRET]
     command = Path(f"/proc/{server.process_id}/cmdline").read_bytes()
     assert b"rclone" in command
     assert secret.encode() not in command
     assert secret not in repr(server) + str(server) + server._log_tail()
     server.stop()
     server.start()
-    assert server.environment()["AWS_SECRET_ACCESS_KEY"] != secret
+    assert server.environment()[embedded.SECRET] != secret
 
 
-def test_settings_for_another_store_are_overridden(server, monkeypatch):
-    ours = server.environment()
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
-    monkeypatch.setenv("AWS_SESSION_TOKEN", "somebody-elses")
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    monkeypatch.setenv("RCLONE_S3_ENDPOINT", "http://127.0.0.1:1")
-    for name, value in ours.items():
-        monkeypatch.setenv(name, value)
+FOREIGN = {
+    "FSSPEC_S3_ENDPOINT_URL": "http://127.0.0.1:1",
+    "FSSPEC_S3_KEY": "somebody-elses",
+    "FSSPEC_S3_SECRET": "somebody-elses",
+    "FSSPEC_S3_ANON": "true",
+    "FSSPEC_S3": '{"endpoint_url": "http://127.0.0.1:1"}',
+    "FSSPEC_EMBEDDED_ENDPOINT_URL": "http://127.0.0.1:1",
+    "AWS_ENDPOINT_URL": "http://127.0.0.1:1",
+    "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1",
+    "AWS_ACCESS_KEY_ID": "somebody-elses",
+    "AWS_SESSION_TOKEN": "somebody-elses",
+    "AWS_PROFILE": "no-such-profile",
+    "AWS_CA_BUNDLE": "/no/such/file",
+    "REQUESTS_CA_BUNDLE": "/no/such/file",
+    "AWS_CONFIG_FILE": "{folder}/config",
+    "AWS_SHARED_CREDENTIALS_FILE": "{folder}/config",
+    "AWS_USE_FIPS_ENDPOINT": "true",
+    "AWS_DEFAULT_REGION": "mars",
+    "FSSPEC_CONFIG_DIR": "{folder}",
+    "HTTP_PROXY": "http://127.0.0.1:1",
+    "http_proxy": "http://127.0.0.1:1",
+    "ALL_PROXY": "http://127.0.0.1:1",
+    "RCLONE_S3_ENDPOINT": "http://127.0.0.1:1",
+}
+WRITER = """
+import os, sys
+from dist_tl.storage.embedded import EmbeddedS3
+from dist_tl.storage.objects import ObjectStore
+with EmbeddedS3(sys.argv[1]) as server:
+    os.environ.update(server.environment())
     store = ObjectStore(server.url)
-    store.write("k", b"x")
-    assert store.read("k") == b"x"
+    store.write("k", b"mine")
+    assert store.read("k") == b"mine"
+"""
 
 
-def test_an_existing_no_proxy_list_is_kept(server, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "intern.example")
-    assert server.environment()["NO_PROXY"] == "intern.example,127.0.0.1"
+def write_with(folder, variables):
+    """Starts a server and writes to it in a new program: fsspec reads settings when imported."""
+    for name, text in {
+        "config": "[default]\nendpoint_url = http://127.0.0.1:1\nca_bundle = /no/such/file\n",
+        "s3.json": '{"s3": {"endpoint_url": "http://127.0.0.1:1"}, "embedded": {"anon": true}}',
+    }.items():
+        (folder / name).write_text(text)
+    values = {name: value.replace("{folder}", str(folder)) for name, value in variables.items()}
+    # A user without settings, but with the files of these tests in reach.
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "FSSPEC_"))}
+    command = [sys.executable, "-c", WRITER, str(folder / "runs")]
+    done = subprocess.run(command, env={**plain, **values}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (folder / "runs" / "k").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", ["FSSPEC_S3_ENDPOINT_URL", "AWS_PROFILE", "AWS_CA_BUNDLE"])
+def test_one_setting_for_another_store_has_no_effect(tmp_path, name):
+    write_with(tmp_path, {name: FOREIGN[name]})
+
+
+def test_all_settings_for_another_store_have_no_effect(tmp_path):
+    write_with(tmp_path, FOREIGN)
+
+
+def test_a_process_that_no_run_started_is_told_what_is_missing(monkeypatch):
+    for name in embedded.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(StorageError, match=r"DIST_TL_EMBEDDED_ENDPOINT.*store: embedded"):
+        ObjectStore("embedded://run").read("k")
+
+
+def test_a_pickled_file_system_holds_no_credentials(server):
+    filesystem = ObjectStore(server.url)._folder.filesystem()
+    pickled = pickle.dumps(filesystem)
+    for name in embedded.VARIABLES:
+        assert server.environment()[name].encode() not in pickled
+    assert pickle.loads(pickled).ls("run") == []  # noqa: S301 - our own bytes
 
 
 def test_stop_waits_for_the_exit_and_can_be_repeated(tmp_path):
@@ -191,10 +249,10 @@ def test_the_server_dies_with_its_parent_but_ignores_ctrl_c(tmp_path):
     driver.kill()
     driver.wait()
     driver.stdout.close()
-    try:
-        assert wait_until(lambda: not is_alive(process_id))
-    finally:
-        subprocess.run(["rm", "-r", "--", scratch], check=True)
+    assert wait_until(lambda: not is_alive(process_id))
+    assert Path(scratch).exists()
+    with EmbeddedS3(tmp_path / "other"):
+        assert not Path(scratch).exists(), "the next server removes it"
 
 
 def test_a_driver_that_exits_without_stop_leaves_nothing(tmp_path):

@@ -4,9 +4,11 @@ import multiprocessing
 import threading
 import time
 
+import fsspec
 import pytest
 
 from dist_tl.errors import StorageError
+from dist_tl.storage.embedded import SECRET
 from dist_tl.storage.objects import ObjectStore
 
 pytestmark = pytest.mark.s3
@@ -122,6 +124,46 @@ def test_missing_credentials_are_reported(moto, monkeypatch, tmp_path):
         ObjectStore("s3://bucket").read("k")
 
 
+@pytest.mark.parametrize("name", ["AWS_PROFILE", "AWS_DEFAULT_PROFILE"])
+def test_an_unknown_profile_is_reported_with_its_variable(moto, monkeypatch, tmp_path, name):
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv(name, "no-such-profile")
+    message = rf"{name} is 'no-such-profile'.*no such profile is in {tmp_path}/config"
+    with pytest.raises(StorageError, match=message):
+        ObjectStore("s3://bucket").read("k")
+
+
+@pytest.mark.parametrize("name", ["AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"])
+@pytest.mark.parametrize("content", [None, b"no certificate"], ids=["missing", "damaged"])
+def test_a_useless_certificate_file_is_reported_and_no_empty_store(
+    moto, monkeypatch, tmp_path, name, content
+):
+    bundle = tmp_path / "certificates.pem"
+    if content is not None:
+        bundle.write_bytes(content)
+    for other in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, str(bundle))
+    with pytest.raises(StorageError, match=f"{name} is '{bundle}'"):
+        ObjectStore("s3://bucket").read_or_none("k")
+
+
+@pytest.mark.parametrize("name", ["FSSPEC_S3_ENDPOINT_URL", "FSSPEC_S3_KEY", "FSSPEC_S3"])
+def test_settings_of_fsspec_are_refused_by_name_and_without_their_value(moto, monkeypatch, name):
+    monkeypatch.setenv(name, "hidden-value")
+    with pytest.raises(StorageError, match=f"AWS_.* got also {name}; unset it") as caught:
+        ObjectStore("s3://bucket").probe()
+    assert "hidden-value" not in str(caught.value)
+    assert moto.requests == []
+
+
+def test_configuration_files_of_fsspec_are_refused(moto, monkeypatch):
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": "http://127.0.0.1:1"})
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "a-new-connection")
+    with pytest.raises(StorageError, match=r"endpoint_url of s3 in ~/\.config/fsspec"):
+        ObjectStore("s3://bucket").probe()
+
+
 def test_an_endpoint_without_a_scheme_is_reported(moto, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost")
     with pytest.raises(StorageError, match="http://host:port"):
@@ -143,8 +185,8 @@ def test_new_credentials_in_the_environment_take_effect(embedded_server, use_env
     use_environment(embedded_server.environment())
     store = ObjectStore(f"{embedded_server.url}/rotate")
     store.write("k", b"x")
-    use_environment({"AWS_SECRET_ACCESS_KEY": "wrong"})
-    with pytest.raises(StorageError, match="AWS_SECRET_ACCESS_KEY"):
+    use_environment({SECRET: "wrong"})
+    with pytest.raises(StorageError, match="refuses"):
         store.read("k")
     use_environment(embedded_server.environment())
     assert store.read("k") == b"x"

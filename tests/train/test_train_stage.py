@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +117,28 @@ def test_a_stage_stores_model_and_metrics_and_last_its_result(alone, stage_spec,
     assert [row["step"] for row in curve_in(store.url, spec)] == list(range(1, 7))
     assert result.final_loss == losses_in(store.url, spec)[-1]
     assert result.started <= result.first_step_at <= result.ended
+
+
+class KilledBeforeClearing(WritingStore):
+    """Dies when the checkpoints of a stage with a result are to be removed."""
+
+    def delete_all(self, prefix):
+        if self.written[-1].endswith("result.json"):
+            raise Killed
+        super().delete_all(prefix)
+
+
+def test_checkpoints_that_a_kill_after_the_result_left_go_with_the_next_start(
+    alone, stage_spec, run_url
+):
+    store, spec = KilledBeforeClearing(run_url("run")), stage_spec(every_steps=2)
+    with pytest.raises(Killed):
+        run_stage(spec, store, rank=0, world_size=1)
+    assert store.list(layout.checkpoints_prefix(spec.name))
+    result = run_alone(spec, store.url)
+    assert result == read_result(store, spec)
+    assert store.list(layout.checkpoints_prefix(spec.name)) == []
+    assert not (Path(store.url) / layout.checkpoints_prefix(spec.name)).exists()
 
 
 def test_the_result_equals_the_predictions_of_the_stored_model(
