@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dist_tl.errors import ConfigError
+from dist_tl.models.finite import check_finite_weights
 from dist_tl.models.inputs import ImageShape, InputAdapter, InputConfig
 from dist_tl.models.messages import check_name, join_names, one_line
 from dist_tl.models.pretrained import local_folder, saved_statistics
@@ -92,8 +93,9 @@ def build_transformers(
         the path.
 
     Raises:
-        ConfigError: unknown architecture or option, nothing loadable at the path, images of the
-            wrong size or channels, or a head that is not linear or has other classes.
+        ConfigError: unknown architecture or option, nothing loadable or weights that are not finite
+            at the path, images of the wrong size or channels, or a head that is not linear or has
+            other classes.
     """
     if config.path is None:
         name = str(config.architecture)
@@ -105,6 +107,7 @@ def build_transformers(
         name, folder = config.path, local_folder(config.path)
         with _readable_errors(name):
             model, missing = _saved_model(folder)
+        check_finite_weights(model.state_dict(), name)
         config = config.model_copy(
             update={"normalise": config.normalise or saved_statistics(folder)}
         )
