@@ -14,11 +14,10 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +28,7 @@ import ray
 
 from dist_tl.cluster.config import SessionConfig
 from dist_tl.cluster.roles import Role
+from dist_tl.cluster.session_folder import new_session_folder
 from dist_tl.errors import ConfigError, WorkerError
 
 logger = logging.getLogger(__name__)
@@ -78,8 +78,11 @@ class RaySession:
             address = os.environ.get("RAY_ADDRESS") or self._start_head()
             # Ray Train checks its controller on the cluster at RAY_ADDRESS. If unset, it may find
             # another run's cluster and stop a healthy worker group.
-            self._set_environment({"RAY_ADDRESS": address})
-            _connect(address)
+            # Ray's own handler of SIGTERM ends this process with a stack dump.
+            variables = {"RAY_ADDRESS": address, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1"}
+            self._set_environment(variables)
+            with _own_sigterm_handler():
+                _connect(address)
             self._is_connected = True
             self._check_roles()
         except BaseException:
@@ -158,9 +161,8 @@ class RaySession:
             os.environ[key] = value
 
     def _start_head(self) -> str:
-        # Ray creates sockets below this folder, and their paths are limited to 107 bytes. Ray opens
-        # its own folder to all users; this private parent folder keeps them out.
-        self._folder = Path(tempfile.mkdtemp(prefix="dtl-", dir="/tmp"))
+        # Ray opens its own folder to all users; this private parent folder keeps them out.
+        self._folder = new_session_folder()
         port = _free_port()
         address = f"127.0.0.1:{port}"
         with (self._folder / "head.log").open("wb") as log:
@@ -221,6 +223,23 @@ def _connect(address: str) -> None:
             if time.monotonic() > deadline:
                 raise _unreachable(address, str(error)) from None
             time.sleep(0.5)
+
+
+@contextmanager
+def _own_sigterm_handler() -> Iterator[None]:
+    """Restores the handler of SIGTERM that `ray.init` replaces by one that calls `sys.exit`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # here neither Ray nor we can set a handler
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        signal.signal(signal.SIGTERM, handler)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _wait_for_listener(address: str) -> None:
