@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
@@ -18,6 +19,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dist_tl.contents import without_places
 from dist_tl.errors import ConfigError
+
+# What aliases may add to a text. Jobs are stored as JSON, which writes every alias out.
+MAX_ALIAS_CHARACTERS = 2_000_000
 
 
 class StrictModel(BaseModel):
@@ -73,24 +77,84 @@ def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[An
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
 
 
-def _plain_data(text: str) -> Any:
-    # _Loader is a SafeLoader: it constructs plain data only.
-    return yaml.load(text, Loader=_Loader)  # noqa: S506
+def _plain_data(text: str, source: str) -> Any:
+    try:
+        loader = _Loader(text)  # a SafeLoader: it constructs plain data only
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_expansion(node)
+        return loader.construct_document(node)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{source} is not valid YAML: it is nested too deeply") from None
+    except Exception as error:  # for `!!int x` or the date 2024-02-30 it is Python's own error
+        raise ConfigError(f"{source} is not valid YAML: {error}") from None
+
+
+def _check_expansion(root: yaml.Node) -> None:
+    """Checks that a short text does not stand for a huge value, by aliases of aliases.
+
+    Raises:
+        ConfigError: it does; the message names the line of the first value that is too large.
+    """
+    written, sizes = 0, dict[int, int]()
+
+    def size(node: yaml.Node) -> int:
+        """Returns the characters of a node with everything that it refers to."""
+        nonlocal written
+        if id(node) in sizes:
+            return sizes[id(node)]
+        sizes[id(node)] = 0  # of a node that contains itself, which the constructor refuses
+        own = 1 + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
+        written += own
+        total = sizes[id(node)] = own + sum(map(size, _children(node)))
+        if total - written > MAX_ALIAS_CHARACTERS:
+            raise ConfigError(
+                f"line {node.start_mark.line + 1}: expected aliases that expand to at most "
+                f"{MAX_ALIAS_CHARACTERS:,} characters, got {total:,}; do not nest them as deeply"
+            )
+        return total
+
+    size(root)
+
+
+def _children(node: yaml.Node) -> Iterable[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
 
 
 def parse_yaml(text: str, *, source: str) -> dict[str, Any]:
     """Parses a YAML text that contains a mapping.
 
     Raises:
-        ConfigError: the text is not YAML, not a mapping, or has a duplicate key.
+        ConfigError: the text is not YAML, not a mapping, has a duplicate key, or has aliases that
+            expand to more than `MAX_ALIAS_CHARACTERS`.
     """
-    try:
-        data = _plain_data(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not valid YAML: {error}") from None
+    data = _plain_data(text, source)
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: expected a mapping of keys, got {type(data).__name__}")
     return data
+
+
+def read_yaml(path: str | Path, *, name: str) -> dict[str, Any]:
+    """Reads a YAML file that contains a mapping.
+
+    Args:
+        name: what the file is called in messages, e.g. "job file".
+
+    Raises:
+        ConfigError: the file cannot be read, or :func:`parse_yaml` refuses its text.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the {name} {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read the {name} {path}: it is not UTF-8 text: {error}") from None
+    return parse_yaml(text, source=str(path))
 
 
 def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -108,10 +172,7 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
         node = result
         for key in keys[:-1]:
             node = _step_into(node, key, override)
-        try:
-            parsed = _plain_data(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+        parsed = _plain_data(value, f"override {override!r}: the value")
         if isinstance(node, list):
             node[_list_index(node, keys[-1], override)] = parsed
         else:

@@ -44,6 +44,7 @@ def command(monkeypatch, capsys):
     """Runs the command in this process; returns exit code, standard output, standard error."""
 
     from dist_tl.cli import app as cli
+    from dist_tl.cli import display
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["dist-tl", *map(str, words)])
@@ -53,9 +54,11 @@ def command(monkeypatch, capsys):
         return left.value.code or 0, _plain(shown.out), _plain(shown.err)
 
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli.console, "_width", 200)
-    monkeypatch.setattr(cli.errors, "_width", 200)
-    return run
+    monkeypatch.setattr(display.console, "_width", 200)
+    monkeypatch.setattr(display.errors, "_width", 200)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="session")

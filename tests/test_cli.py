@@ -9,8 +9,7 @@ import pytest
 import yaml
 
 import dist_tl.jobs.run
-from dist_tl.cli import app as cli
-from dist_tl.cli import doctor
+from dist_tl.cli import doctor, endings
 from dist_tl.errors import ConfigError, DataError, StorageError
 
 TRAINING = {"steps": 4, "batch_size": 8}
@@ -80,7 +79,7 @@ def test_help_teaches_the_verbs_overrides_and_exit_codes(command):
 def test_the_bare_command_shows_its_help(command):
     code, out, err = command()
     assert "dist-tl plan JOB.yaml" in out + err
-    assert code in (0, cli.BAD_INPUT)
+    assert code in (0, endings.BAD_INPUT)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +117,7 @@ def test_each_verb_explains_itself(command, verb, lessons):
             "kind=transmute",
             "kind: expected one of transfer, hub, predict, layer_search, geometric_labels, ",
         ),
-        ("lanes=3", "3 lanes cannot be shared by 2 workers"),
+        ("lanes=3", "3 lanes cannot be divided among 2 workers"),
         ("seed", "expected key=value"),
     ],
 )
@@ -126,7 +125,7 @@ def test_a_job_that_cannot_work_is_refused_before_anything_starts(
     command, job, nothing_starts, verb, override, complaint
 ):
     code, out, err = command(verb, job(), override)
-    assert code == cli.BAD_INPUT == 2
+    assert code == endings.BAD_INPUT == 2
     assert complaint in err
     assert "Traceback" not in err
     assert out == ""
@@ -135,7 +134,7 @@ def test_a_job_that_cannot_work_is_refused_before_anything_starts(
 @pytest.mark.parametrize("verb", ["plan", "run"])
 def test_a_missing_job_file_is_refused(command, nothing_starts, tmp_path, verb):
     code, _, err = command(verb, tmp_path / "absent.yaml")
-    assert code == cli.BAD_INPUT
+    assert code == endings.BAD_INPUT
     assert "absent.yaml" in err
     assert "No such file" in err
 
@@ -143,13 +142,13 @@ def test_a_missing_job_file_is_refused(command, nothing_starts, tmp_path, verb):
 @pytest.mark.parametrize("words", [["fly"], ["plan"], ["run", "--fast", "job.yaml"]])
 def test_a_command_that_does_not_exist_is_refused(command, words):
     code, _, err = command(*words)
-    assert code == cli.BAD_INPUT
+    assert code == endings.BAD_INPUT
     assert "Traceback" not in err
 
 
 def test_an_unfinished_run_has_no_report(command, tmp_path):
     code, _, err = command("report", tmp_path)
-    assert code in (cli.BAD_INPUT, cli.FAILED)
+    assert code in (endings.BAD_INPUT, endings.FAILED)
     assert "Traceback" not in err
     assert "results.json" in err
 
@@ -199,7 +198,7 @@ def test_the_doctor_is_readable_by_programs(command):
     checks = {check["name"]: check for check in json.loads(out)}
     assert {"machine", "torch", "ray", "deepspeed", "embedded S3"} <= set(checks)
     failed = [name for name, check in checks.items() if check["state"] == "fails"]
-    assert code == (cli.FAILED if failed else 0)
+    assert code == (endings.FAILED if failed else 0)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +225,7 @@ def test_the_doctor_says_why_a_store_refuses(command, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     code, out, _ = command("doctor", "--json", "--store", tmp_path / "file" / "run")
     [check] = [check for check in json.loads(out) if check["name"] == "store"]
-    assert (code, check["state"]) == (cli.FAILED, "fails")
+    assert (code, check["state"]) == (endings.FAILED, "fails")
 
 
 def test_the_module_is_the_command():
@@ -236,7 +235,7 @@ def test_the_module_is_the_command():
         text=True,
         env={**os.environ, "COLUMNS": "200"},
     )
-    assert done.returncode == cli.BAD_INPUT
+    assert done.returncode == endings.BAD_INPUT
     assert "cannot read the job file absent.yaml" in done.stderr
     assert done.stdout == ""
 
@@ -272,7 +271,7 @@ def test_verbs_for_other_machines_refuse_what_cannot_work(
 ):
     places = {"{job}": str(job()), "{run}": str(tmp_path / "nowhere")}
     code, out, err = command(*[places.get(word, word) for word in words])
-    assert code == cli.BAD_INPUT
+    assert code == endings.BAD_INPUT
     assert complaint in " ".join(err.split())
     assert out == ""
 
@@ -293,7 +292,7 @@ def test_a_dry_run_prints_what_kubernetes_would_be_given(command, job, nothing_s
     code, out, _ = command("plan", job(), "--kube", "--options", options, "--json", *where)
     assert [row["group"] for row in json.loads(out)["pods"]][:2] == ["head", "trainers"]
     code, _, err = command("plan", job(), "--kube", "--json", *where)
-    assert code == cli.BAD_INPUT, "checked, not left out"
+    assert code == endings.BAD_INPUT, "checked, not left out"
     assert "expected --options FILE" in err
 
 

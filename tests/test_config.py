@@ -15,6 +15,7 @@ from dist_tl.config import (
     differing_fields,
     fingerprint,
     parse_yaml,
+    read_yaml,
     validate,
 )
 from dist_tl.errors import ConfigError
@@ -103,6 +104,50 @@ def test_other_documents_than_plain_mappings_are_rejected(text, message):
         read(text)
 
 
+def doubled(first, *, levels, link):
+    """A short text whose last line stands for 9 ** levels copies of `first`."""
+    lines = [f"a0: &a0 {first}"]
+    for level in range(1, levels + 1):
+        aliases = ",".join(9 * [f"*a{level - 1}"])
+        lines.append(f"a{level}: &a{level} {link.format(aliases)}")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("first", "link"), [("[a, b]", "[{}]"), ("{a: b}", "{{<<: [{}]}}")], ids=["lists", "merges"]
+)
+def test_nested_aliases_that_expand_to_too_much_are_refused_by_their_line(first, link):
+    text = doubled(first, levels=9, link=link)
+    assert len(text) < 1000
+    with pytest.raises(ConfigError, match=r"job.yaml: line 7: expected aliases that expand to at"):
+        read(text)
+    with pytest.raises(ConfigError, match=r"override .* line 1: expected aliases"):
+        overridden("name={" + text.replace("\n", ", ") + "}")
+
+
+def test_a_large_value_without_nested_aliases_is_read():
+    text = "classes: &all [" + ", ".join(f"class {i}" for i in range(20_000)) + "]\n"
+    data = read(text + "again: *all\nand: *all\n")
+    assert data["and"] == data["classes"] == [f"class {i}" for i in range(20_000)]
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["2024-02-30", "!!int ''", "!!float x", "!!bool x", 5000 * "1", 3000 * "[" + 3000 * "]", "\0"],
+)
+def test_values_that_python_cannot_hold_are_not_valid_yaml(value):
+    with pytest.raises(ConfigError, match=r"job\.yaml is not valid YAML"):
+        read(f"a: {value}")
+    with pytest.raises(ConfigError, match="the value is not valid YAML"):
+        overridden(f"name={value}")
+
+
+def test_a_file_that_is_not_utf_8_is_refused_by_its_name(tmp_path):
+    (tmp_path / "job.yaml").write_bytes("run: tïny".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"cannot read the job file .*job.yaml: it is not UTF-8"):
+        read_yaml(tmp_path / "job.yaml", name="job file")
+
+
 # Overrides.
 
 
@@ -150,7 +195,7 @@ def test_later_overrides_take_precedence():
         ("stages.last=3", "expected 0..1, got 'last'"),
         ("stages.²=3", "expected 0..1, got '²'"),
         ("stages.-1=3", "expected 0..1, got '-1'"),
-        ("name=[", "the value is not YAML"),
+        ("name=[", "the value is not valid YAML"),
     ],
 )
 def test_invalid_overrides_are_rejected(override, message):

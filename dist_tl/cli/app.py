@@ -1,29 +1,27 @@
 """The `dist-tl` command: verbs only.
 
-Exit codes: 0 done, 2 bad input, 3 failed and can be resumed, 130 interrupted.
+Exit codes: 0 done, 2 bad input, 3 failed and can be resumed, 130 interrupted, 143 terminated.
 """
 
 import json
 import logging
 import sys
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from dist_tl.cli.display import TerminalProgress, console, errors, show_table
+from dist_tl.cli.display import TerminalProgress, console, show_table
+from dist_tl.cli.endings import FAILED, exit_code, replace_unknown_characters, stop_on_sigterm
 from dist_tl.cli.remote import AsJson, logs, scale, status, stop
 from dist_tl.cli.submit import JobFile, Options, Overrides, kube_plan, show_kube_plan, submit
-from dist_tl.errors import ConfigError, DataError, DistTLError, SupersededError
+from dist_tl.errors import ConfigError
 from dist_tl.jobs.kinds import KINDS
-from dist_tl.telemetry import configure_logging, redact
+from dist_tl.telemetry import configure_logging
 
 if TYPE_CHECKING:  # these take seconds to import, and --help needs none of them
     from dist_tl.jobs.plan import PlanTable
     from dist_tl.report.results import AnyResults
-
-BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
-RESUME = "stopped; the same command resumes from what is committed"
 
 app = typer.Typer(
     name="dist-tl",
@@ -41,7 +39,8 @@ app = typer.Typer(
     dist-tl status RUN        progress of a run; also: logs [-f] RUN, stop RUN\n
     dist-tl scale RUN generators=4     resize the generator pool of a running job
 
-    Exit codes: 0 done, 2 bad input, 3 failed and can be resumed, 130 interrupted.""",
+    Exit codes: 0 done, 2 bad input, 3 failed and can be resumed, 130 interrupted (Ctrl-C),
+    143 terminated (SIGTERM).""",
     rich_markup_mode="rich",
     no_args_is_help=True,
     add_completion=False,
@@ -123,7 +122,7 @@ def _show_training(table: "PlanTable") -> None:
 def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Run a job on a private Ray cluster, or on the one RAY_ADDRESS names.
 
-    Running the same job again resumes from what is committed. Ctrl-C stops cleanly.
+    Running the same job again resumes from what is committed. Ctrl-C and SIGTERM stop cleanly.
     """
     from dist_tl.jobs.job_file import read_job
 
@@ -135,7 +134,7 @@ def run(job: JobFile, overrides: Overrides = None, as_json: AsJson = False) -> N
     with TerminalProgress() as progress, redirect_stdout(sys.stderr):
         results = run_job(spec, progress)
     if as_json:
-        print(results.model_dump_json(indent=1))
+        print(results.model_dump_json(indent=1, ensure_ascii=True))
         return
     _show_results(results)
     minutes, seconds = divmod(round(results.wall_seconds), 60)
@@ -182,7 +181,7 @@ def report(
     results = read_results(store)
     key = write_report(store)
     if as_json:
-        print(results.model_dump_json(indent=1))
+        print(results.model_dump_json(indent=1, ensure_ascii=True))
     elif markdown:
         print(markdown_tables(results), end="")
     else:
@@ -227,31 +226,12 @@ for verb in (submit, status, logs, stop, scale):
 
 
 def main() -> NoReturn:
-    """Runs the command; every named error becomes one message and an exit code."""
+    """Runs the command; whatever ends it becomes one message and an exit code."""
+    stop_on_sigterm()
+    replace_unknown_characters()
     configure_logging(logging.WARNING)
     _list_kinds_in_help()
-    try:
-        sys.exit(app(standalone_mode=False) or 0)
-    except (typer.Exit, SystemExit) as leaving:
-        code: Any = getattr(leaving, "exit_code", getattr(leaving, "code", 0))
-        if code == INTERRUPTED:
-            _say_how_to_resume()
-        sys.exit(code)
-    except (KeyboardInterrupt, typer.Abort):
-        _say_how_to_resume()
-        sys.exit(INTERRUPTED)
-    except typer.TyperException as error:
-        # Typer's errors have `show`; their public base class does not declare it.
-        error.show()  # pyright: ignore[reportAttributeAccessIssue]
-        sys.exit(BAD_INPUT)
-    except (ConfigError, DataError) as error:
-        _explain(error)
-        sys.exit(BAD_INPUT)
-    except DistTLError as error:
-        _explain(error)
-        if not isinstance(error, SupersededError):  # a later attempt is running already
-            _say_how_to_resume()
-        sys.exit(FAILED)
+    sys.exit(exit_code(lambda: app(standalone_mode=False)))
 
 
 def _list_kinds_in_help() -> None:
@@ -260,14 +240,3 @@ def _list_kinds_in_help() -> None:
     for command in app.registered_commands:
         if command.callback in (plan, run, submit):
             command.epilog = app.info.epilog
-
-
-def _say_how_to_resume() -> None:
-    # The other verbs start nothing, or only watch.
-    if sys.argv[1:2] in (["run"], ["forecast"]):
-        errors.print(RESUME)
-
-
-def _explain(error: DistTLError) -> None:
-    text = redact(str(error))
-    errors.print(f"{type(error).__name__}: {text}", style="red", markup=False, highlight=False)

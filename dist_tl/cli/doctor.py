@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from dist_tl.cluster import SEVERAL_MACHINES, is_on_loopback
+from dist_tl.cluster.session_folder import session_parent, temporary_folder
 from dist_tl.config import StrictModel
 from dist_tl.errors import DistTLError
 from dist_tl.jobs.versions import PACKAGES, versions
@@ -36,6 +37,7 @@ def examine(store_url: str | None) -> list[Check]:
         _machine(),
         _accelerator(),
         _shared_memory(),
+        _temporary_folder(),
         *[_package(name) for name in PACKAGES],
         _ray_address(),
         _guarded("embedded S3", _embedded) if store_url is None else _store(store_url),
@@ -72,6 +74,22 @@ def _shared_memory() -> Check:
     state = "ok" if free > 300 * 2**20 else "note"
     hint = "" if state == "ok" else "; Ray will use the disk for its objects, which is slower"
     return Check(name="/dev/shm", state=state, finding=f"{free / 2**20:.0f} MiB free{hint}")
+
+
+def _temporary_folder() -> Check:
+    name, given = "temporary folder", os.environ.get("TMPDIR")
+    try:
+        folder, ray_folder = temporary_folder(), str(session_parent())
+    except DistTLError as error:
+        return Check(name=name, state="fails", finding=str(error))
+    finding = f"{folder}, {shutil.disk_usage(folder).free / 2**30:.1f} GiB free"
+    if given and os.path.abspath(given) != folder:
+        finding += f"; TMPDIR is {given}, which this user cannot write to"
+    elif ray_folder != folder:
+        finding += f"; its path is too long for Ray's sockets, which will be in {ray_folder}"
+    else:
+        return Check(name=name, state="ok", finding=finding)
+    return Check(name=name, state="note", finding=finding)
 
 
 def _package(name: str) -> Check:

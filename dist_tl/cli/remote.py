@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from dist_tl.cli.display import console, errors, show_table
+from dist_tl.cli.endings import interrupted_code
 from dist_tl.errors import ConfigError, DistTLError
 
 if TYPE_CHECKING:  # these take seconds to import, and --help needs none of them
@@ -19,7 +20,6 @@ if TYPE_CHECKING:  # these take seconds to import, and --help needs none of them
     from dist_tl.deploy.kube import Kube, KubeJob
     from dist_tl.deploy.submissions import Submission
 
-INTERRUPTED = 130
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Folder or URL of the run.")]
 OnKube = Annotated[
@@ -48,7 +48,7 @@ def watch(run: str, follow: Callable[[], int]) -> NoReturn:
             f"the job keeps running; follow it with `dist-tl logs -f {run}`, stop it with "
             f"`dist-tl stop {run}`"
         )
-        sys.exit(INTERRUPTED)
+        sys.exit(interrupted_code())
 
 
 def status(
@@ -68,7 +68,7 @@ def status(
     if submission is not None:
         report = report.model_copy(update={"cluster": _cluster_state(run, submission)})
     if as_json:
-        print(report.model_dump_json(indent=1))
+        print(report.model_dump_json(indent=1, ensure_ascii=True))
         return
     attempts = f"{report.attempts} attempt{'' if report.attempts == 1 else 's'}"
     if report.last_started:

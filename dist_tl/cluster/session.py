@@ -5,37 +5,41 @@ machine. It listens on loopback. It stops with this process, even on kill -9, an
 the terminal's Ctrl-C.
 """
 
-import ctypes
 import json
 import logging
 import os
-import shlex
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import get_args
 
-import psutil
 import ray
 
 from dist_tl.cluster.config import SessionConfig
+from dist_tl.cluster.processes import (
+    SESSION_FOLDER,
+    MemoryMonitor,
+    exit_with,
+    kill_processes_of,
+    start_watcher,
+    stop_head,
+)
 from dist_tl.cluster.roles import Role
+from dist_tl.cluster.session_folder import PREFIX, session_parent
 from dist_tl.errors import ConfigError, WorkerError
 from dist_tl.storage.scratch import ScratchFolder, remove_stale
 
 logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0
 CONNECT_TIMEOUT_S = 10.0
-# Marks the processes of a private cluster by its folder.
-SESSION_FOLDER = "DIST_TL_SESSION_FOLDER"
 # Defaults of this process and Ray's processes; the user's environment takes precedence.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -74,7 +78,7 @@ class RaySession:
         self._scratch: ScratchFolder | None = None
         self._environment_before: dict[str, str | None] = {}
         self._is_connected = False
-        self._memory = _MemoryMonitor()
+        self._memory = MemoryMonitor()
 
     def __enter__(self) -> "RaySession":
         try:
@@ -82,8 +86,11 @@ class RaySession:
             address = os.environ.get("RAY_ADDRESS") or self._start_head()
             # Ray Train checks its controller on the cluster at RAY_ADDRESS. If unset, it may find
             # another run's cluster and stop a healthy worker group.
-            self._set_environment({"RAY_ADDRESS": address})
-            _connect(address)
+            # Ray's own handler of SIGTERM ends this process with a stack dump.
+            variables = {"RAY_ADDRESS": address, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1"}
+            self._set_environment(variables)
+            with _own_sigterm_handler():
+                _connect(address)
             self._is_connected = True
             self._check_roles()
         except BaseException:
@@ -143,7 +150,7 @@ class RaySession:
             ray.shutdown()
             self._is_connected = False
         if self._head is not None:
-            _stop(self._head)
+            stop_head(self._head)
             self._head = None
         if self._watcher is not None:
             os.killpg(self._watcher.pid, signal.SIGKILL)  # with the command that it just runs
@@ -162,10 +169,10 @@ class RaySession:
             os.environ[key] = value
 
     def _start_head(self) -> str:
-        # Ray creates sockets below this folder, and their paths are limited to 107 bytes. Ray opens
-        # its own folder to all users; this private parent folder keeps them out.
-        remove_stale("dtl-", parent="/tmp", before=_kill_processes_of)
-        self._scratch = ScratchFolder("dtl-", parent="/tmp")
+        # Ray opens its own folder to all users; this private parent folder keeps them out.
+        parent = str(session_parent())
+        remove_stale(PREFIX, parent=parent, before=kill_processes_of)
+        self._scratch = ScratchFolder(PREFIX, parent=parent)
         port = _free_port()
         address = f"127.0.0.1:{port}"
         with (self._folder / "head.log").open("wb") as log:
@@ -175,7 +182,7 @@ class RaySession:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=partial(_exit_with, os.getpid()),
+                preexec_fn=partial(exit_with, os.getpid()),
                 env={
                     **_ONE_MACHINE,
                     **os.environ,
@@ -184,7 +191,7 @@ class RaySession:
                     SESSION_FOLDER: str(self._folder),
                 },
             )
-        self._watcher = _start_watcher(self._head.pid, self._folder)
+        self._watcher = start_watcher(self._head.pid, self._folder)
         self._wait_until_ready(port)
         return address
 
@@ -237,6 +244,23 @@ def _connect(address: str) -> None:
             time.sleep(0.5)
 
 
+@contextmanager
+def _own_sigterm_handler() -> Iterator[None]:
+    """Restores the handler of SIGTERM that `ray.init` replaces by one that calls `sys.exit`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # here neither Ray nor we can set a handler
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        signal.signal(signal.SIGTERM, handler)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
 def _wait_for_listener(address: str) -> None:
     """Fails early: ray.init takes minutes to fail if nothing listens at the address."""
     host, _, port = address.rpartition(":")
@@ -278,14 +302,6 @@ def _head_command(config: SessionConfig, port: int, folder: Path) -> list[str]:
     ]
 
 
-def _exit_with(parent: int) -> None:
-    """Makes this child process receive SIGTERM when `parent` exits. Runs before exec."""
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -299,103 +315,3 @@ def is_listening(host: str, port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _stop(head: subprocess.Popen[bytes]) -> None:
-    """Stops the head and all its child processes; returns once they have exited."""
-    head.terminate()
-    try:
-        head.wait(timeout=3)
-    except subprocess.TimeoutExpired:
-        head.kill()
-        head.wait()
-    # Children of a killed head lose their parent, but stay in its session.
-    _kill([process for process in psutil.process_iter() if _session_of(process) == head.pid])
-
-
-def _kill_processes_of(folder: Path) -> None:
-    """Kills what is left of a private cluster whose driver and watcher were killed."""
-    marked = {_session_of(p) for p in psutil.process_iter() if _folder_of(p) == str(folder)}
-    # Ray's workers overwrite the mark with their title, but are in the session of the others.
-    _kill([p for p in psutil.process_iter() if _session_of(p) in marked - {None, os.getsid(0)}])
-
-
-def _folder_of(process: psutil.Process) -> str | None:
-    try:
-        return process.environ().get(SESSION_FOLDER)
-    except (psutil.Error, OSError):
-        return None
-
-
-def _kill(processes: list[psutil.Process]) -> None:
-    """Kills processes; returns once they have exited."""
-    for process in processes:
-        with suppress(psutil.Error):
-            process.kill()
-    # Without an init process that reaps orphans they stay zombies, which count as dead.
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and not all(map(_is_dead, processes)):
-        time.sleep(0.05)
-
-
-def _is_dead(process: psutil.Process) -> bool:
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return True
-
-
-def _start_watcher(head_pid: int, folder: Path) -> subprocess.Popen[bytes]:
-    """Starts a shell that kills the head's session and removes its folder if this process dies."""
-    me = os.getpid()
-    script = (
-        f"alive() {{ kill -0 {me} && ! grep -q '^State:.Z' /proc/{me}/status; }} 2>/dev/null; "
-        f"while alive; do sleep 1; done; "
-        f"pkill -KILL -s {head_pid} || kill -KILL -- -{head_pid}; "
-        f"sleep 1; rm -rf {shlex.quote(str(folder))}"
-    )
-    return subprocess.Popen(
-        ["/bin/sh", "-c", script],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
-def _session_of(process: psutil.Process) -> int | None:
-    try:
-        return os.getsid(process.pid)
-    except OSError:
-        return None
-
-
-class _MemoryMonitor:
-    """Samples the memory of this process and its children, once a second."""
-
-    def __init__(self) -> None:
-        self.peak_bytes = 0
-        self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        self._thread = threading.Thread(target=self._sample, daemon=True, name="memory monitor")
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def _sample(self) -> None:
-        while not self._stopped.wait(1.0):
-            self.peak_bytes = max(self.peak_bytes, _process_tree_memory())
-
-
-def _process_tree_memory() -> int:
-    total = 0
-    me = psutil.Process()
-    for process in [me, *me.children(recursive=True)]:
-        try:
-            total += process.memory_full_info().pss
-        except psutil.Error:
-            continue
-    return total

@@ -112,7 +112,7 @@ class RayJobs:
         taken = {job.submission_id for job in self._request(self._client.list_jobs)}
         number = next(n for n in itertools.count(1) if f"{label}--{n}" not in taken)
         with tempfile.TemporaryDirectory(prefix="dist_tl-submit-") as folder:
-            (Path(folder) / JOB_FILE).write_text(job_text)
+            (Path(folder) / JOB_FILE).write_text(job_text, encoding="utf-8")
             try:
                 return self._request(
                     lambda: self._client.submit_job(

@@ -129,6 +129,23 @@ def select(listing: Listing, config: SourceConfig, *, seed: int) -> Selection:
     return Selection(indices, labels, class_names)
 
 
+def class_index(key: int | str, class_names: Sequence[str]) -> int:
+    """Returns the index of a class that a job names by its name or index.
+
+    Raises:
+        ConfigError: there is no such class; the message suggests the nearest name.
+    """
+    if isinstance(key, int):
+        if 0 <= key < len(class_names):
+            return key
+        hint = f"; write '{key}' in quotes to mean a name" if str(key) in class_names else ""
+        raise ConfigError(f"class index {key}: expected 0..{len(class_names) - 1}{hint}")
+    if key in class_names:
+        return class_names.index(key)
+    near = difflib.get_close_matches(key, class_names, n=1, cutoff=0.0)
+    raise ConfigError(f"there is no class {key!r}; did you mean {near[0]!r}?")
+
+
 def require_local(path: str) -> str:
     """Returns `path` if it is a local path.
 
@@ -162,27 +179,15 @@ def _relabelling(
 
 def _groups(config: SourceConfig, class_names: tuple[str, ...]) -> list[tuple[str, list[int]]]:
     if config.classes is not None:
-        chosen = [_class_index(key, class_names) for key in config.classes]
+        chosen = [class_index(key, class_names) for key in config.classes]
         return [(class_names[index], [index]) for index in chosen]
     if config.groups is not None:
         # Sorted, like the keys in a job's fingerprint: the labels must not depend on their order.
         return [
-            (name, [_class_index(key, class_names) for key in members])
+            (name, [class_index(key, class_names) for key in members])
             for name, members in sorted(config.groups.items())
         ]
     return [(name, [index]) for index, name in enumerate(class_names)]
-
-
-def _class_index(key: int | str, class_names: Sequence[str]) -> int:
-    if isinstance(key, int):
-        if 0 <= key < len(class_names):
-            return key
-        hint = f"; write '{key}' in quotes to mean a name" if str(key) in class_names else ""
-        raise ConfigError(f"class index {key}: expected 0..{len(class_names) - 1}{hint}")
-    if key in class_names:
-        return class_names.index(key)
-    near = difflib.get_close_matches(key, class_names, n=1, cutoff=0.0)
-    raise ConfigError(f"there is no class {key!r}; did you mean {near[0]!r}?")
 
 
 def _require_images(listing: Listing, new_label: NDArray[np.int64], *, num_parts: int) -> None:

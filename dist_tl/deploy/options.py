@@ -10,7 +10,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from dist_tl.config import StrictModel, parse_yaml, validate
+from dist_tl.config import StrictModel, read_yaml, validate
 from dist_tl.errors import ConfigError
 from dist_tl.telemetry import redact
 
@@ -268,8 +268,4 @@ def read_options(path: str | Path) -> KubeOptions:
     Raises:
         ConfigError: the file is missing or invalid.
     """
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise ConfigError(f"cannot read the options file {path}: {error.strerror}") from None
-    return validate(KubeOptions, parse_yaml(text, source=str(path)), source=str(path))
+    return validate(KubeOptions, read_yaml(path, name="options file"), source=str(path))

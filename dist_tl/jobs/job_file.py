@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_tl.config import apply_overrides, parse_yaml, validate
-from dist_tl.errors import ConfigError
+from dist_tl.config import apply_overrides, read_yaml, validate
 from dist_tl.jobs.kinds import kind_named
 
 if TYPE_CHECKING:
@@ -21,10 +20,6 @@ def read_job(path: str | Path, overrides: Sequence[str] = ()) -> "JobConfig":
     Raises:
         ConfigError: the file is missing, or has a key or value that its kind does not take.
     """
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise ConfigError(f"cannot read the job file {path}: {error.strerror}") from None
-    data = apply_overrides(parse_yaml(text, source=str(path)), overrides)
+    data = apply_overrides(read_yaml(path, name="job file"), overrides)
     kind = kind_named(data.get("kind"), source=str(path))
     return validate(kind.spec(), data, source=str(path))

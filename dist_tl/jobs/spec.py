@@ -101,7 +101,7 @@ class TrainingJobConfig(JobConfig):
         if self.lanes % self.trainers.workers:
             fits = [n for n in range(1, self.lanes + 1) if self.lanes % n == 0]
             raise ValueError(
-                f"{self.lanes} lanes cannot be shared by {self.trainers.workers} workers; use "
+                f"{self.lanes} lanes cannot be divided among {self.trainers.workers} workers; use "
                 f"trainers.workers in {fits}"
             )
         return self
@@ -134,6 +134,6 @@ class TrainingJobConfig(JobConfig):
         if rest:
             near = [n * self.lanes for n in (per_lane, per_lane + 1) if n]
             raise ValueError(
-                f"{name}: a batch of {batch_size} cannot be shared by {self.lanes} lanes; "
+                f"{name}: a batch of {batch_size} cannot be divided among {self.lanes} lanes; "
                 f"the nearest that work: {near}"
             )

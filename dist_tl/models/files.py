@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dist_tl.config import StrictModel, validate
 from dist_tl.errors import ConfigError
+from dist_tl.models.finite import check_finite_weights
 from dist_tl.models.messages import join_names
 from dist_tl.models.networks import AnyNetworkConfig, Network, NetworkConfig, build_network
 
@@ -61,17 +62,22 @@ def save_network(
     }
 
 
-def load_network(files: Mapping[str, bytes]) -> Network:
+def load_network(files: Mapping[str, bytes], *, place: str = ".") -> Network:
     """Loads a network that `save_network` wrote, bit for bit, in training mode.
 
+    Args:
+        place: where the files were read from, for the message about damaged weights.
+
     Raises:
-        ConfigError: a file is missing or unreadable, or tensors are missing, unexpected, or of
-            another shape or kind than the configuration requires; the message names them.
+        ConfigError: a file is missing or unreadable, or tensors are missing, unexpected, not
+            finite, or of another shape or kind than the configuration requires; the message names
+            them.
     """
     if absent := [name for name in (CONFIG, WEIGHTS) if name not in files]:
         raise ConfigError(f"a saved network is {CONFIG} and {WEIGHTS}; missing: {absent[0]}")
     description = validate(NetworkFile, _json(files[CONFIG]), source=CONFIG)
     tensors = _tensors(files[WEIGHTS])
+    check_finite_weights(tensors, f"{place}/{WEIGHTS}")
     network = build_network(
         description.network,
         num_classes=description.num_classes,

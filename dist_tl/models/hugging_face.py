@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dist_tl.config import NamesModel
 from dist_tl.contents import split_pin
 from dist_tl.errors import ConfigError
+from dist_tl.models.finite import check_finite_weights
 from dist_tl.models.inputs import ImageShape, InputAdapter, InputConfig
 from dist_tl.models.messages import check_name, join_names, one_line
 from dist_tl.models.pretrained import local_folder, require_weights, saved_files, saved_statistics
@@ -98,8 +99,9 @@ def build_transformers(
         the path.
 
     Raises:
-        ConfigError: unknown architecture or option, nothing loadable at the path, images of the
-            wrong size or channels, or a head that is not linear or has other classes.
+        ConfigError: unknown architecture or option, nothing loadable or weights that are not finite
+            at the path, images of the wrong size or channels, or a head that is not linear or has
+            other classes.
     """
     if config.path is None:
         name = str(config.architecture)
@@ -111,6 +113,7 @@ def build_transformers(
         name, folder = split_pin(config.path)[0], require_weights(local_folder(config.path))
         with _readable_errors(name):
             model, missing = _saved_model(folder)
+        check_finite_weights(model.state_dict(), name)
         config = config.model_copy(
             update={"normalise": config.normalise or saved_statistics(folder)}
         )

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dist_tl.errors import ConfigError
+from dist_tl.models.finite import check_finite_weights
 from dist_tl.models.inputs import ImageShape, InputAdapter, InputConfig, Normalise
 from dist_tl.models.messages import check_name, one_line
 from dist_tl.models.taps import detach_head
@@ -63,7 +64,7 @@ def build_timm(
 
     Raises:
         ConfigError: timm or torchvision is missing or broken, the name is unknown, an option or
-            the images do not fit, or the head is not linear.
+            the images do not fit, the weights are not finite, or the head is not linear.
     """
     timm = _import_timm()
     check_name("timm: name", config.name.partition(".")[0], timm.list_models())
@@ -80,6 +81,8 @@ def build_timm(
         raise ConfigError(
             f"timm: {config.name} cannot be built or loaded: {one_line(error)}"
         ) from error
+    if config.pretrained:
+        check_finite_weights(model.state_dict(), f"timm: {config.name}")
     if config.pretrained and config.normalise is None:
         config = config.model_copy(update={"normalise": _statistics(model, shape[0])})
     _, head = detach_head(model, model, torch.zeros(1, *shape), name=f"timm: {config.name}")

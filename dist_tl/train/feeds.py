@@ -73,13 +73,13 @@ def own_lanes(num_lanes: int, rank: int, world_size: int) -> range:
     """Returns the lanes of one rank.
 
     Raises:
-        ConfigError: the number of lanes is not divisible by `world_size`.
+        ConfigError: the lanes cannot be divided among `world_size` workers.
     """
     if num_lanes % world_size:
         divisors = [n for n in range(1, num_lanes + 1) if num_lanes % n == 0]
         next_lanes = world_size * (num_lanes // world_size + 1)
         raise ConfigError(
-            f"{num_lanes} lanes are not divisible by {world_size} workers; "
+            f"{num_lanes} lanes cannot be divided among {world_size} workers; "
             f"use trainers.workers in {divisors}, or lanes={next_lanes}"
         )
     width = num_lanes // world_size
@@ -107,8 +107,8 @@ class MemoryRows:
             low = batch_size - batch_size % num_lanes
             nearest = " or ".join(str(n) for n in (low, low + num_lanes) if n > 0)
             raise ConfigError(
-                f"a batch of {batch_size} is not divisible by {num_lanes} lanes; use a batch of "
-                f"{nearest}"
+                f"a batch of {batch_size} cannot be divided among {num_lanes} lanes; use a batch "
+                f"of {nearest}"
             )
         self._data, self._lanes = data, lanes
         self._seed, self._purpose = seed, purpose
@@ -208,7 +208,7 @@ class Feed:
     def _parts(self, lanes: list[LaneRows]) -> list[list[LaneRows]]:
         if len(lanes) % self._accumulation:
             raise ConfigError(
-                f"{len(lanes)} lanes per worker are not divisible by {self._accumulation} "
+                f"{len(lanes)} lanes per worker cannot be divided among {self._accumulation} "
                 f"micro-batches; use lanes = workers * {self._accumulation}, or a multiple of it"
             )
         width = len(lanes) // self._accumulation

@@ -16,6 +16,7 @@ from dist_tl.errors import ConfigError
 from dist_tl.methods.hub.pathway import BatchNorm, HubPathway, Preference
 from dist_tl.methods.hub.routes import RouteConfig
 from dist_tl.models.files import load_network, save_network
+from dist_tl.models.finite import check_finite_weights
 from dist_tl.models.inputs import ImageShape, InputConfig
 from dist_tl.models.networks import (
     Network,
@@ -183,7 +184,7 @@ def _pretrained(
     if (source.model is None) == (source.network is None):
         raise ConfigError("give exactly one of model (stored files) and network (of a library)")
     if source.model is not None:
-        return load_network(read_model_files(store, source.model))
+        return _stored_network(store, source.model)
     assert source.network is not None, "checked above"
     return build_network(
         source.network,
@@ -191,6 +192,10 @@ def _pretrained(
         image_shape=source.inputs.adapted_shape(image_shape),
         rng=torch_rng(seed, f"expert {source.name}"),
     )
+
+
+def _stored_network(store: ObjectStore, location: str) -> Network:
+    return load_network(read_model_files(store, location), place=location)
 
 
 def new_router(spec: NewHub, image_shape: ImageShape, seed: int) -> nn.Module | None:
@@ -302,7 +307,7 @@ def load_expert(store: ObjectStore, location: str, name: str) -> Network:
         raise ConfigError(
             f"{location} has no expert {name}; it has {', '.join(description.experts)}"
         )
-    return load_network(read_model_files(store, _join(location, f"experts/{name}"))).eval()
+    return _stored_network(store, _join(location, f"experts/{name}")).eval()
 
 
 class RouterAndAggregator(nn.Module):
@@ -329,7 +334,7 @@ def load_router(store: ObjectStore, location: str) -> RouterAndAggregator:
     count = len(description.experts)
     router: nn.Module | None = None
     if description.routes.by == "input":
-        router = load_network(read_model_files(store, _join(location, "router")))
+        router = _stored_network(store, _join(location, "router"))
     elif description.routes.by == "static":
         router = Preference(count)
     parts = RouterAndAggregator(
@@ -372,6 +377,7 @@ def _load_tensors(module: nn.Module, data: bytes, location: str, *, expected: se
         tensors = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise ConfigError(f"{location}/{HUB_TENSORS} is damaged: {error}") from None
+    check_finite_weights(tensors, f"{location}/{HUB_TENSORS}")
     own = module.state_dict(keep_vars=True)
     mismatched = sorted(set(tensors) ^ set(expected))
     mismatched += [

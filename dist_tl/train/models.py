@@ -130,7 +130,7 @@ def load_classifier(
     Raises:
         ConfigError: files are missing or damaged, or the network expects another image shape.
     """
-    network = load_network(read_model_files(store, location))
+    network = load_network(read_model_files(store, location), place=location)
     if image_shape is not None and network.image_shape != tuple(image_shape):
         raise ConfigError(
             f"the model at {location} takes images of (channels, height, width) "

@@ -9,7 +9,7 @@ from fake_kube_api import FakeKubeApi, until
 
 pytest.importorskip("kubernetes", reason="pip install 'dist_tl[kube]'")
 
-from dist_tl.cli import app as cli
+from dist_tl.cli import endings
 from dist_tl.deploy import kube as kube_module
 from dist_tl.report.results import JobRecord
 from dist_tl.storage import layout
@@ -104,7 +104,7 @@ def test_a_job_is_submitted_scaled_monitored_and_stopped(api, bucket, command, s
     api.set_status("birds", "Running", "RUNNING")
     begin(run)
     code, _, err = submit(run)
-    assert code == cli.BAD_INPUT
+    assert code == endings.BAD_INPUT
     assert "birds (Running: RUNNING); stop it" in err
 
     assert bounds(generators_of(api, "birds")) == (1, 1)
@@ -133,9 +133,9 @@ def test_a_job_is_submitted_scaled_monitored_and_stopped(api, bucket, command, s
     assert code == 0, "the status comes from the store"
     assert "no RayJob of run" in out
     code, _, err = command("scale", run, "generators=7")
-    assert code == cli.BAD_INPUT
+    assert code == endings.BAD_INPUT
     assert "stored for later attempts of the run, but the pods were not scaled" in err
-    assert command("scale", run, "generators=3..5")[0] == cli.BAD_INPUT
+    assert command("scale", run, "generators=3..5")[0] == endings.BAD_INPUT
     code, out, _ = submit(run, "--dry-run")
     [ray_job] = [m for m in yaml.safe_load_all(out) if m["kind"] == "RayJob"]
     groups = ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
@@ -153,7 +153,7 @@ def test_without_detach_submit_follows_and_returns_the_exit_code(api, bucket, su
 
     api.on_ray_job = run_job
     code, out, err = submit(f"{bucket}/fish")
-    assert code == cli.FAILED
+    assert code == endings.FAILED
     assert out.split("\n")[:2] == ["one", "two"]
     assert "submitted fish to namespace science" in err
     kept = json.loads(ObjectStore(f"{bucket}/fish").read(layout.SUBMISSION))
@@ -163,7 +163,7 @@ def test_without_detach_submit_follows_and_returns_the_exit_code(api, bucket, su
 def test_a_rejected_submission_is_not_recorded_in_the_run(api, bucket, submit):
     api.forbidden.add(("create", "rayjobs"))
     code, _, err = submit(f"{bucket}/mice")
-    assert code == cli.BAD_INPUT
+    assert code == endings.BAD_INPUT
     assert "no permission to create rayjobs" in err
     assert ObjectStore(f"{bucket}/mice").read_or_none(layout.SUBMISSION) is None
 
@@ -175,7 +175,7 @@ def test_ctrl_c_leaves_the_job_running(api, bucket, submit, monkeypatch):
 
     monkeypatch.setattr(kube_module.Kube, "follow", interrupt)
     code, _, err = submit(f"{bucket}/newts")
-    assert code == cli.INTERRUPTED
+    assert code == endings.INTERRUPTED
     assert "the job keeps running; follow it with" in err
     assert "stopped" not in err
     assert api.names("rayjobs") == ["newts"]
@@ -215,7 +215,7 @@ def test_a_job_starts_although_its_store_is_unreachable_from_here(
     assert "unreachable from this machine" in err
     assert "add --kube --namespace zoo" in err
     code, _, err = command("status", run, "--kube")
-    assert code == cli.BAD_INPUT
+    assert code == endings.BAD_INPUT
     assert "namespace science" in err
     code, out, _ = command("status", run, "--kube", "--namespace", "zoo", "--json")
     assert code == 0

@@ -1,6 +1,7 @@
 """Files of a hub: round trip, partial reads, and invalid experts."""
 
 import pytest
+import safetensors.torch
 import torch
 from small_hubs import (
     CLASSES,
@@ -131,6 +132,24 @@ def test_a_damaged_or_mixed_hub_is_rejected_by_name(run_url):
         load_hub(store, "hub")
     store.write("hub/hub.json", b"{}")
     with pytest.raises(ConfigError, match=r"hub\.json is damaged"):
+        load_hub(store, "hub")
+
+
+@pytest.mark.parametrize(
+    ("file", "tensor"),
+    [
+        ("hub.safetensors", "aggregator.bias"),
+        ("router/model.safetensors", "head.bias"),
+        ("experts/wide/model.safetensors", "head.bias"),
+    ],
+)
+def test_a_hub_whose_weights_are_not_finite_is_rejected_by_file_and_tensor(run_url, file, tensor):
+    store = ObjectStore(run_url("run"))
+    put(store, "hub", hub_files(build(new_hub(("plain", "wide"), k=2), store.url)))
+    tensors = safetensors.torch.load(store.read(f"hub/{file}"))
+    tensors[tensor][0] = float("nan")
+    store.write(f"hub/{file}", safetensors.torch.save(tensors))
+    with pytest.raises(ConfigError, match=rf"hub/{file}: {tensor}: expected finite numbers"):
         load_hub(store, "hub")
 
 

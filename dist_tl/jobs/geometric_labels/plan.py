@@ -1,14 +1,16 @@
 """Stages and tasks of a geometric labelling."""
 
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 
 from pydantic import Field
 
 from dist_tl.cluster.config import Task
 from dist_tl.config import StrictModel, fingerprint
 from dist_tl.datasets.images import LabelledImages
+from dist_tl.datasets.selection import class_index
 from dist_tl.datasets.spec import DataConfig
+from dist_tl.errors import ConfigError
 from dist_tl.jobs.geometric_labels.spec import BASELINE, GeometricLabelsJob
 from dist_tl.jobs.plan import PlanTable, TaskRow, plan_table
 from dist_tl.jobs.stages import repeat_seed, target_rows, training_stage
@@ -74,7 +76,19 @@ def plan(job: GeometricLabelsJob, store: ObjectStore) -> "GeometricLabelsPlan":
     """
     for repeat in range(job.seeds):
         load_rows(target_rows(job, job.target, repeat, "train"))
+    if job.pairs is not None:
+        _check_classes("pairs.sources", job.pairs.sources, job.pool)
+        _check_classes("pairs.targets", job.pairs.targets, job.target.data)
     return GeometricLabelsPlan(job)
+
+
+def _check_classes(field: str, parts: tuple[tuple[str, ...], ...], data: DataConfig) -> None:
+    known = load_rows(RowsSpec(data=data)).class_names
+    for name in chain.from_iterable(parts):
+        try:
+            class_index(name, known)
+        except ConfigError as error:
+            raise ConfigError(f"{field}: {error}") from None
 
 
 @dataclass(frozen=True)

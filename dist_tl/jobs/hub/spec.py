@@ -5,13 +5,12 @@ Imports neither ray nor deepspeed.
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from dist_tl.cluster.config import TrialsConfig
-from dist_tl.config import StrictModel, parse_yaml
+from dist_tl.config import StrictModel, read_yaml
 from dist_tl.errors import ConfigError
 from dist_tl.jobs.spec import NAME, BudgetConfig, ModelPlace, TargetDataConfig, TrainingJobConfig
 from dist_tl.jobs.teacher import TeacherConfig
@@ -114,9 +113,7 @@ class HubJob(TrainingJobConfig):
         if not isinstance(value, str):
             return value
         try:
-            experts = parse_yaml(Path(value).read_text(), source=value).get("hub")
-        except OSError as error:
-            raise ValueError(f"cannot read the catalogue {value}: {error.strerror}") from None
+            experts = read_yaml(value, name="catalogue").get("hub")
         except ConfigError as error:
             raise ValueError(str(error)) from None
         if not isinstance(experts, list):

@@ -43,13 +43,14 @@ def load_generator(
             is read from its folder or the hub instead.
 
     Raises:
-        ConfigError: files are missing or unreadable, or are not a class-conditional generator.
+        ConfigError: files are missing, unreadable or hold weights that are not finite, or are not a
+            class-conditional generator.
     """
     if isinstance(config, PipelineConfig):
         return PipelineGenerator.load(config)
     if files is None:
         raise ConfigError(f"generator {config.path}: expected its files, got none")
-    generator = ClassDiffusion.from_files(files)
+    generator = ClassDiffusion.from_files(files, place=config.path)
     changes = config.model_dump(include={"guidance_scale", "num_steps"}, exclude_none=True)
     # Validated again: a generator that never learnt "no class" cannot be guided.
     settings = generator.config.model_dump() | changes

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dist_tl.config import StrictModel, validate
 from dist_tl.errors import ConfigError
+from dist_tl.models.finite import check_finite_weights
 from dist_tl.models.generators.protocol import check_condition, check_labels, check_rng
 from dist_tl.models.generators.sampling import draw_noise, guide, make_solver, solve
 
@@ -198,11 +199,15 @@ class ClassDiffusion(nn.Module):
         }
 
     @classmethod
-    def from_files(cls, files: Mapping[str, bytes]) -> "ClassDiffusion":
+    def from_files(cls, files: Mapping[str, bytes], *, place: str = ".") -> "ClassDiffusion":
         """Loads a model saved by `to_files`, in eval mode.
 
+        Args:
+            place: where the files were read from, for the message about damaged weights.
+
         Raises:
-            ConfigError: a file is missing, unreadable, or the weights do not fit the config.
+            ConfigError: a file is missing, unreadable, or the weights do not fit the config or are
+                not finite.
         """
         if missing := {WEIGHTS_FILE, CONFIG_FILE} - set(files):
             raise ConfigError(f"generator: missing {sorted(missing)}, got {sorted(files)}")
@@ -212,6 +217,7 @@ class ClassDiffusion(nn.Module):
             model.load_state_dict(safetensors.torch.load(bytes(files[WEIGHTS_FILE])))
         except (SafetensorError, RuntimeError) as error:
             raise ConfigError(f"generator: {WEIGHTS_FILE} does not fit: {error}") from None
+        check_finite_weights(model.state_dict(), f"generator {place}/{WEIGHTS_FILE}")
         return model.eval()
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dist_tl.config import NamesModel, StrictModel
 from dist_tl.errors import ConfigError
+from dist_tl.models.finite import check_finite_weights
 from dist_tl.models.generators.protocol import (
     check_condition,
     check_finite,
@@ -129,7 +130,7 @@ class PipelineGenerator(nn.Module):
 
         Raises:
             ConfigError: the path does not exist, is not a class-conditional DiT pipeline, or a
-                part has no safetensors file or lacks weights.
+                part has no safetensors file, lacks weights, or has some that are not finite.
         """
         # Imported late: the import takes seconds, and planning a job does not need it.
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -310,4 +311,5 @@ def _load_part(kind: type[Model], folder: Path, name: str, dtype: torch.dtype) -
     # The library only warns about missing weights and keeps random ones.
     if missing := info["missing_keys"] or info["mismatched_keys"]:
         raise ConfigError(f"{folder}/{name} lacks weights, e.g. {sorted(map(str, missing))[0]}")
+    check_finite_weights(model.state_dict(), f"{folder}/{name}")
     return model
