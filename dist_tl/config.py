@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
@@ -22,6 +23,11 @@ class StrictModel(BaseModel):
     """Base class of all configurations: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class NamesModel:
+    """Marks a field, by `Annotated`, that names a stored model: a folder, a URL or a hub name."""
 
 
 Model = TypeVar("Model", bound=StrictModel)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from dist_tl.cluster.config import SessionConfig, TrainersConfig
-from dist_tl.config import StrictModel
+from dist_tl.config import NamesModel, StrictModel
 from dist_tl.datasets.spec import DataConfig
 from dist_tl.storage.model_files import absolute_place
 from dist_tl.train.checkpoints import CheckpointConfig
@@ -16,7 +16,7 @@ from dist_tl.train.engine import EngineConfig, OptimizerConfig
 
 NAME = r"^[a-z0-9][a-z0-9_-]{0,39}$"
 # A folder or URL given by the user, not a key of the run.
-ModelPlace = Annotated[str, Field(min_length=1), AfterValidator(absolute_place)]
+ModelPlace = Annotated[str, NamesModel(), Field(min_length=1), AfterValidator(absolute_place)]
 
 
 # What may change between two attempts at one run: it decides how fast results come, not which;

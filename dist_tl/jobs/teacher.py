@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from dist_tl.config import StrictModel
 from dist_tl.datasets.spec import DataConfig
-from dist_tl.jobs.spec import BudgetConfig
+from dist_tl.jobs.spec import BudgetConfig, ModelPlace
 from dist_tl.models.networks import NetworkConfig
 from dist_tl.storage import layout
 from dist_tl.train.checkpoints import CheckpointConfig
@@ -34,9 +34,7 @@ class TeacherConfig(StrictModel):
 class StoredTeacher(StrictModel):
     """A classifier that exists already."""
 
-    model: str = Field(
-        min_length=1, description="Folder or URL with model.safetensors and config.json."
-    )
+    model: ModelPlace = Field(description="Folder or URL with model.safetensors and config.json.")
 
 
 def _one_kind(teacher: Any) -> Any:

@@ -8,12 +8,13 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from dist_tl.config import NamesModel
 from dist_tl.errors import ConfigError
 from dist_tl.models.inputs import ImageShape, InputAdapter, InputConfig
 from dist_tl.models.messages import check_name, join_names, one_line
@@ -46,7 +47,7 @@ class TransformersConfig(InputConfig):
         description="Options of the architecture's transformers config class. num_channels and "
         "image_size default to those of the images.",
     )
-    path: str | None = Field(
+    path: Annotated[str, NamesModel()] | None = Field(
         default=None,
         description="Local folder, or name on the Hugging Face Hub, of a classifier saved by "
         "save_pretrained.",

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from dist_tl.cluster.config import TrialsConfig
 from dist_tl.config import StrictModel
 from dist_tl.datasets.spec import DataConfig
-from dist_tl.jobs.spec import NAME, JobConfig
+from dist_tl.jobs.spec import NAME, JobConfig, ModelPlace
 from dist_tl.jobs.teacher import AnyTeacher
 from dist_tl.methods.hidden_manifold.forecast import LABELS_PER_FEATURE
 from dist_tl.methods.hidden_manifold.saddle_point import MIN_LAM
@@ -34,7 +34,7 @@ class NetworkMap(StrictModel):
 
     kind: Literal["network"]
     name: str = Field(pattern=NAME)
-    model: str | None = Field(
+    model: ModelPlace | None = Field(
         default=None, description="Folder or URL of the network; absent: the job's teacher."
     )
     block: int = Field(

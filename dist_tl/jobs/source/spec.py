@@ -2,15 +2,16 @@
 
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dist_tl.config import StrictModel
 from dist_tl.datasets.spec import DataConfig
 from dist_tl.datasets.views import ViewsConfig
-from dist_tl.jobs.spec import BudgetConfig, TrainingJobConfig
-from dist_tl.models.generators.config import GeneratorConfig
+from dist_tl.jobs.spec import BudgetConfig, ModelPlace, TrainingJobConfig
+from dist_tl.models.generators.config import GeneratorConfig, StoredDiffusionConfig
 from dist_tl.models.generators.diffusion import DiffusionConfig
 from dist_tl.models.networks import NetworkConfig
+from dist_tl.storage.model_files import absolute_place
 
 
 class SourceConfig(StrictModel):
@@ -34,8 +35,17 @@ class SourceConfig(StrictModel):
 class SourceAssets(StrictModel):
     """A trained source classifier and a trained conditional generator."""
 
-    classifier: str = Field(description="Folder or URL with model.safetensors and config.json.")
+    classifier: ModelPlace = Field(
+        description="Folder or URL with model.safetensors and config.json."
+    )
     generator: GeneratorConfig
+
+    @field_validator("generator")
+    @classmethod
+    def _not_a_key_of_the_run(cls, generator: GeneratorConfig) -> GeneratorConfig:
+        if not isinstance(generator, StoredDiffusionConfig):  # its name may be one on a hub
+            return generator
+        return generator.model_copy(update={"path": absolute_place(generator.path)})
 
 
 class SourceJob(TrainingJobConfig):

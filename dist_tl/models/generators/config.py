@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dist_tl.config import StrictModel, validate
+from dist_tl.config import NamesModel, StrictModel, validate
 from dist_tl.errors import ConfigError
 from dist_tl.models.generators.diffusion import ClassDiffusion, DiffusionConfig
 from dist_tl.models.generators.pipelines import PipelineConfig, PipelineGenerator
@@ -19,7 +19,7 @@ class StoredDiffusionConfig(StrictModel):
     """A `ClassDiffusion` trained by an earlier job."""
 
     kind: Literal["diffusion"] = "diffusion"
-    path: str = Field(
+    path: Annotated[str, NamesModel()] = Field(
         min_length=1, description="Folder or URL with model.safetensors and config.json."
     )
     guidance_scale: float | None = Field(

@@ -12,13 +12,13 @@ Source: Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv:22
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dist_tl.config import StrictModel
+from dist_tl.config import NamesModel, StrictModel
 from dist_tl.errors import ConfigError
 from dist_tl.models.generators.protocol import (
     check_condition,
@@ -55,7 +55,7 @@ class PipelineConfig(StrictModel):
     """A saved DiT pipeline and its sampling options."""
 
     kind: Literal["pipeline"] = "pipeline"
-    path: str = Field(
+    path: Annotated[str, NamesModel()] = Field(
         min_length=1, description="Folder written by save_pretrained, or name of a hub model."
     )
     revision: str | None = Field(default=None, description="Commit or tag of a hub model.")
