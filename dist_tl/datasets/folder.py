@@ -8,7 +8,7 @@ from PIL import Image
 from pydantic import Field, field_validator
 
 from dist_tl.datasets.decode import IMAGE_SUFFIXES, MAX_FILE_BYTES, decode_image
-from dist_tl.datasets.listing import UNLABELLED, Listing
+from dist_tl.datasets.listing import UNLABELLED, Listing, count_suffixes
 from dist_tl.datasets.selection import SourceConfig, require_local
 from dist_tl.errors import ConfigError, DataError
 
@@ -29,7 +29,7 @@ class FolderConfig(SourceConfig):
 def list_folder(config: FolderConfig) -> Listing:
     """Lists all images below the class folders, sorted by class name and path.
 
-    Skips hidden files and folders, and files of other types.
+    Skips hidden files and folders, and files of other types, which it counts.
 
     Raises:
         ConfigError: the path is not a folder.
@@ -39,13 +39,17 @@ def list_folder(config: FolderConfig) -> Listing:
     if config.unlabelled:
         return _list_unlabelled(root)
     classes = _class_folders(root)
-    files = [_images_below(folder) for folder in classes]
-    paths = [path for in_class in files for path in in_class]
+    files = [_files_below(folder) for folder in classes]
+    images = [[path for path in in_class if _is_image(path)] for in_class in files]
+    paths = [path for in_class in images for path in in_class]
+    beside = [path for path in root.iterdir() if path.is_file() and not path.name.startswith(".")]
+    others = [path for in_class in files for path in in_class if not _is_image(path)]
     return Listing(
         names=[str(path) for path in paths],
-        labels=np.repeat(np.arange(len(files)), [len(in_class) for in_class in files]),
+        labels=np.repeat(np.arange(len(images)), [len(in_class) for in_class in images]),
         class_names=tuple(folder.name for folder in classes),
         read=lambda i: _read(paths[i]),
+        passed_over=count_suffixes(beside + others),
     )
 
 
@@ -53,7 +57,8 @@ def _list_unlabelled(root: Path) -> Listing:
     if not root.is_dir():
         existing = "a file" if root.exists() else "nothing"
         raise ConfigError(f"path: expected a folder at {root}, found {existing}")
-    paths = _images_below(root)
+    files = _files_below(root)
+    paths = [path for path in files if _is_image(path)]
     if not paths:
         raise DataError(f"{root} contains no images; expected {', '.join(IMAGE_SUFFIXES)} files")
     return Listing(
@@ -61,6 +66,7 @@ def _list_unlabelled(root: Path) -> Listing:
         labels=np.zeros(len(paths), dtype=np.int64),
         class_names=(UNLABELLED,),
         read=lambda i: _read(paths[i]),
+        passed_over=count_suffixes(path for path in files if not _is_image(path)),
     )
 
 
@@ -80,15 +86,18 @@ def _class_folders(root: Path) -> list[Path]:
     return folders
 
 
-def _images_below(folder: Path) -> list[Path]:
+def _files_below(folder: Path) -> list[Path]:
     paths = [
         path
         for path in folder.rglob("*")
-        if path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     ]
     return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES
 
 
 def _read(path: Path) -> Image.Image:

@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from pydantic import Field
+
 from dist_tl.config import StrictModel
 from dist_tl.jobs.kinds import KINDS
+from dist_tl.jobs.overview import Overview, overview_of
 from dist_tl.jobs.spec import JobConfig, TrainingJobConfig
 from dist_tl.models.networks import parameter_count
 from dist_tl.report.results import Table
@@ -57,6 +60,7 @@ class PlanTable(StrictModel):
     trials: int
     tasks: tuple[TaskRow, ...]
     tables: tuple[Table, ...]
+    overview: Overview | None = Field(default=None, description="What the job is given.")
 
 
 class Plan(Protocol):
@@ -68,14 +72,15 @@ class Plan(Protocol):
 
 
 def plan_job(job: JobConfig) -> PlanTable:
-    """Checks the job against its data and lists what a new run of it would do.
+    """Checks the job against its data; lists what it is given and what a new run of it would do.
 
     Raises:
         ConfigError: the job cannot work.
         DataError: its data is damaged.
     """
     # An empty store: planning neither waits for a remote one nor depends on what it holds.
-    return KINDS[job.kind].plan(job, ObjectStore(NEW_RUN)).table()
+    table = KINDS[job.kind].plan(job, ObjectStore(NEW_RUN)).table()
+    return table.model_copy(update={"overview": overview_of(job)})
 
 
 def plan_table(

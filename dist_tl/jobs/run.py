@@ -11,6 +11,7 @@ from dist_tl.cluster.session import set_variable
 from dist_tl.config import differing_fields, fingerprint
 from dist_tl.errors import ConfigError, StorageError
 from dist_tl.jobs.kinds import KINDS
+from dist_tl.jobs.overview import overview_of
 from dist_tl.jobs.spec import MAY_CHANGE, JobConfig
 from dist_tl.jobs.versions import versions
 from dist_tl.jobs.workers import open_workers
@@ -36,6 +37,9 @@ def run_job(job: JobConfig, progress: Progress) -> AnyResults:
             progress.say("this run has finished; its results are shown again")
             return read_results(stored)
         plan = kind.plan(job, store)
+        if not store.exists(layout.JOB):
+            for line in overview_of(job).lines():
+                progress.say(line)
         _claim(job, store)
         attempt = begin_attempt(store)
         with open_workers(job, attempt, progress) as workers:

@@ -14,7 +14,7 @@ from dist_tl.config import StrictModel, fingerprint
 from dist_tl.errors import ConfigError
 from dist_tl.jobs.plan import PlanTable, plan_table
 from dist_tl.jobs.source.spec import SourceAssets, SourceConfig, SourceJob
-from dist_tl.jobs.spec import TrainingJobConfig
+from dist_tl.jobs.spec import JobConfig, TrainingJobConfig
 from dist_tl.jobs.stages import training_stage
 from dist_tl.models.generators.config import GeneratorConfig, StoredDiffusionConfig
 from dist_tl.shards.drawing import generator_fingerprint, open_generator
@@ -68,10 +68,12 @@ class SourcePlan:
 
 def plan(job: SourceJob, store: ObjectStore) -> SourcePlan:
     """The stages of a job; see :func:`source_facts`."""
-    return SourcePlan(job, source_facts(job.source, store, job.seed))
+    return SourcePlan(job, source_facts(job, job.source, store))
 
 
-def source_facts(source: SourceConfig | SourceAssets, store: ObjectStore, seed: int) -> SourceFacts:
+def source_facts(
+    job: JobConfig, source: SourceConfig | SourceAssets, store: ObjectStore
+) -> SourceFacts:
     """The trained source, or what its data says before training; loads data only in that case.
 
     Raises:
@@ -82,7 +84,7 @@ def source_facts(source: SourceConfig | SourceAssets, store: ObjectStore, seed: 
         return _open_assets(store, source)
     if (stored := store.read_or_none(layout.result_key(PHASE))) is not None:
         return SourceFacts.model_validate_json(stored)
-    training = source_rows(source, seed, held_out=False)
+    training = source_rows(job, source, held_out=False)
     rows = load_rows(training)
     return SourceFacts(
         image_shape=rows.image_shape,
@@ -114,10 +116,10 @@ def _open_assets(store: ObjectStore, assets: SourceAssets) -> SourceFacts:
     )
 
 
-def source_rows(source: SourceConfig, seed: int, *, held_out: bool) -> RowsSpec:
+def source_rows(job: JobConfig, source: SourceConfig, *, held_out: bool) -> RowsSpec:
     """The held-out fold of the source images, or all others."""
-    fold = FoldSpec(index=0, count=source.holdout_folds, seed=seed, held_out=held_out)
-    return RowsSpec(data=source.data, fold=fold)
+    fold = FoldSpec(index=0, count=source.holdout_folds, seed=job.seed, held_out=held_out)
+    return RowsSpec(data=source.data, fold=fold, together=job.duplicates == "together")
 
 
 def source_stages(
@@ -129,7 +131,7 @@ def source_stages(
     shared: dict[str, Any] = {
         "seed": job.seed,
         "image_shape": facts.image_shape,
-        "labelled": source_rows(source, job.seed, held_out=False),
+        "labelled": source_rows(job, source, held_out=False),
     }
     classifier = training_stage(
         job,
@@ -138,7 +140,7 @@ def source_stages(
         model=NewNetwork(network=source.classifier, num_classes=facts.num_classes),
         objective=SupervisedSpec(),
         views=source.data.views,
-        evaluate=source_rows(source, job.seed, held_out=True),
+        evaluate=source_rows(job, source, held_out=True),
         **shared,
     )
     generator = training_stage(
