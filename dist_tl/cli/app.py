@@ -58,7 +58,7 @@ def plan(
     options: Options = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a job against its data; list its stages, shards, actors and checkpoints.
+    """Check a job against its data; list its data and models, stages, shards and actors.
 
     Starts nothing and writes nothing.
     """
@@ -79,6 +79,10 @@ def plan(
 
 def _show_plan(table: "PlanTable") -> None:
     console.print(f"run {table.run}, store {table.store}", highlight=False)
+    for given in table.overview.tables() if table.overview else ():
+        show_table(given.title, given.header, list(given.rows))
+        if given.note:
+            console.print(given.note, style="dim", highlight=False, markup=False)
     show_table("Actors", ("role", "size"), list(table.actors.items()))
     if table.generate:
         show_table(

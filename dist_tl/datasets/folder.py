@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from dist_tl.contents import check_pin, relative_to, split_pin
 from dist_tl.datasets.decode import IMAGE_SUFFIXES, MAX_FILE_BYTES, decode_image
-from dist_tl.datasets.listing import UNLABELLED, Listing
+from dist_tl.datasets.listing import UNLABELLED, Listing, count_suffixes
 from dist_tl.datasets.selection import SourceConfig, require_local
 from dist_tl.errors import ConfigError, DataError
 
@@ -30,13 +30,14 @@ class FolderConfig(SourceConfig):
         """Returns the files that are read, relative name -> path, by the place that names them."""
         root = _root(self)
         folders = [root] if self.unlabelled else _class_folders(root)
-        return {self.path: relative_to(root, (f for one in folders for f in _images_below(one)))}
+        found = (path for folder in folders for path in _files_below(folder) if _is_image(path))
+        return {self.path: relative_to(root, found)}
 
 
 def list_folder(config: FolderConfig) -> Listing:
     """Lists all images below the class folders, sorted by class name and path.
 
-    Skips hidden files and folders, and files of other types.
+    Skips hidden files and folders, and files of other types, which it counts.
 
     Raises:
         ConfigError: the path is not a folder.
@@ -44,14 +45,20 @@ def list_folder(config: FolderConfig) -> Listing:
     """
     root = _root(config)
     classes = [] if config.unlabelled else _class_folders(root)
-    files = [_images_below(folder) for folder in classes] or [_unlabelled_images(root)]
-    paths = [path for in_class in files for path in in_class]
+    found = [_files_below(folder) for folder in classes or [root]]
+    images = [[path for path in in_class if _is_image(path)] for in_class in found]
+    paths = [path for in_class in images for path in in_class]
+    if config.unlabelled and not paths:
+        raise DataError(f"{root} contains no images; expected {', '.join(IMAGE_SUFFIXES)} files")
     check_pin(config.path, relative_to(root, paths))
+    beside = [path for path in root.iterdir() if path.is_file() and not path.name.startswith(".")]
+    others = [path for in_class in found for path in in_class if not _is_image(path)]
     return Listing(
         names=[str(path) for path in paths],
-        labels=np.repeat(np.arange(len(files)), [len(in_class) for in_class in files]),
+        labels=np.repeat(np.arange(len(images)), [len(in_class) for in_class in images]),
         class_names=tuple(folder.name for folder in classes) or (UNLABELLED,),
         read=lambda i: _read(paths[i]),
+        passed_over=count_suffixes(others if config.unlabelled else beside + others),
     )
 
 
@@ -61,13 +68,6 @@ def _root(config: FolderConfig) -> Path:
         existing = "a file" if root.exists() else "nothing"
         raise ConfigError(f"path: expected a folder at {root}, found {existing}")
     return root
-
-
-def _unlabelled_images(root: Path) -> list[Path]:
-    paths = _images_below(root)
-    if not paths:
-        raise DataError(f"{root} contains no images; expected {', '.join(IMAGE_SUFFIXES)} files")
-    return paths
 
 
 def _class_folders(root: Path) -> list[Path]:
@@ -83,15 +83,18 @@ def _class_folders(root: Path) -> list[Path]:
     return folders
 
 
-def _images_below(folder: Path) -> list[Path]:
+def _files_below(folder: Path) -> list[Path]:
     paths = [
         path
         for path in folder.rglob("*")
-        if path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     ]
     return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES
 
 
 def _read(path: Path) -> Image.Image:

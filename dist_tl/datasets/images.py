@@ -1,10 +1,13 @@
 """Labelled images in memory (uint8), and their conversion to and from float pixels.
 
+Identical images are found by a hash of their pixels, so a split can keep them on one side.
 Not covered: sources of images (`spec.py`) and augmentation (`views.py`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -56,6 +59,18 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     return levels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
+def picture_digest(image: NDArray[np.uint8]) -> bytes:
+    """Returns a hash of the shape and the pixels of an image, uint8 [H, W, C]."""
+    shape = ",".join(map(str, image.shape)).encode()
+    return hashlib.sha256(shape + b":" + image.tobytes()).digest()
+
+
+def first_copies(digests: Sequence[bytes]) -> NDArray[np.int64]:
+    """Returns int64 [N]: for every image the position of the first one with the same digest."""
+    first: dict[bytes, int] = {}
+    return np.array([first.setdefault(d, i) for i, d in enumerate(digests)], dtype=np.int64)
+
+
 @dataclass(frozen=True, eq=False)
 class LabelledImages:
     """A labelled data set in memory.
@@ -66,6 +81,8 @@ class LabelledImages:
         class_names: one name per class, in the order of the labels.
         domains: int64 [N], indices into `domain_names`; None if there is only one domain.
         domain_names: one name per domain.
+        names: one name per image for messages, e.g. the path of its file; empty if unknown.
+        passed_over: number of files of the source that are not read, by suffix.
     """
 
     images: NDArray[np.uint8]
@@ -73,6 +90,8 @@ class LabelledImages:
     class_names: tuple[str, ...]
     domains: NDArray[np.int64] | None = None
     domain_names: tuple[str, ...] = ()
+    names: Sequence[str] = ()
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -96,7 +115,23 @@ class LabelledImages:
             images=self.images[chosen],
             labels=self.labels[chosen],
             domains=None if self.domains is None else self.domains[chosen],
+            names=[self.names[i] for i in chosen] if self.names else (),
         )
+
+    @cached_property
+    def digests(self) -> list[bytes]:
+        """A hash of the shape and the pixels of every image."""
+        return [picture_digest(image) for image in self.images]
+
+    @cached_property
+    def first_copy(self) -> NDArray[np.int64]:
+        """int64 [N]: for every image the position of the first one with the same pixels."""
+        return first_copies(self.digests)
+
+    @property
+    def distinct(self) -> NDArray[np.int64]:
+        """Sorted positions of the images without the later copies of each."""
+        return np.unique(self.first_copy)
 
     def tensor(self, indices: Sequence[int] | NDArray[np.int64] | None = None) -> Tensor:
         """Returns the images (at `indices`, or all) as float32 [N, C, H, W] in [-1, 1]."""

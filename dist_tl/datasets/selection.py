@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from pydantic import Field, StrictInt, StrictStr, model_validator
 
 from dist_tl.config import StrictModel
+from dist_tl.datasets.decode import as_array
 from dist_tl.datasets.domains import DomainConfig
+from dist_tl.datasets.images import first_copies, picture_digest
 from dist_tl.datasets.listing import Listing
 from dist_tl.datasets.splits import assign_parts, draw_evenly
 from dist_tl.datasets.views import ViewsConfig
@@ -33,6 +35,11 @@ class PartConfig(StrictModel):
     of: int = Field(ge=1, description="Number of parts.")
     seed: int = Field(
         default=0, description="Seed of the division; use the same seed for disjoint parts."
+    )
+    together: bool = Field(
+        default=False,
+        description="Keep identical pictures in one part; decodes all images of the source. Use "
+        "the same value for disjoint parts.",
     )
 
     @model_validator(mode="after")
@@ -111,11 +118,13 @@ def select(listing: Listing, config: SourceConfig, *, seed: int) -> Selection:
         DataError: a chosen class has no images.
     """
     new_label, class_names = _relabelling(config, listing.class_names)
-    _require_images(listing, new_label, num_parts=config.part.of if config.part else 1)
+    firsts = _stored_copies(listing) if config.part and config.part.together else None
+    _require_images(listing, new_label, firsts, num_parts=config.part.of if config.part else 1)
     keep = new_label[listing.labels] >= 0
     if config.part is not None:
         rng = numpy_rng(config.part.seed, "part of the data", config.part.of)
-        keep &= np.isin(assign_parts(listing.labels, config.part.of, rng), config.part.indices)
+        part = assign_parts(listing.labels, config.part.of, rng, first_copy=firsts)
+        keep &= np.isin(part, config.part.indices)
     indices = np.flatnonzero(keep)
     labels = new_label[listing.labels[indices]]
     if config.limit is not None and config.limit < len(indices):
@@ -144,6 +153,17 @@ def class_index(key: int | str, class_names: Sequence[str]) -> int:
         return class_names.index(key)
     near = difflib.get_close_matches(key, class_names, n=1, cutoff=0.0)
     raise ConfigError(f"there is no class {key!r}; did you mean {near[0]!r}?")
+
+
+def _stored_copies(listing: Listing) -> NDArray[np.int64]:
+    """Returns the first image with the same pixels as each, before any size, channels or domain.
+
+    Data sets that divide a source may use it in other sizes, and must divide it alike.
+    """
+    images = (
+        as_array(listing.read(i), size=None, channels=None) for i in range(len(listing.names))
+    )
+    return first_copies([picture_digest(image) for image in images])
 
 
 def require_local(path: str) -> str:
@@ -190,8 +210,15 @@ def _groups(config: SourceConfig, class_names: tuple[str, ...]) -> list[tuple[st
     return [(name, [index]) for index, name in enumerate(class_names)]
 
 
-def _require_images(listing: Listing, new_label: NDArray[np.int64], *, num_parts: int) -> None:
-    counts = np.bincount(listing.labels, minlength=len(new_label))
+def _require_images(
+    listing: Listing,
+    new_label: NDArray[np.int64],
+    firsts: NDArray[np.int64] | None,
+    *,
+    num_parts: int,
+) -> None:
+    drawn = listing.labels if firsts is None else listing.labels[np.unique(firsts)]
+    counts = np.bincount(drawn, minlength=len(new_label))
     for index in np.flatnonzero(new_label >= 0):
         name = listing.class_names[index]
         if counts[index] == 0:

@@ -6,7 +6,8 @@ Not covered: URLs. Labelled target sets are small, so they are read from local p
 mounted buckets; object stores belong to `dist_tl.storage`.
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
 
 import numpy as np
@@ -67,7 +68,13 @@ def load_images(config: DataConfig, *, seed: int = 0) -> LabelledImages:
     stacked = _stack(images, len(positions))
     if config.domain is not None:
         stacked = change_domain(stacked, config.domain, numbers=positions)
-    return LabelledImages(stacked, chosen.labels, chosen.class_names)
+    return LabelledImages(
+        stacked,
+        chosen.labels,
+        chosen.class_names,
+        names=[listing.names[i] for i in positions],
+        passed_over=listing.passed_over,
+    )
 
 
 def selected_rows(config: DataConfig) -> frozenset[tuple[str, int]]:
@@ -102,7 +109,21 @@ def _mixture(config: MixtureConfig, seed: int) -> LabelledImages:
         first.class_names,
         domains=np.repeat(np.arange(len(parts)), [len(part) for part in parts.values()]),
         domain_names=tuple(parts),
+        names=[name for part in parts.values() for name in part.names],
+        passed_over=_passed_over(config, parts),
     )
+
+
+def _passed_over(config: MixtureConfig, parts: Mapping[str, LabelledImages]) -> dict[str, int]:
+    """Returns the files passed over in all domains; domains of one place are counted once."""
+    places = {
+        str(getattr(config.domains[name], "path", "")): part.passed_over
+        for name, part in parts.items()
+    }
+    total: Counter[str] = Counter()
+    for counts in places.values():
+        total.update(counts)
+    return dict(total.most_common())
 
 
 def _list(config: OneSource) -> Listing:

@@ -1,6 +1,10 @@
 """Stratified splits of labelled data: test split, label draw, folds, parts.
 
 All functions are pure: the same labels and seeds give the same indices on every machine.
+
+Identical images can be kept on one side: `first_copy` names the first image with the same pixels,
+and the draws are over these first images, which the later copies follow. Without copies the draws
+are those without `first_copy`, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -39,6 +43,7 @@ def split_target(
     data_seed: int,
     draw_seed: int,
     class_names: Sequence[str] | None = None,
+    first_copy: Indices | None = None,
 ) -> TargetSplit:
     """Splits off a test set, then draws a few labelled images per class from the rest.
 
@@ -50,9 +55,12 @@ def split_target(
         test_fraction: fraction of every class in the test set, rounded, but at least one image
             of each class and never all of them.
         class_names: for messages; labels are used by default.
+        first_copy: int64 [N], for every image the first one with the same pixels; copies then
+            stay on one side. `labels_per_class` counts distinct images, and the test set of a class
+            may be larger by the copies of one image. Absent: every image is drawn by itself.
 
     Raises:
-        ConfigError: a value is out of range, or a class has too few images.
+        ConfigError: a value is out of range, or a class has too few (distinct) images.
     """
     _require_labels(labels)
     if not 0.0 < test_fraction < 1.0:
@@ -62,24 +70,44 @@ def split_target(
     if labels_per_class < 1:
         raise ConfigError(f"labels_per_class: expected at least 1, got {labels_per_class}")
 
-    classes, counts = np.unique(labels, return_counts=True)
-    num_test = np.clip((test_fraction * counts + 0.5).astype(np.int64), 1, counts - 1)
-    _require_enough(classes, counts, counts - num_test, labels_per_class, class_names)
-
-    train, pool, test = [], [], []
-    for label, test_size in zip(classes, num_test, strict=True):
-        members = np.flatnonzero(labels == label)
+    firsts = _firsts(labels, first_copy)
+    copies = np.bincount(firsts, minlength=len(labels))  # of an image, at the first of them
+    classes, test, rests = np.unique(labels), [], []
+    for label in classes:
+        members = np.flatnonzero((labels == label) & (copies > 0))
         shuffled = numpy_rng(data_seed, "test split", label).permutation(members)
-        # Sorted, so that the draw depends on the set of remaining images, not on their order.
-        rest = np.sort(shuffled[test_size:])
-        drawn = numpy_rng(draw_seed, "label draw", label).permutation(rest)
+        test_size = _test_size(copies[shuffled], test_fraction)
         test.append(shuffled[:test_size])
+        # Sorted, so that the draw depends on the set of remaining images, not on their order.
+        rests.append(np.sort(shuffled[test_size:]))
+    available = np.array([len(rest) for rest in rests])
+    counts = available + [len(drawn) for drawn in test]
+    _require_enough(classes, counts, available, labels_per_class, class_names)
+
+    train, pool = [], []
+    for label, rest in zip(classes, rests, strict=True):
+        drawn = numpy_rng(draw_seed, "label draw", label).permutation(rest)
         train.append(drawn[:labels_per_class])
         pool.append(drawn[labels_per_class:])
-    return TargetSplit(*(np.sort(np.concatenate(part)) for part in (train, pool, test)))
+    parts = (np.concatenate(part) for part in (train, pool, test))
+    return TargetSplit(*(np.flatnonzero(np.isin(firsts, part)) for part in parts))
 
 
-def folds(labels: Labels, num_folds: int, seed: int) -> list[tuple[Indices, Indices]]:
+def _firsts(labels: Labels, first_copy: Indices | None) -> Indices:
+    return np.arange(len(labels)) if first_copy is None else first_copy
+
+
+def _test_size(copies: Indices, test_fraction: float) -> int:
+    """Returns how many of a class's distinct images, with so many copies each, are for testing."""
+    total = int(copies.sum())
+    wanted = np.clip(int(test_fraction * total + 0.5), 1, total - 1)
+    before = np.cumsum(copies) - copies
+    return max(0, min(int((before < wanted).sum()), len(copies) - 1))
+
+
+def folds(
+    labels: Labels, num_folds: int, seed: int, *, first_copy: Indices | None = None
+) -> list[tuple[Indices, Indices]]:
     """Returns stratified cross-validation folds: (train, test) pairs of sorted positions.
 
     Every image is in the test part of exactly one fold, and both parts of every fold contain
@@ -87,33 +115,46 @@ def folds(labels: Labels, num_folds: int, seed: int) -> list[tuple[Indices, Indi
 
     Args:
         labels: int64 [N].
+        first_copy: as in :func:`split_target`.
 
     Raises:
-        ConfigError: fewer than 2 folds, or more folds than images of the smallest class.
+        ConfigError: fewer than 2 folds, or more folds than (distinct) images of the smallest class.
     """
     _require_labels(labels)
     if num_folds < 2:
         raise ConfigError(f"folds: expected at least 2, got {num_folds}")
-    classes, counts = np.unique(labels, return_counts=True)
+    classes = np.unique(labels)
+    drawn = labels[np.unique(_firsts(labels, first_copy))]
+    counts = np.array([np.count_nonzero(drawn == label) for label in classes])
     smallest = int(counts.argmin())
     if num_folds > counts[smallest]:
         raise ConfigError(
             f"folds: {num_folds} is more than the {counts[smallest]} images of class "
             f"{classes[smallest]}; use at most that many folds"
         )
-    fold = assign_parts(labels, num_folds, numpy_rng(seed, "folds", num_folds))
+    rng = numpy_rng(seed, "folds", num_folds)
+    fold = assign_parts(labels, num_folds, rng, first_copy=first_copy)
     return [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(num_folds)]
 
 
-def assign_parts(labels: Labels, num_parts: int, rng: np.random.Generator) -> NDArray[np.int64]:
+def assign_parts(
+    labels: Labels,
+    num_parts: int,
+    rng: np.random.Generator,
+    *,
+    first_copy: Indices | None = None,
+) -> NDArray[np.int64]:
     """Assigns each image to a part in 0..num_parts-1, stratified by class.
 
-    Sizes of parts differ by at most one, in every class and in total.
+    Sizes of parts differ by at most one, in every class and in total; with `first_copy` (as in
+    :func:`split_target`) this holds for the distinct images.
     """
-    order = _shuffled_by_class(labels, rng)
+    firsts = _firsts(labels, first_copy)
+    drawn = np.unique(firsts)
+    order = drawn[_shuffled_by_class(labels[drawn], rng)]
     part = np.empty(len(labels), dtype=np.int64)
-    part[order] = np.arange(len(labels)) % num_parts
-    return part
+    part[order] = np.arange(len(order)) % num_parts
+    return part[firsts]
 
 
 def draw_evenly(labels: Labels, num_drawn: int, rng: np.random.Generator) -> Indices:
@@ -150,6 +191,11 @@ def _require_enough(
     smallest = int(available.argmin())
     label, count, most = int(classes[smallest]), counts[smallest], available[smallest]
     name = repr(class_names[label]) if class_names is not None else str(label)
+    if count == 0:
+        raise ConfigError(
+            f"every image of class {name} is a copy of an image of another class; correct the "
+            "labels, or set duplicates: allow"
+        )
     if counts.min() < 2:
         raise ConfigError(
             f"class {name} has a single image; at least 2 are required, one for training and one "

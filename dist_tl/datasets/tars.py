@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 
 from dist_tl.contents import check_pin, relative_to, split_pin
 from dist_tl.datasets.decode import IMAGE_SUFFIXES, MAX_FILE_BYTES, decode_image
-from dist_tl.datasets.listing import UNLABELLED, Listing
+from dist_tl.datasets.listing import UNLABELLED, Listing, count_suffixes
 from dist_tl.datasets.selection import SourceConfig, require_local
 from dist_tl.errors import ConfigError, DataError
 
@@ -81,7 +81,7 @@ class _Member:
 def list_tars(config: WdsConfig) -> Listing:
     """Lists all samples of the tars, in the order of the paths and of their members.
 
-    Skips members that are neither images nor `.cls`.
+    Skips members that are neither images nor `.cls`, and counts them.
 
     Raises:
         ConfigError: a path or pattern matches nothing, or a tar is named twice.
@@ -93,7 +93,8 @@ def list_tars(config: WdsConfig) -> Listing:
         check_pin(place, files)
     if config.unlabelled:
         return _list_unlabelled(patterns)
-    samples = [sample for tar in _tar_paths(patterns) for sample in _samples(tar)]
+    others: list[str] = []
+    samples = [sample for tar in _tar_paths(patterns) for sample in _samples(tar, others)]
     if not samples:
         raise DataError(f"{', '.join(patterns)}: no members KEY.jpg or KEY.png with KEY.cls")
     images = [image for image, _ in samples]
@@ -113,11 +114,13 @@ def list_tars(config: WdsConfig) -> Listing:
         labels=labels,
         class_names=class_names,
         read=lambda i: decode_image(images[i].read(), name=str(images[i])),
+        passed_over=count_suffixes(others),
     )
 
 
 def _list_unlabelled(patterns: tuple[str, ...]) -> Listing:
-    images = [image for tar in _tar_paths(patterns) for image in _images(tar).values()]
+    others: list[str] = []
+    images = [image for tar in _tar_paths(patterns) for image in _images(tar, others).values()]
     if not images:
         raise DataError(f"{', '.join(patterns)}: no members KEY.jpg or KEY.png")
     return Listing(
@@ -125,15 +128,19 @@ def _list_unlabelled(patterns: tuple[str, ...]) -> Listing:
         labels=np.zeros(len(images), dtype=np.int64),
         class_names=(UNLABELLED,),
         read=lambda i: decode_image(images[i].read(), name=str(images[i])),
+        passed_over=count_suffixes(others),
     )
 
 
-def _images(tar: Path) -> dict[str, _Member]:
+def _images(tar: Path, others: list[str]) -> dict[str, _Member]:
+    """Returns the images of a tar by key; adds the names of other members to `others`."""
     images: dict[str, _Member] = {}
     for member in _members(tar):
         key, suffix = _key_and_suffix(member.name)
         if suffix in IMAGE_SUFFIXES:
             _add(images, key, member)
+        elif suffix != "cls" and not _is_hidden(member.name):
+            others.append(member.name)
     return images
 
 
@@ -163,8 +170,8 @@ def _tar_paths(patterns: tuple[str, ...]) -> list[Path]:
     return paths
 
 
-def _samples(tar: Path) -> Iterator[tuple[_Member, _Member]]:
-    """Yields (image, label) of every sample of a tar."""
+def _samples(tar: Path, others: list[str]) -> Iterator[tuple[_Member, _Member]]:
+    """Yields (image, label) of every sample of a tar; adds the names of others to `others`."""
     images: dict[str, _Member] = {}
     labels: dict[str, _Member] = {}
     for member in _members(tar):
@@ -173,6 +180,8 @@ def _samples(tar: Path) -> Iterator[tuple[_Member, _Member]]:
             _add(images, key, member)
         elif suffix == "cls":
             _add(labels, key, member)
+        elif not _is_hidden(member.name):
+            others.append(member.name)
     for key, label in labels.items():
         if key not in images:
             raise DataError(f"{label} has no image {key}.jpg or {key}.png in its tar; add it")
@@ -180,6 +189,10 @@ def _samples(tar: Path) -> Iterator[tuple[_Member, _Member]]:
         if key not in labels:
             raise DataError(f"{image} has no label {key}.cls in its tar; add it")
         yield image, labels[key]
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in PurePosixPath(name).parts)
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:

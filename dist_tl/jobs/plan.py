@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from pydantic import Field
+
 from dist_tl.config import StrictModel
 from dist_tl.jobs.inputs import pin_inputs
 from dist_tl.jobs.kinds import KINDS
+from dist_tl.jobs.overview import Overview, overview_of
 from dist_tl.jobs.spec import JobConfig, TrainingJobConfig
 from dist_tl.models.networks import parameter_count
 from dist_tl.report.results import Table
@@ -58,6 +61,7 @@ class PlanTable(StrictModel):
     trials: int
     tasks: tuple[TaskRow, ...]
     tables: tuple[Table, ...]
+    overview: Overview | None = Field(default=None, description="What the job is given.")
 
 
 class Plan(Protocol):
@@ -69,7 +73,7 @@ class Plan(Protocol):
 
 
 def plan_job(job: JobConfig) -> PlanTable:
-    """Checks the job against its data and lists what a new run of it would do.
+    """Checks the job against its data; lists what it is given and what a new run of it would do.
 
     Raises:
         ConfigError: the job cannot work.
@@ -77,7 +81,9 @@ def plan_job(job: JobConfig) -> PlanTable:
     """
     # An empty store: planning neither waits for a remote one nor depends on what it holds.
     store = ObjectStore(NEW_RUN)
-    return KINDS[job.kind].plan(pin_inputs(job, store), store).table()
+    job = pin_inputs(job, store)
+    table = KINDS[job.kind].plan(job, store).table()
+    return table.model_copy(update={"overview": overview_of(job)})
 
 
 def plan_table(

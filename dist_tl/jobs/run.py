@@ -10,6 +10,7 @@ from dist_tl.errors import ConfigError, DamagedError, StorageError
 from dist_tl.jobs.identity import check_same_job, claim, identity
 from dist_tl.jobs.inputs import pin_inputs
 from dist_tl.jobs.kinds import KINDS
+from dist_tl.jobs.overview import overview_of
 from dist_tl.jobs.spec import JobConfig
 from dist_tl.jobs.versions import versions
 from dist_tl.jobs.workers import open_workers
@@ -65,6 +66,9 @@ def _run(job: JobConfig, store: ObjectStore, progress: Progress) -> AnyResults:
         progress.say("this run has finished; its results are shown again")
         return stored
     plan = kind.plan(job, store)
+    if not store.exists(layout.JOB):
+        for line in overview_of(job).lines():
+            progress.say(line)
     claim(job, store)
     attempt = begin_attempt(store, identity(job))
     with open_workers(job, attempt, progress) as workers:

@@ -56,6 +56,12 @@ class JobConfig(StrictModel):
         "direct: read and write `run` as it stands.",
     )
     seed: int = Field(default=0, ge=0)
+    duplicates: Literal["error", "together", "allow"] = Field(
+        default="together",
+        description="Identical pictures. together: on one side of every split, fold and episode of "
+        "the target data; error: refuse the job if the target data has any, or shares any with "
+        "other data; allow: only report them.",
+    )
     session: SessionConfig = Field(default_factory=SessionConfig)
 
     def identity(self) -> Self:

@@ -2,7 +2,11 @@
 
 from typing import Any, Literal
 
+import numpy as np
+
+from dist_tl.datasets.images import LabelledImages
 from dist_tl.datasets.spec import DataConfig
+from dist_tl.datasets.splits import Indices
 from dist_tl.jobs.spec import BudgetConfig, JobConfig, TargetDataConfig, TrainingJobConfig
 from dist_tl.seeds import derive_seed
 from dist_tl.train.rows import FoldSpec, RowsSpec, SplitSpec
@@ -14,6 +18,11 @@ Part = Literal["train", "pool", "test"]
 def repeat_seed(job: JobConfig, repeat: int) -> int:
     """The seed of everything that differs between repeats: labels, weights and order."""
     return derive_seed(job.seed, "repeat", repeat)
+
+
+def drawn_items(job: JobConfig, rows: LabelledImages) -> Indices:
+    """Positions that draws from whole data sets use: each picture once if kept together."""
+    return rows.distinct if job.duplicates == "together" else np.arange(len(rows))
 
 
 def target_rows(
@@ -38,7 +47,8 @@ def target_rows(
         draw_seed=repeat_seed(job, repeat),
         part=part,
     )
-    return RowsSpec(data=data or target.data, split=split, fold=fold)
+    together = job.duplicates == "together"
+    return RowsSpec(data=data or target.data, split=split, fold=fold, together=together)
 
 
 def training_stage(job: TrainingJobConfig, budget: BudgetConfig, **fields: Any) -> StageSpec:

@@ -4,9 +4,10 @@ Only JSON and safetensors files are downloaded from a hub: never a pickle, never
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dist_tl.contents import check_pin, relative_to, split_pin
 from dist_tl.errors import ConfigError
@@ -63,6 +64,37 @@ def require_weights(folder: Path) -> Path:
             "model again with save_pretrained"
         )
     return folder
+
+
+def downloaded_folder(name: str) -> Path | None:
+    """Returns the local copy of a hub repository; None if there is none. Downloads nothing."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception:  # the library raises many kinds, and all of them mean the same here
+        return None
+
+
+def count_parameters(file: BinaryIO) -> int:
+    """Returns the number of learnable values in a safetensors file; reads its header only.
+
+    Integer tensors and the statistics of batch normalisation are not learnt.
+
+    Raises:
+        ConfigError: the file has no header of safetensors.
+    """
+    try:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return sum(
+            math.prod(tensor["shape"])
+            for name, tensor in header.items()
+            if name != "__metadata__"
+            and "F" in tensor["dtype"]
+            and not name.endswith(("running_mean", "running_var"))
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"expected a safetensors file: {one_line(error)}") from None
 
 
 def saved_statistics(folder: Path) -> Normalise | None:

@@ -190,7 +190,7 @@ def _require(folder: ObjectStore, missing: Sequence[str]) -> None:
 
 
 def _is_key(location: str) -> bool:
-    return not ("://" in location or location.startswith(("/", "./", "../")))
+    return not ("://" in location or location.startswith(("/", "./", "../", "~")))
 
 
 def absolute_place(location: str) -> str:

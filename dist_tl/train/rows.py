@@ -3,12 +3,13 @@
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
 from dist_tl.config import StrictModel
-from dist_tl.datasets.images import LabelledImages
+from dist_tl.datasets.images import LabelledImages, first_copies
 from dist_tl.datasets.spec import DataConfig, load_images
-from dist_tl.datasets.splits import folds, split_target
+from dist_tl.datasets.splits import Indices, folds, split_target
 
 
 class FoldSpec(StrictModel):
@@ -42,6 +43,10 @@ class RowsSpec(StrictModel):
     fold: FoldSpec | None = Field(
         default=None, description="Fold of the part; all its rows if absent."
     )
+    together: bool = Field(
+        default=False,
+        description="Keep identical pictures on one side of the split and of the fold.",
+    )
 
 
 def load_rows(spec: RowsSpec) -> LabelledImages:
@@ -51,16 +56,27 @@ def load_rows(spec: RowsSpec) -> LabelledImages:
         ConfigError: the split needs more rows than the data has.
         DataError: the data is damaged.
     """
-    rows = _part(_load(spec.data), spec.split)
-    if spec.fold is None:
-        return rows
-    kept, held_out = folds(rows.labels, spec.fold.count, spec.fold.seed)[spec.fold.index]
-    return rows.subset(held_out if spec.fold.held_out else kept)
-
-
-def _part(data: LabelledImages, split: SplitSpec | None) -> LabelledImages:
-    if split is None:
+    data = _load(spec.data)
+    if spec.split is None and spec.fold is None:
         return data
+    return data.subset(row_positions(spec))
+
+
+def row_positions(spec: RowsSpec) -> Indices:
+    """Returns the sorted positions of the rows in their data set; errors as :func:`load_rows`."""
+    data, fold = _load(spec.data), spec.fold
+    part = _part(data, spec.split, spec.together)
+    if fold is None:
+        return part
+    first_copy = first_copies([data.digests[i] for i in part]) if spec.together else None
+    pairs = folds(data.labels[part], fold.count, fold.seed, first_copy=first_copy)
+    kept, held_out = pairs[fold.index]
+    return part[held_out if fold.held_out else kept]
+
+
+def _part(data: LabelledImages, split: SplitSpec | None, together: bool) -> Indices:
+    if split is None:
+        return np.arange(len(data))
     parts = split_target(
         data.labels,
         labels_per_class=split.labels_per_class,
@@ -68,8 +84,9 @@ def _part(data: LabelledImages, split: SplitSpec | None) -> LabelledImages:
         data_seed=split.data_seed,
         draw_seed=split.draw_seed,
         class_names=data.class_names,
+        first_copy=data.first_copy if together else None,
     )
-    return data.subset(getattr(parts, split.part))
+    return getattr(parts, split.part)
 
 
 def _load(config: DataConfig) -> LabelledImages:

@@ -7,6 +7,7 @@ from dist_tl.config import StrictModel
 from dist_tl.errors import ConfigError
 from dist_tl.jobs.forecast.spec import ForecastJob
 from dist_tl.jobs.plan import PlanTable, TaskRow, plan_table
+from dist_tl.jobs.stages import drawn_items
 from dist_tl.jobs.teacher import teacher_stages
 from dist_tl.methods.hidden_manifold.forecast import POOL_PER_FEATURE
 from dist_tl.storage.objects import ObjectStore
@@ -22,7 +23,7 @@ def plan(job: ForecastJob, store: ObjectStore) -> "ForecastPlan":
         DataError: the data is damaged.
     """
     needed = max(job.labelled + 1, POOL_PER_FEATURE * job.components)
-    available = len(load_rows(RowsSpec(data=job.data)))
+    available = len(drawn_items(job, load_rows(RowsSpec(data=job.data))))
     if available < needed:
         raise ConfigError(
             f"data: {job.components} components and {job.labelled} labels need {needed} images, "

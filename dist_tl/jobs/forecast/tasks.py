@@ -11,6 +11,7 @@ from dist_tl.datasets.images import LabelledImages
 from dist_tl.errors import ConfigError
 from dist_tl.jobs.forecast.plan import MapInputs
 from dist_tl.jobs.forecast.spec import ForecastJob, MapConfig, NetworkMap, PixelMap
+from dist_tl.jobs.stages import drawn_items
 from dist_tl.jobs.teacher import teacher_location
 from dist_tl.methods.hidden_manifold.feature_maps import pooled_block, random_map
 from dist_tl.methods.hidden_manifold.forecast import Array, forecast_curve, principal_components
@@ -44,7 +45,9 @@ def forecast_map(inputs: MapInputs, store: ObjectStore) -> MapOutput:
     rows = load_rows(RowsSpec(data=job.data))
     features_NF = _map_features(job, job.maps[inputs.index], rows, store)
     features_NK = principal_components(features_NF, job.components).apply(features_NF)
-    kept = numpy_rng(job.seed, "forecast labels").permutation(len(rows))[: job.labelled]
+    drawn = drawn_items(job, rows)
+    order = numpy_rng(job.seed, "forecast labels").permutation(len(drawn))
+    kept = drawn[order[: job.labelled]]
     curve = forecast_curve(
         features_NK,
         features_NK[kept],
@@ -55,7 +58,7 @@ def forecast_map(inputs: MapInputs, store: ObjectStore) -> MapOutput:
         num_bootstrap=job.bootstrap,
         rng=numpy_rng(job.seed, "forecast bootstrap"),
     )
-    verified = [size for size in job.sizes if job.verify and size <= len(rows) // 2]
+    verified = [size for size in job.sizes if job.verify and size <= len(drawn) // 2]
     checks, verification = (
         check_curve(
             curve,
@@ -66,7 +69,7 @@ def forecast_map(inputs: MapInputs, store: ObjectStore) -> MapOutput:
             draws=job.draws,
             rng=numpy_rng(job.seed, "forecast check"),
         )
-        for items, sizes in ((kept, job.checked), (slice(None), verified))
+        for items, sizes in ((kept, job.checked), (drawn, verified))
     )
     return MapOutput(
         num_features=features_NF.shape[1],

@@ -1,16 +1,23 @@
 """Stages and tasks of a layer search: teachers, features, one-shot set, episodes, export."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import Field
 
 from dist_tl.cluster.config import Task
 from dist_tl.config import StrictModel
+from dist_tl.datasets.images import LabelledImages
 from dist_tl.datasets.spec import DataConfig
 from dist_tl.jobs.layer_search.spec import LayerSearchJob
 from dist_tl.jobs.plan import PlanTable, TaskRow, plan_table
+from dist_tl.jobs.stages import drawn_items
 from dist_tl.jobs.teacher import teacher_location, teacher_stages
-from dist_tl.methods.layer_search.episodes import EpisodesConfig, check_classes
+from dist_tl.methods.layer_search.episodes import (
+    Episode,
+    EpisodesConfig,
+    check_classes,
+    draw_episode,
+)
 from dist_tl.methods.layer_search.gram import LayerSet
 from dist_tl.storage import layout
 from dist_tl.storage.objects import ObjectStore
@@ -55,14 +62,25 @@ def plan(job: LayerSearchJob, store: ObjectStore) -> "LayerSearchPlan":
         ConfigError: the episodes need more than the data has.
         DataError: the data is damaged.
     """
-    labels_N = load_rows(RowsSpec(data=job.data)).labels
-    check_classes(labels_N, job.episodes)
+    rows = load_rows(RowsSpec(data=job.data))
+    check_classes(rows.labels[drawn_items(job, rows)], job.episodes)
     if job.export_shots is not None:
-        check_classes(labels_N, export_episodes(job))
+        check_classes(rows.labels[drawn_items(job, rows)], export_episodes(job))
     if job.held_out is not None:
         one_shot = EpisodesConfig(ways=2, shots=(1,), queries=job.episodes.queries)
-        check_classes(load_rows(RowsSpec(data=job.held_out.data)).labels, one_shot)
+        rows = load_rows(RowsSpec(data=job.held_out.data))
+        check_classes(rows.labels[drawn_items(job, rows)], one_shot)
     return LayerSearchPlan(job)
+
+
+def draw_items(
+    job: LayerSearchJob, rows: LabelledImages, config: EpisodesConfig, shots: int, index: int
+) -> Episode:
+    """Draws an episode from the rows that draws may use."""
+    items = drawn_items(job, rows)
+    episode = draw_episode(rows.labels[items], config, shots, seed=job.seed, index=index)
+    support_S, query_Q = items[episode.support_S], items[episode.query_Q]
+    return replace(episode, support_S=support_S, query_Q=query_Q)
 
 
 def export_episodes(job: LayerSearchJob) -> EpisodesConfig:

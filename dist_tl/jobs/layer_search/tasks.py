@@ -19,12 +19,14 @@ from dist_tl.jobs.layer_search.plan import (
     EpisodesInputs,
     FeaturesInputs,
     LayerSearchPlan,
+    draw_items,
     export_episodes,
 )
 from dist_tl.jobs.layer_search.spec import LayerSearchJob
 from dist_tl.jobs.spec import BudgetConfig
+from dist_tl.jobs.stages import drawn_items
 from dist_tl.jobs.teacher import teacher_location
-from dist_tl.methods.layer_search.episodes import Episode, EpisodesConfig, draw_episode
+from dist_tl.methods.layer_search.episodes import Episode, EpisodesConfig
 from dist_tl.methods.layer_search.evaluate import (
     EpisodeScores,
     one_shot_set,
@@ -135,12 +137,12 @@ def find_one_shot_set(job: LayerSearchJob, store: ObjectStore) -> OneShotOutput:
     began = time.monotonic()
     assert job.held_out is not None, "planned only for jobs with held-out classes"
     phis = read_vectors(store.url, LayerSearchPlan(job).vector_keys("held-out"))
-    labels_N = load_rows(RowsSpec(data=job.held_out.data)).labels
-    ways = min(job.episodes.ways, len(np.unique(labels_N)))
+    rows = load_rows(RowsSpec(data=job.held_out.data))
+    ways = min(job.episodes.ways, len(np.unique(rows.labels[drawn_items(job, rows)])))
     config = EpisodesConfig(ways=ways, shots=(1,), queries=job.episodes.queries)
     episodes = []
     for index in range(job.held_out.episodes):
-        episode = draw_episode(labels_N, config, 1, seed=job.seed, index=index)
+        episode = draw_items(job, rows, config, 1, index)
         episodes.append(episode_tensors(phis, episode))
     layers = one_shot_set(episodes, job.search)
     return OneShotOutput(layers=layers, seconds=time.monotonic() - began)
@@ -159,7 +161,7 @@ def run_episodes(inputs: EpisodesInputs, store: ObjectStore) -> EpisodesOutput:
     rows = load_rows(RowsSpec(data=job.data))
     last = min(inputs.first + job.episodes_per_task, job.episodes.count)
     for index in range(inputs.first, last):
-        episode = draw_episode(rows.labels, job.episodes, inputs.shots, seed=job.seed, index=index)
+        episode = draw_items(job, rows, job.episodes, inputs.shots, index)
         tensors = episode_tensors(phis, episode)
         rng = numpy_rng(job.seed, "label shuffles", inputs.shots, index)
         selection = select_for_episode(
@@ -215,7 +217,7 @@ def export_selected(job: LayerSearchJob, store: ObjectStore) -> ExportOutput:
     """Selects layers in one episode of all classes and saves them as a loadable network."""
     began, config, fine_tuned = time.monotonic(), export_episodes(job), None
     rows, name = load_rows(RowsSpec(data=job.data)), f"selected-k{job.export_shots}"
-    episode = draw_episode(rows.labels, config, config.shots[0], seed=job.seed, index=0)
+    episode = draw_items(job, rows, config, config.shots[0], 0)
     support_S = torch.from_numpy(episode.support_S)
     # An episode numbers its classes in the order drawn; a model numbers them as the data does.
     labels_S = torch.from_numpy(rows.labels[episode.support_S])

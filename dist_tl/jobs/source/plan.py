@@ -15,7 +15,7 @@ from dist_tl.datasets.spec import selected_rows
 from dist_tl.errors import ConfigError
 from dist_tl.jobs.plan import PlanTable, plan_table
 from dist_tl.jobs.source.spec import SourceAssets, SourceConfig, SourceJob
-from dist_tl.jobs.spec import TrainingJobConfig
+from dist_tl.jobs.spec import JobConfig, TrainingJobConfig
 from dist_tl.jobs.stages import training_stage
 from dist_tl.models.generators.config import GeneratorConfig, StoredDiffusionConfig
 from dist_tl.shards.drawing import generator_fingerprint, open_generator
@@ -70,10 +70,12 @@ class SourcePlan:
 
 def plan(job: SourceJob, store: ObjectStore) -> SourcePlan:
     """The stages of a job; see :func:`source_facts`."""
-    return SourcePlan(job, source_facts(job.source, store, job.seed))
+    return SourcePlan(job, source_facts(job, job.source, store))
 
 
-def source_facts(source: SourceConfig | SourceAssets, store: ObjectStore, seed: int) -> SourceFacts:
+def source_facts(
+    job: JobConfig, source: SourceConfig | SourceAssets, store: ObjectStore
+) -> SourceFacts:
     """The trained source, or what its data says before training; loads data only in that case.
 
     Raises:
@@ -85,7 +87,7 @@ def source_facts(source: SourceConfig | SourceAssets, store: ObjectStore, seed: 
     remedy = "start the same job again, which judges the source again"
     if stored := read_record(store, layout.result_key(PHASE), SourceFacts, remedy=remedy):
         return stored
-    training = source_rows(source, seed, held_out=False)
+    training = source_rows(job, source, held_out=False)
     rows = load_rows(training)
     return SourceFacts(
         image_shape=rows.image_shape,
@@ -117,10 +119,10 @@ def _open_assets(store: ObjectStore, assets: SourceAssets) -> SourceFacts:
     )
 
 
-def source_rows(source: SourceConfig, seed: int, *, held_out: bool) -> RowsSpec:
+def source_rows(job: JobConfig, source: SourceConfig, *, held_out: bool) -> RowsSpec:
     """The held-out fold of the source images, or all others."""
-    fold = FoldSpec(index=0, count=source.holdout_folds, seed=seed, held_out=held_out)
-    return RowsSpec(data=source.data, fold=fold)
+    fold = FoldSpec(index=0, count=source.holdout_folds, seed=job.seed, held_out=held_out)
+    return RowsSpec(data=source.data, fold=fold, together=job.duplicates == "together")
 
 
 def source_stages(
@@ -132,7 +134,7 @@ def source_stages(
     shared: dict[str, Any] = {
         "seed": job.seed,
         "image_shape": facts.image_shape,
-        "labelled": source_rows(source, job.seed, held_out=False),
+        "labelled": source_rows(job, source, held_out=False),
     }
     classifier = training_stage(
         job,
@@ -141,7 +143,7 @@ def source_stages(
         model=NewNetwork(network=source.classifier, num_classes=facts.num_classes),
         objective=SupervisedSpec(),
         views=source.data.views,
-        evaluate=source_rows(source, job.seed, held_out=True),
+        evaluate=source_rows(job, source, held_out=True),
         **shared,
     )
     generator = training_stage(

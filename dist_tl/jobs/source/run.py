@@ -54,7 +54,7 @@ def trained_source(
     store = workers.store
     classifier = load_classifier(store, facts.classifier).eval()
     training, held_out = (
-        load_rows(source_rows(source, job.seed, held_out=side)).tensor() for side in (False, True)
+        load_rows(source_rows(job, source, held_out=side)).tensor() for side in (False, True)
     )
     moments, frechet_real = real_moments(classifier, training, held_out)
     write_tensors(store, MOMENTS, moments._asdict())

@@ -14,7 +14,7 @@ from dist_tl.errors import ConfigError
 from dist_tl.jobs.plan import PlanTable, plan_table
 from dist_tl.jobs.source.plan import SourceFacts, forbid_source_data, source_facts, source_stages
 from dist_tl.jobs.spec import BudgetConfig
-from dist_tl.jobs.stages import Part, repeat_seed, target_rows, training_stage
+from dist_tl.jobs.stages import Part, drawn_items, repeat_seed, target_rows, training_stage
 from dist_tl.jobs.transfer.spec import UNLABELLED, ArmConfig, PSSLArmConfig, TransferJob
 from dist_tl.methods.pseudo.guard import GuardConfig, GuardDecision, num_guard_folds
 from dist_tl.shards.drawing import ByClass, ByTarget, GenerateSpec
@@ -64,7 +64,7 @@ def plan(job: TransferJob, store: ObjectStore) -> "TransferPlan":
         ConfigError: images, lanes or batches do not fit, or K is larger than a class; names both.
         DataError: data is damaged.
     """
-    source = source_facts(job.source, store, job.seed)
+    source = source_facts(job, job.source, store)
     load_rows(target_rows(job, job.target, 0, "train"))  # K must not exceed any class
     images = load_rows(RowsSpec(data=job.target.data))
     target = TargetFacts(
@@ -245,7 +245,8 @@ class TransferPlan:
             if not isinstance(loss.lambda_guard, GuardConfig):
                 continue
             for repeat in self.seeds:
-                labels = load_rows(self.rows(repeat, "train")).labels
+                rows = load_rows(self.rows(repeat, "train"))
+                labels = rows.labels[drawn_items(self.job, rows)]
                 if count := num_guard_folds(labels, loss.lambda_guard):
                     weights = loss.lambda_guard.candidates(loss.weight)
                     trials = {
