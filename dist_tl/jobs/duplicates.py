@@ -11,7 +11,7 @@ from itertools import combinations, product
 
 from pydantic import Field
 
-from dist_tl.config import StrictModel
+from dist_tl.config import StrictModel, fingerprint
 from dist_tl.datasets.images import LabelledImages
 from dist_tl.datasets.selection import PartConfig
 from dist_tl.datasets.spec import DataConfig, MixtureConfig, OneSource
@@ -188,5 +188,5 @@ def _sources(data: DataConfig) -> list[OneSource]:
     return list(data.domains.values()) if isinstance(data, MixtureConfig) else [data]
 
 
-def _place(data: OneSource) -> dict[str, object]:
-    return data.model_dump(include={"source", "path"})
+def _place(data: OneSource) -> str:
+    return fingerprint(data.model_dump(mode="json", include={"source", "path"}))

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import Field
 
 from dist_tl.config import StrictModel, validate
+from dist_tl.contents import split_pin
 from dist_tl.errors import ConfigError
 from dist_tl.models.adapted import AdaptedConfig
 from dist_tl.models.files import NetworkFile
@@ -72,6 +73,7 @@ def describe_model(place: str, inputs: InputConfig | None = None) -> ModelDescri
 
 
 def _open(place: str) -> ObjectStore | None:
+    place = split_pin(place)[0]
     folder: Path | None = Path(place).expanduser()
     if absolute_place(place) != place and not folder.is_dir():  # neither a path nor a URL
         folder = downloaded_folder(place)
