@@ -9,7 +9,7 @@ import re
 from typing import TypeVar
 
 from dist_tl.config import StrictModel
-from dist_tl.errors import DamagedError
+from dist_tl.errors import ConfigError, DamagedError
 from dist_tl.storage.layout import marker_of
 from dist_tl.storage.objects import ObjectStore
 
@@ -57,6 +57,7 @@ def read_record(store: ObjectStore, key: str, kind: type[Record], *, remedy: str
 
     Raises:
         DamagedError: the record is not the one that was written.
+        ConfigError: another version of dist_tl wrote it.
     """
     data = store.read_or_none(key)
     return None if data is None else parse_record(data, key, kind, remedy=remedy)
@@ -65,9 +66,16 @@ def read_record(store: ObjectStore, key: str, kind: type[Record], *, remedy: str
 def parse_record(data: bytes, key: str, kind: type[Record], *, remedy: str) -> Record:
     """Validates the bytes of a sealed record, as :func:`read_record` does."""
     try:
-        return kind.model_validate_json(unseal(data))
+        body = unseal(data)
     except ValueError as error:
         raise damaged(key, str(error), remedy=remedy) from None
+    try:
+        return kind.model_validate_json(body)
+    except ValueError as error:
+        raise ConfigError(
+            f"{key} was written by another version of dist_tl: {error}; use that version, or "
+            "another run folder"
+        ) from None
 
 
 def damaged(key: str, problem: str, *, remedy: str) -> DamagedError:
