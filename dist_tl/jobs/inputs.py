@@ -14,11 +14,14 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from pydantic import BaseModel
 
 from dist_tl.contents import Manifest, digest_of, manifest_of, pinned, split_pin
-from dist_tl.errors import DataError
+from dist_tl.errors import ConfigError, DamagedError, DataError
 from dist_tl.jobs.places import names_model
 from dist_tl.jobs.spec import JobConfig
+from dist_tl.report.results import JobRecord
+from dist_tl.storage import layout
 from dist_tl.storage.model_files import model_manifest, write_manifest
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import read_record
 
 Job = TypeVar("Job", bound=JobConfig)
 
@@ -35,55 +38,94 @@ class NamesFiles(Protocol):
 def pin_inputs(job: Job, store: ObjectStore) -> Job:
     """Returns `job` with its inputs pinned; stores their manifests in the run.
 
+    An input that a run no longer finds keeps its pin: a resumed run may have finished with it.
+
     Raises:
-        ConfigError: an input is missing.
+        ConfigError: an input of a new run is missing.
         DataError: an input is pinned already, in the job file, and has another content.
     """
-    return _pinned_model(job, store)
+    return _Pins(store).model(job)
 
 
-def _pinned_model(model: Any, store: ObjectStore) -> Any:
-    places = _pins(model, store)
-    changed = {}
-    for name, field in type(model).model_fields.items():
-        value = getattr(model, name)
-        own = {value: _pin_model_place(value, store)} if _is_place(field, value, model) else places
-        if (new := _pinned_value(value, own, store)) is not value:
-            changed[name] = new
-    return model.model_copy(update=changed) if changed else model
+class _Pins:
+    """Pins the parts of one job."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store, self._before = store, _pins_of_run(store)
+
+    def model(self, model: Any) -> Any:
+        """Returns `model`, or a copy in which places are pinned."""
+        places, changed = self._named_files(model), {}
+        for name, field in type(model).model_fields.items():
+            value = getattr(model, name)
+            is_place = isinstance(value, str) and names_model(field)
+            if is_place and not isinstance(model, NamesFiles):
+                changed[name] = self._model_place(value)
+            elif (new := self._value(value, places)) is not value:
+                changed[name] = new
+        return model.model_copy(update=changed) if changed else model
+
+    def _value(self, value: Any, places: Mapping[str, str]) -> Any:
+        if isinstance(value, str):
+            return places.get(value, value)
+        if isinstance(value, BaseModel):
+            return self.model(value)
+        if isinstance(value, dict):
+            items = {key: self._value(item, places) for key, item in value.items()}
+            return items if any(items[key] is not value[key] for key in value) else value
+        if isinstance(value, list | tuple):
+            parts = [self._value(item, places) for item in value]
+            same = all(new is old for new, old in zip(parts, value, strict=True))
+            return value if same else type(value)(parts)
+        return value
+
+    def _named_files(self, model: Any) -> dict[str, str]:
+        if not isinstance(model, NamesFiles):
+            return {}
+        try:
+            named = model.named_files()
+        except ConfigError:
+            gone = {place: self._before.get(_absolute(place)) for place in _strings(model)}
+            kept = {place: pin for place, pin in gone.items() if pin is not None}
+            if not kept:
+                raise
+            return kept
+        return {
+            place: _pin(place, manifest_of(files), self._store, local=bool(files))
+            for place, files in named.items()
+        }
+
+    def _model_place(self, place: str) -> str:
+        manifest = model_manifest(self._store, place)
+        if not manifest and (kept := self._before.get(_absolute(place))):
+            return kept
+        return _pin(place, manifest, self._store, local="://" not in place)
 
 
-def _is_place(field: Any, value: Any, model: BaseModel) -> bool:
-    return isinstance(value, str) and names_model(field) and not isinstance(model, NamesFiles)
-
-
-def _pinned_value(value: Any, places: Mapping[str, str], store: ObjectStore) -> Any:
-    """Returns `value`, or a copy in which a place is pinned."""
-    if isinstance(value, str):
-        return places.get(value, value)
-    if isinstance(value, BaseModel):
-        return _pinned_model(value, store)
-    if isinstance(value, dict):
-        items = {key: _pinned_value(item, places, store) for key, item in value.items()}
-        return items if any(items[key] is not value[key] for key in value) else value
-    if isinstance(value, list | tuple):
-        parts = [_pinned_value(item, places, store) for item in value]
-        same = all(new is old for new, old in zip(parts, value, strict=True))
-        return value if same else type(value)(parts)
-    return value
-
-
-def _pins(model: Any, store: ObjectStore) -> dict[str, str]:
-    if not isinstance(model, NamesFiles):
+def _pins_of_run(store: ObjectStore) -> dict[str, str]:
+    """Returns the pinned places of the run's job.json by the place; none if it is damaged."""
+    try:
+        record = read_record(store, layout.JOB, JobRecord, remedy="")
+    except DamagedError:
         return {}
-    return {
-        place: _pin(place, manifest_of(files), store, local=bool(files))
-        for place, files in model.named_files().items()
-    }
+    places = _strings(record.job) if record else []
+    return {split_pin(place)[0]: place for place in places if split_pin(place)[1]}
 
 
-def _pin_model_place(place: str, store: ObjectStore) -> str:
-    return _pin(place, model_manifest(store, place), store, local="://" not in place)
+def _strings(value: Any) -> list[str]:
+    """Returns all strings in a value."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [text for item in value for text in _strings(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def _absolute(place: str) -> str:
+    path = split_pin(place)[0]
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def _pin(place: str, manifest: Manifest, store: ObjectStore, *, local: bool) -> str:
@@ -97,4 +139,4 @@ def _pin(place: str, manifest: Manifest, store: ObjectStore, *, local: bool) -> 
     write_manifest(store, manifest)
     # Workers may have another working directory. The name of a hub's model is not a path.
     is_path = local and (Path(path).expanduser().exists() or any(c in path for c in "*?["))
-    return pinned(os.path.abspath(os.path.expanduser(path)) if is_path else path, digest)
+    return pinned(_absolute(path) if is_path else path, digest)

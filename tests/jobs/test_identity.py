@@ -236,3 +236,24 @@ def test_a_job_file_can_insist_on_a_content(folder, transfer, tmp_path):
     digest = err.partition("found ")[2][:16]
     assert transfer(f"{folder}#sha256={digest}")[0] == 0
     assert transfer(folder)[0] == 0, "the same input, pinned or not"
+
+
+def test_a_run_that_has_finished_with_an_input_resumes_without_it(folder, transfer, tmp_path):
+    source = {**SOURCE, "data": {"source": "folder", "path": str(folder), "limit": 20}}
+    digits = {"source": "digits", "classes": ["5", "6"], "limit": 40}
+    target = {
+        "data": digits,
+        "labels_per_class": 2,
+        "network": {"kind": "resnet", "width": 4, "blocks": [1], "norm": "group"},
+        "training": TRAINING,
+    }
+    code, out, _ = transfer(folder, source, target=target)
+    assert code == 0
+    shutil.rmtree(folder)
+    (tmp_path / "run" / layout.RESULTS).unlink()
+    (tmp_path / "run" / layout.result_key("scratch-seed1")).unlink()
+    code, again, err = transfer(folder, source, target=target)
+    assert (code, scores(again)) == (0, scores(out)), err
+    code, _, err = transfer(folder, source, target=target, name="new")
+    assert code == 2
+    assert "expected a folder at" in err

@@ -101,7 +101,9 @@ class TransferPlan:
         workers = self.job.trainers.workers
         for spec in self.generate_stages():
             check_sizes(spec.plan(), batch_size=self.read_batch_size(spec), world_size=workers)
-        forbid_source_data(self.training_stages(), self.job.source)
+        # A resumed run may have lost its source data after the source phase, and was checked then.
+        if self.source.classifier_accuracy is None:
+            forbid_source_data(self.training_stages(), self.job.source)
 
     def table(self) -> PlanTable:
         """All stages, those of the source first, and the number of guard trials."""
