@@ -5,7 +5,7 @@ message, so that Ray can pickle it. A message says what was expected, what was r
 fix it.
 """
 
-from typing import Any
+from typing import Self
 
 
 class DistTLError(Exception):
@@ -32,12 +32,14 @@ class DamagedError(DistTLError, ValueError):
             makes the object again. Empty if the run cannot make it again.
     """
 
-    def __init__(self, message: str, marker: str = "") -> None:
-        super().__init__(message)
-        self.marker = marker
+    marker = ""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.marker)
+    @classmethod
+    def of(cls, message: str, marker: str) -> Self:
+        """Returns the error of an object with this marker."""
+        error = cls(message)
+        error.marker = marker  # Ray and pickle keep it
+        return error
 
 
 class ShardError(DistTLError, ValueError):

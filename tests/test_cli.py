@@ -11,6 +11,9 @@ import yaml
 import dist_tl.jobs.run
 from dist_tl.cli import doctor, endings
 from dist_tl.errors import ConfigError, DataError, StorageError
+from dist_tl.report.results import JobRecord
+from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import write_record
 
 TRAINING = {"steps": 4, "batch_size": 8}
 RESNET = {"kind": "resnet", "width": 4, "blocks": [1], "norm": "group"}
@@ -306,13 +309,13 @@ def test_a_dry_run_prints_what_a_ray_cluster_would_be_given(command, job, nothin
 
 
 def test_scaling_leaves_a_word_in_the_run(command, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "job.json").write_text('{"job": {"kind": "transfer", "generators": {}}}')
+    record = JobRecord(job={"kind": "transfer", "generators": {}}, fingerprint="f", versions={})
+    write_record(ObjectStore(tmp_path / "run"), "job.json", record)
     code, _, err = command("scale", tmp_path / "run", "generators=1..8")
     assert code == 0
     assert "1 to 8" in err
     written = json.loads((tmp_path / "run" / "scale.json").read_text())
-    assert written == {"generators": {"min": 1, "max": 8}}
+    assert written["generators"] == {"min": 1, "max": 8}
     code, out, _ = command("status", tmp_path / "run", "--json")
     assert code == 0
     assert json.loads(out)["generators"] == {"min": 1, "max": 8}

@@ -11,12 +11,15 @@ from dist_tl import errors
 from dist_tl.errors import DistTLError
 
 CLASSES = sorted(
-    (value for value in vars(errors).values() if isinstance(value, type)), key=lambda c: c.__name__
+    (v for v in vars(errors).values() if isinstance(v, type) and v.__module__ == errors.__name__),
+    key=lambda c: c.__name__,
 )
 BUILT_IN = {
     "ConfigError": ValueError,
     "DataError": ValueError,
     "StorageError": OSError,
+    "DamagedError": ValueError,
+    "DamagedShardError": ValueError,
     "ShardError": ValueError,
     "ShardTimeoutError": TimeoutError,
     "CheckpointError": RuntimeError,

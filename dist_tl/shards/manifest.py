@@ -138,7 +138,7 @@ def _read(
         fields = json.loads(unseal(data))
     except ValueError as error:
         problem = f"{key} is damaged: {error}; start the same job again, which makes it again"
-        raise DamagedShardError(problem, marker_of(key)) from None
+        raise DamagedShardError.of(problem, marker_of(key)) from None
     if version is not None and fields.get("format_version") != version:
         raise ShardError(
             f"{key} has format {fields.get('format_version')!r}, this version reads {version}; use "

@@ -188,7 +188,7 @@ def verify_shard(store: ObjectStore, plan: ShardPlan, index: int) -> ShardEntry 
 
 
 def _damaged(stage: str, index: int, problem: str) -> DamagedShardError:
-    return DamagedShardError(
+    return DamagedShardError.of(
         f"shard {index} of stage {stage!r}: {problem}; start the same job again, which generates "
         "it again",
         entry_key(stage, index),

@@ -161,7 +161,7 @@ def _verify(url: str, marker: str, sums: bytes, contents: Mapping[str, bytes | N
         problem = f"{', '.join(wrong)} differs from its digest in {SUMS}" if wrong else ""
     if problem:
         remedy = "start the same job again" if marker else "copy the folder again"
-        raise DamagedError(f"the model at {url} is damaged: {problem}; {remedy}", marker)
+        raise DamagedError.of(f"the model at {url} is damaged: {problem}; {remedy}", marker)
 
 
 def _digest(data: bytes | None) -> str | None:

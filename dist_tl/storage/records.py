@@ -84,4 +84,4 @@ def damaged(key: str, problem: str, *, remedy: str) -> DamagedError:
     Args:
         key: of the object, relative to the run.
     """
-    return DamagedError(f"{key} is damaged: {problem}; {remedy}", marker_of(key))
+    return DamagedError.of(f"{key} is damaged: {problem}; {remedy}", marker_of(key))

@@ -17,6 +17,7 @@ from inline_workers import open_inline_workers
 
 from dist_tl import errors
 from dist_tl.cli import app as cli
+from dist_tl.cli import display
 from dist_tl.jobs import run as jobs_run
 from dist_tl.report import collect
 from dist_tl.train.checkpoints import Checkpoints
@@ -121,7 +122,7 @@ def call(verb, folder, patch):
     target = job_file(folder) if verb in ("run", "plan") else folder
     out, err = io.StringIO(), io.StringIO()
     patch.setattr(sys, "argv", ["dist-tl", verb, str(target), "--json"])
-    patch.setattr(cli.errors, "_file", err)
+    patch.setattr(display.errors, "_file", err)
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as left:
         cli.main()
     return left.value.code or 0, out.getvalue(), err.getvalue()

@@ -11,6 +11,7 @@ from dist_tl.models.resnet import ResNetConfig
 from dist_tl.storage import layout
 from dist_tl.storage.attempts import begin_attempt
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import write_record
 from dist_tl.telemetry import SilentProgress
 from dist_tl.train.checkpoints import CheckpointConfig
 from dist_tl.train.engine import EngineConfig, OptimizerConfig
@@ -62,7 +63,7 @@ def workers(tmp_path):
 
 def test_a_finished_stage_loses_the_checkpoints_that_a_killed_run_left(workers):
     store = workers.store
-    store.write(layout.result_key(STAGE.name), RESULT.model_dump_json().encode())
+    write_record(store, layout.result_key(STAGE.name), RESULT)
     for key in (
         layout.commit_key(STAGE.name, 4),
         layout.rank_tensors_key(STAGE.name, 4, 0, 1),

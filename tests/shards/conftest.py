@@ -11,6 +11,7 @@ from dist_tl.shards.sample import PseudoSample
 from dist_tl.shards.writer import write_shard
 from dist_tl.storage.layout import entry_key, shard_key
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import write_record
 
 
 class Stage:
@@ -60,7 +61,7 @@ class Stage:
             committed_at=0,
         )
         store.write(shard_key(plan.stage, index), data)
-        store.write(entry_key(plan.stage, index), entry.model_dump_json().encode())
+        write_record(store, entry_key(plan.stage, index), entry)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_tl.errors import ConfigError, ShardError
+from dist_tl.errors import ConfigError, DamagedShardError, ShardError
 from dist_tl.shards.manifest import (
     StageManifest,
     check_entry,
@@ -13,6 +13,7 @@ from dist_tl.shards.manifest import (
 )
 from dist_tl.storage.layout import entry_key, manifest_key
 from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import seal, write_record
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_a_manifest_written_concurrently_is_compared_too(store, manifest):
         def read_or_none(self, key):
             if not self.was_read:
                 self.was_read = True
-                store.write(key, manifest.model_dump_json().encode())
+                write_record(store, key, manifest)
                 return None
             return super().read_or_none(key)
 
@@ -72,7 +73,7 @@ def test_the_error_of_a_damaged_manifest_names_it(store, data):
 
 def test_a_manifest_of_a_later_format_is_rejected(store, manifest):
     later = manifest.model_copy(update={"format_version": 2})
-    store.write(manifest_key("pp"), later.model_dump_json().encode())
+    write_record(store, manifest_key("pp"), later)
     with pytest.raises(ShardError, match="format 2, this version reads 1"):
         read_manifest(store, "pp")
 
@@ -90,8 +91,16 @@ def test_entries_exist_for_committed_shards_only(store, stage):
 @pytest.mark.parametrize("data", [b"", b"{", b"7", b"{}", b'{"index": -1}'])
 def test_the_error_of_a_damaged_entry_names_it(store, data):
     store.write(entry_key("pp", 4), data)
-    with pytest.raises(ShardError, match=r"000004\.json"):
+    with pytest.raises(DamagedShardError, match=r"000004\.json is damaged") as raised:
         read_entry(store, "pp", 4)
+    assert raised.value.marker == entry_key("pp", 4)
+
+
+def test_an_entry_of_another_version_is_no_damage(store):
+    store.write(entry_key("pp", 4), seal('{"index": -1}'))
+    with pytest.raises(ShardError, match="another version of dist_tl wrote it") as raised:
+        read_entry(store, "pp", 4)
+    assert not isinstance(raised.value, DamagedShardError)
 
 
 def test_an_entry_of_another_job_is_rejected(store, stage):

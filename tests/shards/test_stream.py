@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from dist_tl.errors import ConfigError, ShardError, ShardTimeoutError
+from dist_tl.errors import ConfigError, DamagedShardError, ShardError, ShardTimeoutError
 from dist_tl.shards.manifest import committed_indices
 from dist_tl.shards.order import DataOrder
 from dist_tl.shards.reader import DecodedShard
@@ -215,8 +215,9 @@ def test_the_error_of_a_damaged_shard_names_it_and_the_remedy(written, plan, dam
     if data is not None:
         written.write(shard_key("pp", 2), data)
     stream = stream_of(written, plan)
-    with pytest.raises(ShardError, match=rf"shard 2 of stage 'pp'.*{message}.*repair"):
+    with pytest.raises(DamagedShardError, match=rf"shard 2 of stage 'pp'.*{message}") as raised:
         next(stream.read_from(0))
+    assert raised.value.marker == entry_key("pp", 2)
 
 
 def test_shards_of_another_job_are_rejected(written, stage, plan):

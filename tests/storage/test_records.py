@@ -94,7 +94,7 @@ def test_damage_survives_pickling_with_its_marker():
     import pickle
 
     for kind in (DamagedError, DamagedShardError):
-        error = pickle.loads(pickle.dumps(kind("what", "stages/a/result.json")))  # noqa: S301
+        error = pickle.loads(pickle.dumps(kind.of("what", "stages/a/result.json")))  # noqa: S301
         assert (type(error), str(error), error.marker) == (kind, "what", "stages/a/result.json")
 
 

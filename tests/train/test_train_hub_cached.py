@@ -159,8 +159,8 @@ def test_a_warm_start_ignores_parts_of_trunks_that_are_named_head(run_url, monke
         network.trunk = Unusual(network.trunk)
         return network
 
-    def unusual_load(files):
-        network = load_network(files)
+    def unusual_load(files, **options):
+        network = load_network(files, **options)
         network.trunk = Unusual(network.trunk)
         return network
 

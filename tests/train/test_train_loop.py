@@ -168,7 +168,7 @@ class Recorder:
     def is_due(self, step):
         return step % self.every == 0
 
-    def save(self, engine, state):
+    def save(self, engine, state, metrics):
         self.calls.append(f"save {state.step} at {state.cursor}")
 
     def objective(self, module, batch, step):

@@ -108,6 +108,7 @@ def test_a_stage_stores_model_and_metrics_and_last_its_result(alone, stage_spec,
     assert store.written.index(f"{prefix}/result.json") == len(store.written) - 1
     assert store.list() == [
         f"{prefix}/metrics.jsonl",
+        f"{prefix}/model/SHA256SUMS",
         f"{prefix}/model/config.json",
         f"{prefix}/model/model.safetensors",
         f"{prefix}/result.json",
