@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from types import FrameType
@@ -29,7 +30,8 @@ _received: set[int] = set()
 def stop_on_sigterm() -> None:
     """Makes SIGTERM, by which a cluster manager stops a process, stop the command like Ctrl-C."""
     _received.clear()
-    signal.signal(signal.SIGTERM, _interrupt)
+    if threading.current_thread() is threading.main_thread():  # others cannot set a handler
+        signal.signal(signal.SIGTERM, _interrupt)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
