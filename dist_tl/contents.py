@@ -12,16 +12,17 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from dist_tl.errors import DataError
 
 _PIN = re.compile(r"(.*)#sha256=([0-9a-f]{16})(/.*)?", re.DOTALL)
 _PIN_IN_JSON = re.compile(r'"(?:[^"\\]|\\.)*#sha256=([0-9a-f]{16}(?:/(?:[^"\\]|\\.)*)?)"')
 _NAMED = 5  # differing files that a message names
-_RACY_S = 2.0  # a file that is this young may change again without a new time stamp
+_RACY_NS = 2_000_000_000  # a file this young may change again without a new time stamp
 _THREADS = 8
 
 # Size in bytes and SHA-256 of each file, by its path relative to the place.
@@ -87,13 +88,12 @@ def manifest_of(files: Mapping[str, Path]) -> Manifest:
     """
     if not files:
         return {}
-    cache = _HashCache(os.path.commonpath([path.absolute().parent for path in files.values()]))
+    paths = [os.path.abspath(path) for path in files.values()]
+    cache = _HashCache(os.path.commonpath({os.path.dirname(path) for path in paths}))
     try:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            entries = list(pool.map(cache.entry, files.values()))
+        entries = cache.entries(paths)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
-    cache.store()
     return dict(zip(files, entries, strict=True))
 
 
@@ -105,34 +105,57 @@ class _HashCache:
         name = hashlib.sha256(folder.encode()).hexdigest()[:32]
         self._path = Path(home).expanduser() / "dist_tl" / "hashes" / f"{name}.json"
         self._known: dict[str, list] = {}
-        self._used: dict[str, list] = {}
         with contextlib.suppress(OSError, ValueError):
             known = json.loads(self._path.read_bytes())
             self._known = known if isinstance(known, dict) else {}
 
-    def entry(self, path: Path) -> tuple[int, str]:
-        """Returns size and SHA-256 of a file; thread-safe."""
-        status = path.stat()
-        key, state = str(path), [status.st_size, status.st_mtime_ns, status.st_ino]
-        known = self._known.get(key)
-        if not isinstance(known, list) or known[:3] != state:
-            with path.open("rb") as file:
-                known = [*state, hashlib.file_digest(file, "sha256").hexdigest()]
-        if time.time() - status.st_mtime > _RACY_S:
-            self._used[key] = known
-        return status.st_size, known[3]
+    def entries(self, paths: Sequence[str]) -> list[tuple[int, str]]:
+        """Returns size and SHA-256 of each file, and stores the hashes for the next use."""
+        states = [_state(path) for path in paths]
+        known = [self._known.get(path) for path in paths]
+        changed = [i for i, state in enumerate(states) if not _is_of(known[i], state)]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            digests = list(pool.map(_sha256, [paths[i] for i in changed]))
+        for i, digest in zip(changed, digests, strict=True):
+            known[i] = [*states[i], digest]
+        now_ns = time.time_ns()
+        used = {
+            path: entry
+            for path, entry in zip(paths, known, strict=True)
+            if entry and now_ns - entry[1] > _RACY_NS
+        }
+        if used != self._known:
+            self._store(used)
+        return [(entry[0], entry[3]) for entry in known if entry]
 
-    def store(self) -> None:
-        """Stores the hashes of this use, if any changed. A cache that fails is no cache."""
-        if self._used == self._known:
-            return
+    def _store(self, used: dict[str, list]) -> None:
+        """A cache that cannot be written is no cache."""
         temporary = self._path.with_suffix(f".{secrets.token_hex(4)}.part")
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self._used))
+            temporary.write_text(json.dumps(used))
             os.replace(temporary, self._path)
 
 
+def _state(path: str) -> list[int]:
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def _is_of(entry: Any, state: list[int]) -> bool:
+    return isinstance(entry, list) and entry[:3] == state and len(entry) == 4
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def relative_to(folder: Path, paths: Iterable[Path]) -> dict[str, Path]:
-    """Returns paths by their name relative to a folder, with "/"."""
-    return {path.relative_to(folder).as_posix(): path for path in paths}
+    """Returns paths by their name relative to a folder, with "/".
+
+    Args:
+        paths: below `folder`, and written with the same beginning.
+    """
+    start = "" if str(folder) == "." else str(folder).rstrip("/") + "/"
+    return {str(path).removeprefix(start): path for path in paths}

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -156,3 +157,9 @@ def test_differing_files_are_named_and_counted():
     expected = "x is new, 0 is gone, 1 differs, 2 differs, 3 differs and 5 more"
     assert differing_files(old, new) == expected
     assert differing_files(old, old) == ""
+
+
+@pytest.mark.parametrize("folder", [".", "data", "/data", "data/x/.."])
+def test_names_are_relative_to_their_folder(folder):
+    paths = [Path(f"{folder}/a/1.png"), Path(f"{folder}/2.png")]
+    assert list(relative_to(Path(folder), paths)) == ["a/1.png", "2.png"]

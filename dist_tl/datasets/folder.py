@@ -1,5 +1,6 @@
 """Images in a local folder with one sub-folder per class."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -84,13 +85,12 @@ def _class_folders(root: Path) -> list[Path]:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    paths = [
-        path
-        for path in folder.rglob("*")
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    ]
-    return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
+    """Returns all files, without hidden ones and hidden folders, sorted by relative path."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [f"{place}/{name}" for name in names if not name.startswith(".")]
+    return [Path(path) for path in sorted(found)]
 
 
 def _is_image(path: Path) -> bool:
