@@ -5,28 +5,31 @@ machine. It listens on loopback. It stops with this process, even on kill -9, an
 the terminal's Ctrl-C.
 """
 
-import ctypes
 import json
 import logging
 import os
-import shlex
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import get_args
 
-import psutil
 import ray
 
 from dist_tl.cluster.config import SessionConfig
+from dist_tl.cluster.processes import (
+    SESSION_FOLDER,
+    MemoryMonitor,
+    exit_with,
+    kill_processes_of,
+    start_watcher,
+    stop,
+)
 from dist_tl.cluster.roles import Role
 from dist_tl.errors import ConfigError, WorkerError
 from dist_tl.storage.scratch import ScratchFolder, remove_stale
@@ -34,8 +37,6 @@ from dist_tl.storage.scratch import ScratchFolder, remove_stale
 logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0
 CONNECT_TIMEOUT_S = 10.0
-# Marks the processes of a private cluster by its folder.
-SESSION_FOLDER = "DIST_TL_SESSION_FOLDER"
 # Defaults of this process and Ray's processes; the user's environment takes precedence.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -74,7 +75,7 @@ class RaySession:
         self._scratch: ScratchFolder | None = None
         self._environment_before: dict[str, str | None] = {}
         self._is_connected = False
-        self._memory = _MemoryMonitor()
+        self._memory = MemoryMonitor()
 
     def __enter__(self) -> "RaySession":
         try:
@@ -143,7 +144,7 @@ class RaySession:
             ray.shutdown()
             self._is_connected = False
         if self._head is not None:
-            _stop(self._head)
+            stop(self._head)
             self._head = None
         if self._watcher is not None:
             os.killpg(self._watcher.pid, signal.SIGKILL)  # with the command that it just runs
@@ -164,7 +165,7 @@ class RaySession:
     def _start_head(self) -> str:
         # Ray creates sockets below this folder, and their paths are limited to 107 bytes. Ray opens
         # its own folder to all users; this private parent folder keeps them out.
-        remove_stale("dtl-", parent="/tmp", before=_kill_processes_of)
+        remove_stale("dtl-", parent="/tmp", before=kill_processes_of)
         self._scratch = ScratchFolder("dtl-", parent="/tmp")
         port = _free_port()
         address = f"127.0.0.1:{port}"
@@ -175,7 +176,7 @@ class RaySession:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=partial(_exit_with, os.getpid()),
+                preexec_fn=partial(exit_with, os.getpid()),
                 env={
                     **_ONE_MACHINE,
                     **os.environ,
@@ -184,7 +185,7 @@ class RaySession:
                     SESSION_FOLDER: str(self._folder),
                 },
             )
-        self._watcher = _start_watcher(self._head.pid, self._folder)
+        self._watcher = start_watcher(self._head.pid, self._folder)
         self._wait_until_ready(port)
         return address
 
@@ -278,14 +279,6 @@ def _head_command(config: SessionConfig, port: int, folder: Path) -> list[str]:
     ]
 
 
-def _exit_with(parent: int) -> None:
-    """Makes this child process receive SIGTERM when `parent` exits. Runs before exec."""
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -299,103 +292,3 @@ def is_listening(host: str, port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _stop(head: subprocess.Popen[bytes]) -> None:
-    """Stops the head and all its child processes; returns once they have exited."""
-    head.terminate()
-    try:
-        head.wait(timeout=3)
-    except subprocess.TimeoutExpired:
-        head.kill()
-        head.wait()
-    # Children of a killed head lose their parent, but stay in its session.
-    _kill([process for process in psutil.process_iter() if _session_of(process) == head.pid])
-
-
-def _kill_processes_of(folder: Path) -> None:
-    """Kills what is left of a private cluster whose driver and watcher were killed."""
-    marked = {_session_of(p) for p in psutil.process_iter() if _folder_of(p) == str(folder)}
-    # Ray's workers overwrite the mark with their title, but are in the session of the others.
-    _kill([p for p in psutil.process_iter() if _session_of(p) in marked - {None, os.getsid(0)}])
-
-
-def _folder_of(process: psutil.Process) -> str | None:
-    try:
-        return process.environ().get(SESSION_FOLDER)
-    except (psutil.Error, OSError):
-        return None
-
-
-def _kill(processes: list[psutil.Process]) -> None:
-    """Kills processes; returns once they have exited."""
-    for process in processes:
-        with suppress(psutil.Error):
-            process.kill()
-    # Without an init process that reaps orphans they stay zombies, which count as dead.
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and not all(map(_is_dead, processes)):
-        time.sleep(0.05)
-
-
-def _is_dead(process: psutil.Process) -> bool:
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return True
-
-
-def _start_watcher(head_pid: int, folder: Path) -> subprocess.Popen[bytes]:
-    """Starts a shell that kills the head's session and removes its folder if this process dies."""
-    me = os.getpid()
-    script = (
-        f"alive() {{ kill -0 {me} && ! grep -q '^State:.Z' /proc/{me}/status; }} 2>/dev/null; "
-        f"while alive; do sleep 1; done; "
-        f"pkill -KILL -s {head_pid} || kill -KILL -- -{head_pid}; "
-        f"sleep 1; rm -rf {shlex.quote(str(folder))}"
-    )
-    return subprocess.Popen(
-        ["/bin/sh", "-c", script],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
-def _session_of(process: psutil.Process) -> int | None:
-    try:
-        return os.getsid(process.pid)
-    except OSError:
-        return None
-
-
-class _MemoryMonitor:
-    """Samples the memory of this process and its children, once a second."""
-
-    def __init__(self) -> None:
-        self.peak_bytes = 0
-        self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        self._thread = threading.Thread(target=self._sample, daemon=True, name="memory monitor")
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def _sample(self) -> None:
-        while not self._stopped.wait(1.0):
-            self.peak_bytes = max(self.peak_bytes, _process_tree_memory())
-
-
-def _process_tree_memory() -> int:
-    total = 0
-    me = psutil.Process()
-    for process in [me, *me.children(recursive=True)]:
-        try:
-            total += process.memory_full_info().pss
-        except psutil.Error:
-            continue
-    return total
