@@ -183,6 +183,8 @@ class RaySession:
                     **WARNINGS,
                     "RAY_ADDRESS": address,
                     SESSION_FOLDER: str(self._folder),
+                    # torch makes this folder even if nothing is compiled.
+                    "TORCHINDUCTOR_CACHE_DIR": str(self._folder / "torchinductor"),
                 },
             )
         self._watcher = start_watcher(self._head.pid, self._folder)
