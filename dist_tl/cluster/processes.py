@@ -1,4 +1,4 @@
-"""Processes of a private Ray cluster: they end with this process, however it ends."""
+"""The processes of a private cluster: how they end, in every case, and the memory they take."""
 
 import ctypes
 import os
@@ -16,7 +16,15 @@ import psutil
 SESSION_FOLDER = "DIST_TL_SESSION_FOLDER"
 
 
-def stop_head(head: subprocess.Popen[bytes]) -> None:
+def exit_with(parent: int) -> None:
+    """Makes this child process receive SIGTERM when `parent` exits. Runs before exec."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def stop(head: subprocess.Popen[bytes]) -> None:
     """Stops the head and all its child processes; returns once they have exited."""
     head.terminate()
     try:
@@ -32,7 +40,7 @@ def kill_processes_of(folder: Path) -> None:
     """Kills what is left of a private cluster whose driver and watcher were killed."""
     marked = {_session_of(p) for p in psutil.process_iter() if _folder_of(p) == str(folder)}
     # Ray's workers overwrite the mark with their title, but are in the session of the others.
-    _kill([p for p in psutil.process_iter() if _session_of(p) in marked - {None, os.getsid(0)}])
+    _kill([p for p in psutil.process_iter() if _session_of(p) in marked - {None, 0, os.getsid(0)}])
 
 
 def _folder_of(process: psutil.Process) -> str | None:
@@ -85,14 +93,6 @@ def _session_of(process: psutil.Process) -> int | None:
         return None
 
 
-def exit_with(parent: int) -> None:
-    """Makes this child process receive SIGTERM when `parent` exits. Runs before exec."""
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
 class MemoryMonitor:
     """Samples the memory of this process and its children, once a second."""
 
@@ -102,12 +102,10 @@ class MemoryMonitor:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Starts sampling."""
         self._thread = threading.Thread(target=self._sample, daemon=True, name="memory monitor")
         self._thread.start()
 
     def stop(self) -> None:
-        """Stops sampling."""
         self._stopped.set()
 
     def _sample(self) -> None:

@@ -30,7 +30,7 @@ from dist_tl.cluster.processes import (
     exit_with,
     kill_processes_of,
     start_watcher,
-    stop_head,
+    stop,
 )
 from dist_tl.cluster.roles import Role
 from dist_tl.cluster.session_folder import PREFIX, session_parent
@@ -58,6 +58,8 @@ _ALL_ROLES = dict.fromkeys(get_args(Role), 1000)
 _ONE_MACHINE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 # Ray's own code raises warnings; with warnings as errors, Ray would not start.
 WARNINGS = {"PYTHONWARNINGS": "ignore::FutureWarning"}
+# Only the driver does without it: it shows where a worker crashed.
+IN_WORKERS = {"RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "0"}
 
 
 class RaySession:
@@ -86,10 +88,8 @@ class RaySession:
             address = os.environ.get("RAY_ADDRESS") or self._start_head()
             # Ray Train checks its controller on the cluster at RAY_ADDRESS. If unset, it may find
             # another run's cluster and stop a healthy worker group.
-            # Ray's own handler of SIGTERM ends this process with a stack dump.
-            variables = {"RAY_ADDRESS": address, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1"}
-            self._set_environment(variables)
-            with _own_sigterm_handler():
+            self._set_environment({"RAY_ADDRESS": address})
+            with _interruptible():
                 _connect(address)
             self._is_connected = True
             self._check_roles()
@@ -150,7 +150,7 @@ class RaySession:
             ray.shutdown()
             self._is_connected = False
         if self._head is not None:
-            stop_head(self._head)
+            stop(self._head)
             self._head = None
         if self._watcher is not None:
             os.killpg(self._watcher.pid, signal.SIGKILL)  # with the command that it just runs
@@ -187,8 +187,11 @@ class RaySession:
                     **_ONE_MACHINE,
                     **os.environ,
                     **WARNINGS,
+                    **IN_WORKERS,
                     "RAY_ADDRESS": address,
                     SESSION_FOLDER: str(self._folder),
+                    # torch makes this folder even if nothing is compiled.
+                    "TORCHINDUCTOR_CACHE_DIR": str(self._folder / "torchinductor"),
                 },
             )
         self._watcher = start_watcher(self._head.pid, self._folder)
@@ -245,17 +248,19 @@ def _connect(address: str) -> None:
 
 
 @contextmanager
-def _own_sigterm_handler() -> Iterator[None]:
-    """Restores the handler of SIGTERM that `ray.init` replaces by one that calls `sys.exit`."""
+def _interruptible() -> Iterator[None]:
+    """Makes Ctrl-C and SIGTERM during `ray.init` behave as before and after it."""
     if threading.current_thread() is not threading.main_thread():
         yield  # here neither Ray nor we can set a handler
         return
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
-    except SystemExit:
-        signal.signal(signal.SIGTERM, handler)
-        signal.raise_signal(signal.SIGTERM)
+    except (KeyboardInterrupt, SystemExit) as interrupt:
+        ray.shutdown()  # half of a connection makes Python crash when it exits
+        if isinstance(interrupt, SystemExit):  # raised by Ray's handler, which has replaced ours
+            signal.signal(signal.SIGTERM, handler)
+            signal.raise_signal(signal.SIGTERM)
         raise
     finally:
         signal.signal(signal.SIGTERM, handler)

@@ -290,8 +290,9 @@ class Checkpoints:
 def remove_checkpoints(store: ObjectStore, stage: str) -> None:
     """Removes all checkpoints of a stage, each COMMIT before the files that it lists."""
     prefix = layout.checkpoints_prefix(stage)
-    for step in {layout.parse_checkpoint_step(key) for key in store.list(prefix)} - {None}:
-        store.delete(layout.commit_key(stage, step))
+    for step in {layout.parse_checkpoint_step(key) for key in store.list(prefix)}:
+        if step is not None:
+            store.delete(layout.commit_key(stage, step))
     store.delete_all(prefix)
 
 
