@@ -50,6 +50,8 @@ ENVIRONMENT = {
 _ALL_ROLES = dict.fromkeys(get_args(Role), 1000)
 # Ray's own code raises warnings; with warnings as errors, Ray would not start.
 WARNINGS = {"PYTHONWARNINGS": "ignore::FutureWarning"}
+# Only the driver does without it: it shows where a worker crashed.
+IN_WORKERS = {"RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "0"}
 
 
 class RaySession:
@@ -78,10 +80,8 @@ class RaySession:
             address = os.environ.get("RAY_ADDRESS") or self._start_head()
             # Ray Train checks its controller on the cluster at RAY_ADDRESS. If unset, it may find
             # another run's cluster and stop a healthy worker group.
-            # Ray's own handler of SIGTERM ends this process with a stack dump.
-            variables = {"RAY_ADDRESS": address, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1"}
-            self._set_environment(variables)
-            with _own_sigterm_handler():
+            self._set_environment({"RAY_ADDRESS": address})
+            with _interruptible():
                 _connect(address)
             self._is_connected = True
             self._check_roles()
@@ -173,7 +173,7 @@ class RaySession:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 preexec_fn=partial(_exit_with, os.getpid()),
-                env={**os.environ, **WARNINGS, "RAY_ADDRESS": address},
+                env={**os.environ, **WARNINGS, **IN_WORKERS, "RAY_ADDRESS": address},
             )
         self._watcher = _start_watcher(self._head.pid, self._folder)
         self._wait_until_ready(port)
@@ -226,17 +226,19 @@ def _connect(address: str) -> None:
 
 
 @contextmanager
-def _own_sigterm_handler() -> Iterator[None]:
-    """Restores the handler of SIGTERM that `ray.init` replaces by one that calls `sys.exit`."""
+def _interruptible() -> Iterator[None]:
+    """Makes Ctrl-C and SIGTERM during `ray.init` behave as before and after it."""
     if threading.current_thread() is not threading.main_thread():
         yield  # here neither Ray nor we can set a handler
         return
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
-    except SystemExit:
-        signal.signal(signal.SIGTERM, handler)
-        signal.raise_signal(signal.SIGTERM)
+    except (KeyboardInterrupt, SystemExit) as interrupt:
+        ray.shutdown()  # half of a connection makes Python crash when it exits
+        if isinstance(interrupt, SystemExit):  # raised by Ray's handler, which has replaced ours
+            signal.signal(signal.SIGTERM, handler)
+            signal.raise_signal(signal.SIGTERM)
         raise
     finally:
         signal.signal(signal.SIGTERM, handler)

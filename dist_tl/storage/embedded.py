@@ -25,6 +25,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from dist_tl.errors import StorageError
+from dist_tl.storage.remote import SERVED_FOLDER
 
 _BUCKET = "run"
 _LISTENING = re.compile(r"Starting s3 server on \[http://127\.0\.0\.1:(\d+)/?\]")
@@ -135,6 +136,7 @@ class EmbeddedS3:
             "AWS_ENDPOINT_URL_S3": endpoint,
             "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "false",
             "AWS_SESSION_TOKEN": "",
+            SERVED_FOLDER: str(self.folder),
             "NO_PROXY": no_proxy,
             "no_proxy": no_proxy,
         }

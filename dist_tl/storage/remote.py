@@ -17,6 +17,9 @@ from urllib.parse import urlsplit
 
 import fsspec
 
+from dist_tl.storage.local import advice_if_unwritable
+
+SERVED_FOLDER = "DIST_TL_EMBEDDED_FOLDER"  # the variable that names the embedded server's folder
 _S3 = {"s3", "s3a"}
 _WAITS_S = (0.2, 0.5, 1.2, 3.0)  # between retries; about 5 s in total, a server's restart
 
@@ -117,6 +120,9 @@ class RemoteFolder:
             )
         if _is_connection_error(error):
             return f"check that the server runs and that this machine can reach it ({_endpoint()})"
+        served = os.environ.get(SERVED_FOLDER)
+        if served and (advice := advice_if_unwritable(Path(served))):
+            return f"the embedded store cannot write to {advice}"
         return f"try again later, or read the store's own log ({_endpoint()})"
 
     def _path(self, key: str) -> str:

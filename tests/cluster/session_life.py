@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
@@ -34,6 +35,7 @@ def describe(session):
     children = psutil.Process().children(recursive=True)
     return {
         "folder": folder,
+        "sockets": [str(path) for path in Path(folder).glob("ray/session_2*/sockets/*")],
         "folder_mode": oct(os.stat(folder).st_mode & 0o777),
         "processes": [[process.pid, process.create_time()] for process in children],
         "commands": [process.cmdline() for process in children],
