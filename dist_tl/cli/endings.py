@@ -104,8 +104,8 @@ def _report_unexpected(error: Exception) -> None:
         _print_red(f"the log of this error could not be written ({reason}); it follows\n{log}")
         return
     _print_red(
-        "expected only named errors: either a file of the run is damaged, or this is a defect of "
-        f"dist_tl or of a library. The full traceback is in {place}"
+        "a file of the run or of this machine may be damaged or not usable; if none is, report "
+        f"this as a defect of dist_tl. The full traceback is in {place}"
     )
 
 

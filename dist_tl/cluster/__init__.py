@@ -20,8 +20,11 @@ def is_on_loopback() -> bool:
     return os.environ.get(SEVERAL_MACHINES, "").lower() not in {"1", "true", ""}
 
 
+# Ray reads these variables when it is imported, so they are set before any module imports it.
+
+# Ray's failure signal handler takes SIGTERM for a crash: it aborts the driver with a stack dump.
+os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 if not os.environ.get("RAY_ADDRESS"):
-    # Ray reads these variables when it is imported, so they are set before any module imports it.
     # A private cluster uses the user's token if there is one, or else a random token.
     if _has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -32,6 +32,7 @@ PROTOCOL = "embedded"
 ENDPOINT = "DIST_TL_EMBEDDED_ENDPOINT"
 ACCESS_KEY = "DIST_TL_EMBEDDED_ACCESS_KEY"
 SECRET = "DIST_TL_EMBEDDED_SECRET"
+FOLDER = "DIST_TL_EMBEDDED_FOLDER"  # for messages about a full or read-only disk
 VARIABLES = (ENDPOINT, ACCESS_KEY, SECRET)
 
 BUCKET = "run"
@@ -137,6 +138,7 @@ class EmbeddedS3:
             ENDPOINT: f"http://127.0.0.1:{self._port}",
             ACCESS_KEY: self._key,
             SECRET: self._secret,
+            FOLDER: str(self.folder),
         }
 
     def _require_started(self) -> subprocess.Popen[bytes]:

@@ -9,12 +9,17 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Our own temporary files and those of uploads to the embedded S3 server (rclone). A killed process
 # leaves them behind.
 TEMPORARY_PREFIXES = (".tmp-", ".rclone_temp_", ".rclone_multipart_upload_")
+
+# More than one object needs: a server removes the part that it wrote of an object, and then the
+# disk is not quite full any more.
+_ROOM_BYTES = 64 * 2**20
 
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
@@ -83,7 +88,10 @@ class LocalFolder:
         if isinstance(error, PermissionError):
             return "choose a folder that this user may read and write"
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            return "free some space, or choose another disk; nothing partial was published"
+            return (
+                "the disk is full: free some space, or choose another one; nothing partial was "
+                "published"
+            )
         if isinstance(error, NotADirectoryError | FileExistsError | IsADirectoryError):
             return "a file and a folder cannot share a name: remove one or choose another URL"
         return "check that the folder exists and that its disk is healthy"
@@ -103,6 +111,16 @@ class LocalFolder:
             return True
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def advice_if_unwritable(folder: Path) -> str | None:
+    """Returns why a server cannot write to its folder and a remedy; None if it can."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, _ROOM_BYTES)
+    except OSError as error:
+        return f"{folder}: {error.strerror}; {LocalFolder(folder).remedy(error)}"
+    return None
 
 
 def _create_exclusively(temporary: Path, target: Path) -> bool:

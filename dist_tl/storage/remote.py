@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import fsspec
 
 from dist_tl.storage import embedded
+from dist_tl.storage.local import advice_if_unwritable
 
 _S3 = {"s3", "s3a", embedded.PROTOCOL}
 _READ_BY_S3 = ("AWS_", "FSSPEC_", "REQUESTS_CA_BUNDLE", *embedded.VARIABLES)
@@ -110,6 +111,9 @@ class RemoteFolder:
         if isinstance(error, ImportError):
             return "install the package that fsspec needs for this kind of store"
         if self._protocol == embedded.PROTOCOL:
+            served = os.environ.get(embedded.FOLDER)
+            if served and (advice := advice_if_unwritable(Path(served))):
+                return f"the embedded store cannot write to {advice}"
             return (
                 "the embedded S3 server of this run refuses or has stopped: start the same job "
                 "again to resume"

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
@@ -35,6 +36,7 @@ def describe(session):
     commands = commands_of(psutil.Process().children(recursive=True))
     return {
         "folder": folder,
+        "sockets": [str(path) for path in Path(folder).glob("ray/session_2*/sockets/*")],
         "folder_mode": oct(os.stat(folder).st_mode & 0o777),
         "watcher": session._watcher.pid,
         "listening": listening([psutil.Process(), *commands]),

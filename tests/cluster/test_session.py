@@ -21,6 +21,7 @@ from small_stages import wait_until
 from dist_tl.cluster import session as session_module
 from dist_tl.cluster.config import SessionConfig
 from dist_tl.cluster.session import RaySession
+from dist_tl.cluster.session_folder import _LONGEST
 from dist_tl.errors import WorkerError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -160,6 +161,12 @@ def test_workers_have_the_secrets_of_the_environment_and_no_file_contains_them(l
 
 def test_other_users_cannot_access_the_sockets(life):
     assert life["folder_mode"] == "0o700"
+
+
+def test_the_sockets_fit_into_the_folder_that_was_chosen_for_them(life):
+    parent = os.path.dirname(life["folder"])
+    assert any(path.endswith("/plasma_store") for path in life["sockets"])
+    assert max(len(path) - len(parent) for path in life["sockets"]) <= len(_LONGEST)
 
 
 def test_an_unreachable_cluster_is_a_quick_error_and_keeps_the_running_one(ray_local, monkeypatch):

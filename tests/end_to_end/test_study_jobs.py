@@ -153,7 +153,7 @@ def test_a_manifold_run_tells_claims_errors_and_the_map(manifold):
     assert "trained from scratch" in page
 
 
-def test_one_cpu_and_an_interruption_change_nothing(manifold, tmp_path):
+def test_one_cpu_and_sigterm_change_nothing(manifold, tmp_path):
     process = start(tmp_path, MANIFOLD, session={"num_cpus": 1})
     deadline = time.monotonic() + 120
     marker = "stages/cell-*/result.json"
@@ -161,9 +161,11 @@ def test_one_cpu_and_an_interruption_change_nothing(manifold, tmp_path):
         assert process.poll() is None, process.communicate()[1][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 143, told
+    assert "the same command resumes" in told
+    assert "SIGTERM" not in told, "Ray dumps no stack"
     results = (tmp_path / "run").glob("stages/*/result.json")
     done = {path: path.stat().st_mtime_ns for path in results}
     again = finish(start(tmp_path, MANIFOLD, session={"num_cpus": 1}))

