@@ -204,7 +204,7 @@ def test_a_model_is_listed_by_its_field_and_a_missing_one_is_named(job_of, tmp_p
     place = write_model(tmp_path / "teacher", classes=7)
     table = plan_job(job_of(**search(data, teacher={"model": place})))
     found = table.overview.models["teacher.model"]
-    assert (found.architecture, found.num_classes) == ("perceptron", 7)
+    assert (found.architecture, found.num_classes) == ("perceptron hidden 4", 7)
     assert found.parameters == 3 * 4 * 4 * 4 + 4 * 7 + 7
     titles = [table.title for table in table.overview.tables()]
     assert titles == ["Data", "Models"]

@@ -40,7 +40,7 @@ def test_a_network_is_described_without_loading_it(tmp_path, norm, url):
     store = ObjectStore(url.format(tmp_path))
     model = network(ResNetConfig(kind="resnet", width=4, blocks=(1, 1), norm=norm))
     assert describe_model(write(store, save_network(model))) == ModelDescription(
-        architecture="resnet",
+        architecture=f"resnet width 4 blocks [1, 1]{' norm group' if norm == 'group' else ''}",
         num_classes=3,
         image_shape=SHAPE,
         inputs="pixels in [-1, 1]",
@@ -76,7 +76,10 @@ def test_a_hub_is_described_with_the_parameters_of_all_its_parts(tmp_path):
     experts = {"a": network(small), "b": network(wide)}
     hub = HubPathway(experts, network(small, classes=4), num_classes=3, routes=RouteConfig(k=1))
     found = describe_model(write(ObjectStore(tmp_path), hub_files(hub)))
-    assert found.architecture == "hub of 2 (resnet), k = 1 by input"
+    assert (
+        found.architecture
+        == "hub of 2 (resnet width 4 blocks [1], resnet width 8 blocks [1]), k = 1 by input"
+    )
     assert (found.num_classes, found.image_shape) == (3, SHAPE)
     assert found.parameters == parameter_count(hub)
 
