@@ -81,7 +81,7 @@ def split_target(
         # Sorted, so that the draw depends on the set of remaining images, not on their order.
         rests.append(np.sort(shuffled[test_size:]))
     available = np.array([len(rest) for rest in rests])
-    counts = available + [len(drawn) for drawn in test]
+    counts = available + np.array([len(drawn) for drawn in test])
     _require_enough(classes, counts, available, labels_per_class, class_names)
 
     train, pool = [], []

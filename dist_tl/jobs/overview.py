@@ -4,7 +4,7 @@ Shown by `dist-tl plan`, and at the start of a new run. Reads every data set onc
 job uses the same loaded images.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from pydantic import Field
@@ -57,33 +57,47 @@ class Overview(StrictModel):
         for row in self.shared:
             yield f"identical pictures ({self.duplicates}): {row.text}"
         for field, model in self.models.items():
-            yield f"{field}: {', '.join(cell for cell in _model_cells(model) if cell)}"
+            yield f"{field}: {_model_text(model)}"
 
     def tables(self) -> Iterator[Table]:
         """Yields the tables of a plan; leaves out empty ones."""
         if self.data:
-            rows = tuple(
-                (
-                    *(field, data.source, str(data.images), _shape(data.image_shape)),
-                    *(_classes(data.classes), _passed_over(data)),
-                )
-                for field, data in self.data.items()
-            )
-            header = ("field", "source", "images", "size", "classes", "passed over")
-            yield Table(title="Data", header=header, rows=rows)
+            yield _data_table(self.data)
         if self.shared:
-            rows = tuple(
-                (row.first, row.second, str(row.pictures), " = ".join(row.example))
-                for row in self.shared
-            )
-            header = ("in", "also in", "pictures", "example")
-            note = KEPT_TOGETHER if self.duplicates == "together" else ""
-            title = f"Identical pictures (duplicates: {self.duplicates})"
-            yield Table(title=title, header=header, rows=rows, note=note)
+            yield _shared_table(self.shared, self.duplicates)
         if self.models:
-            rows = tuple((field, *_model_cells(model)) for field, model in self.models.items())
             header = ("field", "architecture", "classes", "images", "inputs", "parameters")
+            rows = tuple((field, *_model_cells(model)) for field, model in self.models.items())
             yield Table(title="Models", header=header, rows=rows)
+
+
+def _data_table(summaries: Mapping[str, DataSummary]) -> Table:
+    header = ("field", "source", "images", "size", "classes", "passed over")
+    rows = tuple(
+        (
+            *(field, data.source, str(data.images), _shape(data.image_shape)),
+            *(_classes(data.classes), _passed_over(data)),
+        )
+        for field, data in summaries.items()
+    )
+    used = len(header) if any(row[-1] for row in rows) else -1
+    return Table(title="Data", header=header[:used], rows=tuple(row[:used] for row in rows))
+
+
+def _shared_table(shared: Sequence[SharedPictures], duplicates: str) -> Table:
+    rows = tuple(
+        (
+            *(row.first, "itself" if row.first == row.second else row.second),
+            *(str(row.pictures), str(row.labels_differ or ""), " = ".join(row.example)),
+        )
+        for row in shared
+    )
+    return Table(
+        title=f"Identical pictures (duplicates: {duplicates})",
+        header=("in", "also in", "pictures", "labels differ", "example"),
+        rows=rows,
+        note=KEPT_TOGETHER if duplicates == "together" else "",
+    )
 
 
 def overview_of(job: JobConfig) -> Overview:
@@ -157,11 +171,19 @@ def _passed_over(data: DataSummary) -> str:
 
 
 def _model_cells(model: ModelDescription) -> tuple[str, str, str, str, str]:
-    classes, parameters = model.num_classes, model.parameters
     return (
         model.architecture,
-        "" if classes is None else f"{classes} classes",
+        "" if model.num_classes is None else str(model.num_classes),
         "" if model.image_shape is None else _shape(model.image_shape),
         model.inputs,
-        "" if parameters is None else f"{parameters:,} parameters",
+        "" if model.parameters is None else f"{model.parameters:,}",
     )
+
+
+def _model_text(model: ModelDescription) -> str:
+    architecture, classes, shape, inputs, parameters = _model_cells(model)
+    parts = (
+        *(architecture, classes and f"{classes} classes", shape, inputs),
+        parameters and f"{parameters} parameters",
+    )
+    return ", ".join(part for part in parts if part)

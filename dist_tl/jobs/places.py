@@ -5,7 +5,7 @@ nothing here: a data set is a member of `DataConfig`, a model's field is marked 
 """
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, TypeGuard, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -26,7 +26,7 @@ def data_sets(job: JobConfig) -> dict[str, DataConfig]:
 
     A mixture is one data set; its domains are not listed.
     """
-    return {path: value for path, _, value in _values(job) if isinstance(value, DATA_SETS)}
+    return {path: value for path, _, value in _values(job) if _is_data_set(value)}
 
 
 def models(job: JobConfig) -> dict[str, str]:
@@ -60,6 +60,10 @@ def _below(path: str, field: FieldInfo, value: Any) -> Iterator[Entry]:
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             yield from _below(f"{path}.{index}", field, item)
+
+
+def _is_data_set(value: object) -> TypeGuard[DataConfig]:
+    return isinstance(value, DATA_SETS)
 
 
 def names_model(field: FieldInfo) -> bool:

@@ -16,6 +16,8 @@ from dist_tl.models.messages import one_line
 
 _FILES = ("config.json", "*processor_config.json", "*.safetensors", "*.safetensors.index.json")
 
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
 
 def local_folder(
     place: str, *, patterns: Sequence[str] = _FILES, revision: str | None = None
@@ -84,8 +86,11 @@ def count_parameters(file: BinaryIO) -> int:
     Raises:
         ConfigError: the file has no header of safetensors.
     """
+    num_bytes = int.from_bytes(file.read(8), "little")
+    if num_bytes > MAX_HEADER_BYTES:  # of a damaged file; reading it would exhaust the memory
+        raise ConfigError(f"expected a safetensors file, found a header of {num_bytes} bytes")
     try:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header = json.loads(file.read(num_bytes))
         return sum(
             math.prod(tensor["shape"])
             for name, tensor in header.items()

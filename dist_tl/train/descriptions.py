@@ -155,7 +155,14 @@ def _architecture(network: AnyNetworkConfig) -> str:
     if isinstance(network, LayerSetConfig):
         return f"blocks {list(network.blocks)} of {_architecture(network.base)}"
     name = getattr(network, "architecture", None) or getattr(network, "name", None)
-    return f"{network.kind} {name}" if name else network.kind
+    if name is not None:
+        return f"{network.kind} {name}"
+    own = network.model_dump(exclude={"kind", *InputConfig.model_fields}, exclude_defaults=True)
+    return " ".join([network.kind, *(f"{key} {_plain(value)}" for key, value in own.items())])
+
+
+def _plain(value: object) -> str:
+    return str(list(value) if isinstance(value, tuple) else value)
 
 
 def _inputs_of(network: AnyNetworkConfig) -> list[InputConfig]:

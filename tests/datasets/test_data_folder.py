@@ -55,7 +55,32 @@ def test_hidden_files_and_other_file_types_are_skipped(pets):
     (pets / "cat/.DS_Store").write_bytes(b"x")
     (pets / "cat/._1.png").write_bytes(b"x")
     (pets / "dog/notes.txt").write_text("x")
-    assert len(load(pets)) == 5
+    data = load(pets)
+    assert len(data) == 5
+    assert data.passed_over == {".md": 1, ".txt": 1}
+    assert load(pets, unlabelled=True).passed_over == {".md": 1, ".txt": 1}
+
+
+def test_parts_keep_identical_pictures_together_if_they_say_so(tmp_path):
+    for i in range(40):  # every picture twice, in other sizes than the job's
+        write(tmp_path / "ab"[i // 2 % 2] / f"{i:02d}.png", i // 2, shape=(6, 6, 3))
+    part = {"index": 0, "of": 2, "together": True}
+    sides = [load(tmp_path, part={**part, "index": i}, size=4 - i) for i in (0, 1)]
+    levels = [set(side.images[:, 0, 0, 0].tolist()) for side in sides]
+    assert not levels[0] & levels[1]
+    assert [len(side) for side in sides] == [20, 20]
+    apart = [load(tmp_path, part={"index": i, "of": 2}).images[:, 0, 0, 0] for i in (0, 1)]
+    assert set(apart[0].tolist()) & set(apart[1].tolist()), "the claim above is not empty"
+
+
+def test_files_of_a_mixture_are_named_and_counted_once_for_a_folder(pets):
+    (pets / "cat/film.MP4").write_bytes(b"x")
+    folder = {"source": "folder", "path": str(pets)}
+    mixture = {"source": "mixture", "domains": {"a": folder, "b": {**folder, "domain": {}}}}
+    data = load_images(validate(Job, {"data": mixture}, source="job").data)
+    assert data.passed_over == {".mp4": 1}
+    assert data.names[:5] == data.names[5:]
+    assert data.names[0].endswith("cat/1.png")
 
 
 def test_only_selected_images_are_decoded(pets):

@@ -221,3 +221,18 @@ def test_an_unlabelled_pool_is_one_class_and_ignores_labels(tmp_path):
     write_tar(tmp_path / "b.tar", [("0.json", b"{}")])
     with pytest.raises(DataError, match=r"no members KEY\.jpg"):
         load(tmp_path / "b.tar", unlabelled=True)
+
+
+def test_members_that_are_not_read_are_counted_by_suffix(tmp_path):
+    others = [
+        ("a.txt", b""),
+        ("b/c.json", b""),
+        ("d.json", b""),
+        (".hidden", b""),
+        ("LICENSE", b""),
+    ]
+    write_tar(tmp_path / "a.tar", [*samples([0, 1]), *others])
+    expected = {".json": 2, ".txt": 1, "without suffix": 1}
+    assert load(tmp_path / "a.tar").passed_over == expected
+    assert load(tmp_path / "a.tar", unlabelled=True).passed_over == expected
+    assert load(tmp_path / "a.tar").names[0] == f"000000.png in {tmp_path}/a.tar"

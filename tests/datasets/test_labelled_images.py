@@ -66,3 +66,14 @@ def test_the_tensor_is_a_copy():
     data = LabelledImages(np.zeros((1, 2, 2, 1), np.uint8), np.array([0]), ("a",))
     data.tensor().fill_(1.0)
     assert data.images.max() == 0
+
+
+def test_identical_pictures_are_found_by_their_pixels_and_shape():
+    images = np.array([1, 2, 1, 3, 2, 1], np.uint8)[:, None, None, None].repeat(4, axis=1)
+    data = LabelledImages(images, np.zeros(6, np.int64), ("a",), names=tuple("uvwxyz"))
+    assert data.first_copy.tolist() == [0, 1, 0, 3, 1, 0]
+    assert data.distinct.tolist() == [0, 1, 3]
+    assert data.subset([5, 4, 2]).first_copy.tolist() == [0, 1, 0]
+    assert list(data.subset([5, 4, 2]).names) == ["z", "y", "w"]
+    turned = LabelledImages(images.transpose(0, 2, 1, 3), data.labels, ("a",))
+    assert not set(turned.digests) & set(data.digests), "same bytes, other shape"

@@ -1,5 +1,6 @@
 """Stratified splits: disjoint, complete, and dependent on the right seeds only."""
 
+import hashlib
 from itertools import pairwise
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_tl.datasets.images import first_copies
 from dist_tl.datasets.splits import assign_parts, draw_evenly, folds, split_target
 from dist_tl.errors import ConfigError
 
@@ -162,3 +164,86 @@ def test_draw_evenly_returns_the_number_of_images_and_includes_every_class(label
     drawn = draw_evenly(labels, num_drawn, np.random.default_rng(data.draw(SEEDS)))
     assert len(set(drawn)) == num_drawn
     assert counts(labels, drawn).min() >= 1
+
+
+# Identical images.
+
+
+@st.composite
+def labels_with_copies(draw):
+    """Draws labels of 2 to 4 classes, and which images are copies; a few have another label."""
+    labels = draw(shuffled_labels(smallest=12, largest=30))
+    rng = np.random.default_rng(draw(SEEDS))
+    pictures = np.arange(len(labels))
+    for image in rng.choice(len(labels), size=len(labels) // 3, replace=False):
+        same = np.flatnonzero(labels == labels[image]) if rng.random() < 0.9 else pictures
+        pictures[image] = pictures[rng.choice(same)]
+    return labels, first_copies([str(picture).encode() for picture in pictures])
+
+
+def sides(first_copy, parts):
+    """For every picture the parts that have an image of it."""
+    return [
+        {k for k, part in enumerate(parts) if np.isin(part, group).any()}
+        for group in (np.flatnonzero(first_copy == first) for first in np.unique(first_copy))
+    ]
+
+
+@settings(deadline=None, max_examples=60)
+@given(labels_with_copies(), st.floats(0.1, 0.6), SEEDS, SEEDS)
+def test_copies_stay_in_one_part_of_a_split(data, share, seed, draw):
+    labels, first_copy = data
+    result = split(labels, 2, share, seed, draw, first_copy=first_copy)
+    parts = (result.train, result.pool, result.test)
+    assert np.sort(np.concatenate(parts)).tolist() == list(range(len(labels)))
+    assert all(len(side) == 1 for side in sides(first_copy, parts))
+    drawn = np.intersect1d(result.train, np.unique(first_copy))
+    assert (counts(labels, drawn) == 2).all(), "K counts distinct images"
+
+
+def test_the_test_set_of_a_class_grows_by_the_copies_of_one_image_at_most():
+    labels, first_copy = np.zeros(40, np.int64), np.repeat(np.arange(0, 40, 4), 4)
+    for seed in range(10):
+        test = split(labels, 1, 0.3, seed, first_copy=first_copy).test
+        assert 12 <= len(test) < 12 + 4
+
+
+@settings(deadline=None, max_examples=40)
+@given(labels_with_copies(), st.integers(2, 4), SEEDS)
+def test_copies_stay_in_one_fold_and_one_part(data, num, seed):
+    labels, first_copy = data
+    for train, test in folds(labels, num, seed, first_copy=first_copy):
+        assert all(len(side) == 1 for side in sides(first_copy, (train, test)))
+        assert counts(labels, test).min() >= 1
+    part = assign_parts(labels, num, np.random.default_rng(seed), first_copy=first_copy)
+    assert (part == part[first_copy]).all()
+
+
+def test_folds_and_label_draws_count_distinct_images():
+    labels, first_copy = np.repeat([0, 1], 6), np.array([0, 0, 0, 0, 4, 5, 6, 7, 8, 9, 10, 11])
+    assert len(folds(labels, 3, 0, first_copy=first_copy)) == 3
+    with pytest.raises(ConfigError, match="4 is more than the 3 images of class 0"):
+        folds(labels, 4, 0, first_copy=first_copy)
+    with pytest.raises(ConfigError, match="3 is more than class 0 has: 2"):
+        split(labels, 3, 0.1, first_copy=first_copy)
+
+
+def test_a_class_of_nothing_but_copies_of_another_is_rejected():
+    labels, first_copy = np.array([0, 0, 0, 1, 1]), np.array([0, 1, 2, 0, 1])
+    with pytest.raises(ConfigError, match="every image of class 1 is a copy"):
+        split(labels, 1, first_copy=first_copy)
+
+
+def test_without_copies_all_splits_are_those_of_results_published_earlier():
+    digest = hashlib.sha256()
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        labels = rng.permutation(np.repeat(np.arange(4), rng.integers(8, 25, 4)))
+        alone = np.arange(len(labels))
+        result = split(labels, 3, 0.37, seed, seed + 1, first_copy=alone)
+        arrays = [result.train, result.pool, result.test]
+        arrays += [side for fold in folds(labels, 3, seed, first_copy=alone) for side in fold]
+        arrays += [assign_parts(labels, 5, np.random.default_rng(seed), first_copy=alone)]
+        for array in arrays:
+            digest.update(array.tobytes())
+    assert digest.hexdigest().startswith("09e54b16b9da994b")
