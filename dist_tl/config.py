@@ -311,5 +311,6 @@ def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
 def _by_index(old: Any, new: Any) -> tuple[Any, Any]:
     """Returns two lists of one length as mappings of their indices, other values unchanged."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return tuple({str(i): item for i, item in enumerate(items)} for items in (old, new))
+        before, after = ({str(i): v for i, v in enumerate(values)} for values in (old, new))
+        return before, after
     return old, new

@@ -56,10 +56,11 @@ class _Pins:
     def model(self, model: Any) -> Any:
         """Returns `model`, or a copy in which places are pinned."""
         places, changed = self._named_files(model), {}
+        reads_itself = isinstance(model, NamesFiles)
         for name, field in type(model).model_fields.items():
             value = getattr(model, name)
             is_place = isinstance(value, str) and names_model(field)
-            if is_place and not isinstance(model, NamesFiles):
+            if is_place and not reads_itself:
                 changed[name] = self._model_place(value)
             elif (new := self._value(value, places)) is not value:
                 changed[name] = new
