@@ -15,6 +15,9 @@ import typer
 from dist_tl.cli import app, endings
 from dist_tl.cli.endings import exit_code, stop_on_sigterm
 from dist_tl.cli.remote import watch
+from dist_tl.report.results import JobRecord
+from dist_tl.storage.objects import ObjectStore
+from dist_tl.storage.records import write_record
 
 RESUMES = "the same command resumes"
 
@@ -154,8 +157,8 @@ def ascii_terminal(monkeypatch, command):
 def tiny(tmp_path):
     """A run in a folder whose name is not ASCII."""
     run = tmp_path / "tïny"
-    run.mkdir()
-    (run / "job.json").write_text('{"job": {"kind": "transfer", "generators": {}}}')
+    record = JobRecord(job={"kind": "transfer", "generators": {}}, fingerprint="f", versions={})
+    write_record(ObjectStore(run), "job.json", record)
     return run
 
 

@@ -4,18 +4,18 @@ Where inputs and the run lie, and what only decides how fast results come, is no
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_tl.config import differing_fields, fingerprint
-from dist_tl.contents import differing_files, split_pin, without_places
+from dist_tl.contents import Manifest, differing_files, digest_of, split_pin, without_places
 from dist_tl.errors import ConfigError, DamagedError, DataError
 from dist_tl.jobs.spec import MAY_CHANGE, JobConfig
 from dist_tl.jobs.versions import versions
 from dist_tl.report.results import JobRecord, stored_results
 from dist_tl.storage import layout
 from dist_tl.storage.attempts import latest_record
-from dist_tl.storage.model_files import read_manifest
+from dist_tl.storage.model_files import read_manifest, write_manifest
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.storage.records import read_record, write_record
 
@@ -25,8 +25,12 @@ def identity(job: JobConfig) -> str:
     return fingerprint(_identifying(job.model_dump(mode="json")))
 
 
-def check_same_job(job: JobConfig, store: ObjectStore) -> None:
+def check_same_job(job: JobConfig, manifests: Sequence[Manifest], store: ObjectStore) -> None:
     """Checks that the run folder holds no other job, and no other contents of its inputs.
+
+    Args:
+        job: with its inputs pinned.
+        manifests: of its inputs.
 
     Raises:
         ConfigError: it holds another job; the message names the fields that differ.
@@ -40,7 +44,10 @@ def check_same_job(job: JobConfig, store: ObjectStore) -> None:
     differing = differing_fields(_identifying(before), _identifying(now))
     if not differing:
         return
-    changed = {path: _changed_files(store, _at(before, path), _at(now, path)) for path in differing}
+    new = {digest_of(manifest): manifest for manifest in manifests}
+    changed = {
+        path: _changed_files(store, new, _at(before, path), _at(now, path)) for path in differing
+    }
     if all(changed.values()):
         files = "; ".join(f"{path}: {names}" for path, names in changed.items())
         raise DataError(
@@ -53,8 +60,10 @@ def check_same_job(job: JobConfig, store: ObjectStore) -> None:
     )
 
 
-def claim(job: JobConfig, store: ObjectStore) -> None:
-    """Writes job.json, unless it is there."""
+def claim(job: JobConfig, manifests: Sequence[Manifest], store: ObjectStore) -> None:
+    """Writes the manifests of the inputs and job.json, unless they are there."""
+    for manifest in manifests:
+        write_manifest(store, manifest)
     if _stored(store) is None:
         plain = job.model_dump(mode="json")
         record = JobRecord(job=plain, fingerprint=identity(job), versions=versions())
@@ -97,9 +106,11 @@ def _at(fields: Any, path: str) -> Any:
     return fields
 
 
-def _changed_files(store: ObjectStore, before: Any, now: Any) -> str:
+def _changed_files(
+    store: ObjectStore, manifests: Mapping[str, Manifest], before: Any, now: Any
+) -> str:
     """Returns the files that differ between two contents of a place; "" for other values."""
     old, new = (split_pin(str(value))[1] for value in (before, now))
-    if not old or not new:
+    if not old or new not in manifests:
         return ""
-    return differing_files(read_manifest(store, old), read_manifest(store, new))
+    return differing_files(read_manifest(store, old), manifests[new])

@@ -19,7 +19,7 @@ from dist_tl.jobs.places import names_model
 from dist_tl.jobs.spec import JobConfig
 from dist_tl.report.results import JobRecord
 from dist_tl.storage import layout
-from dist_tl.storage.model_files import model_manifest, write_manifest
+from dist_tl.storage.model_files import model_manifest
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.storage.records import read_record
 
@@ -35,8 +35,8 @@ class NamesFiles(Protocol):
         ...
 
 
-def pin_inputs(job: Job, store: ObjectStore) -> Job:
-    """Returns `job` with its inputs pinned; stores their manifests in the run.
+def pin_inputs(job: Job, store: ObjectStore) -> tuple[Job, list[Manifest]]:
+    """Returns `job` with its inputs pinned, and the manifests of the inputs. Writes nothing.
 
     An input that a run no longer finds keeps its pin: a resumed run may have finished with it.
 
@@ -44,7 +44,8 @@ def pin_inputs(job: Job, store: ObjectStore) -> Job:
         ConfigError: an input of a new run is missing.
         DataError: an input is pinned already, in the job file, and has another content.
     """
-    return _Pins(store).model(job)
+    pins = _Pins(store)
+    return pins.model(job), pins.manifests
 
 
 class _Pins:
@@ -52,6 +53,7 @@ class _Pins:
 
     def __init__(self, store: ObjectStore) -> None:
         self._store, self._before = store, _pins_of_run(store)
+        self.manifests: list[Manifest] = []
 
     def model(self, model: Any) -> Any:
         """Returns `model`, or a copy in which places are pinned."""
@@ -92,7 +94,7 @@ class _Pins:
                 raise
             return kept
         return {
-            place: _pin(place, manifest_of(files), self._store, local=bool(files))
+            place: self._pin(place, manifest_of(files), local=bool(files))
             for place, files in named.items()
         }
 
@@ -100,7 +102,20 @@ class _Pins:
         manifest = model_manifest(self._store, place)
         if not manifest and (kept := self._before.get(_absolute(place))):
             return kept
-        return _pin(place, manifest, self._store, local="://" not in place)
+        return self._pin(place, manifest, local="://" not in place)
+
+    def _pin(self, place: str, manifest: Manifest, *, local: bool) -> str:
+        path, insisted = split_pin(place)
+        digest = digest_of(manifest)
+        if insisted and insisted != digest:
+            raise DataError(
+                f"{path}: expected the content with the digest {insisted}, as the job file says, found "
+                f"{digest}; restore the files, or change the digest"
+            )
+        self.manifests.append(manifest)
+        # Workers may have another working directory. The name of a hub's model is not a path.
+        is_path = local and (Path(path).expanduser().exists() or any(c in path for c in "*?["))
+        return pinned(_absolute(path) if is_path else path, digest)
 
 
 def _pins_of_run(store: ObjectStore) -> dict[str, str]:
@@ -127,17 +142,3 @@ def _strings(value: Any) -> list[str]:
 def _absolute(place: str) -> str:
     path = split_pin(place)[0]
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
-
-
-def _pin(place: str, manifest: Manifest, store: ObjectStore, *, local: bool) -> str:
-    path, insisted = split_pin(place)
-    digest = digest_of(manifest)
-    if insisted and insisted != digest:
-        raise DataError(
-            f"{path}: expected the content with the digest {insisted}, as the job file says, found "
-            f"{digest}; restore the files, or change the digest"
-        )
-    write_manifest(store, manifest)
-    # Workers may have another working directory. The name of a hub's model is not a path.
-    is_path = local and (Path(path).expanduser().exists() or any(c in path for c in "*?["))
-    return pinned(_absolute(path) if is_path else path, digest)

@@ -81,7 +81,7 @@ def plan_job(job: JobConfig) -> PlanTable:
     """
     # An empty store: planning neither waits for a remote one nor depends on what it holds.
     store = ObjectStore(NEW_RUN)
-    job = pin_inputs(job, store)
+    job, _ = pin_inputs(job, store)
     table = KINDS[job.kind].plan(job, store).table()
     return table.model_copy(update={"overview": overview_of(job)})
 

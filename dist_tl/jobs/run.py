@@ -59,17 +59,17 @@ def run_job(job: JobConfig, progress: Progress) -> AnyResults:
 
 def _run(job: JobConfig, store: ObjectStore, progress: Progress) -> AnyResults:
     began, kind = time.monotonic(), KINDS[job.kind]
-    job = pin_inputs(job, store)
-    check_same_job(job, store)
+    job, manifests = pin_inputs(job, store)
+    check_same_job(job, manifests, store)
     if (stored := stored_results(store)) is not None:
-        claim(job, store)
+        claim(job, manifests, store)
         progress.say("this run has finished; its results are shown again")
         return stored
     plan = kind.plan(job, store)
     if not store.exists(layout.JOB):
         for line in overview_of(job).lines():
             progress.say(line)
-    claim(job, store)
+    claim(job, manifests, store)
     attempt = begin_attempt(store, identity(job))
     with open_workers(job, attempt, progress) as workers:
         outcome = kind.run(plan, workers)

@@ -90,10 +90,11 @@ def read_all_files(store: ObjectStore, prefix: str) -> dict[str, bytes]:
 def _check_unchanged(store: ObjectStore, location: str, files: Mapping[str, bytes]) -> None:
     place, digest = split_pin(location)
     part = location.partition(digest)[2].lstrip("/")  # below the place that is pinned
+    # None before the run is claimed: the digest of the place has just been computed then.
     manifest = read_manifest(store, digest)
     for name, data in files.items():
         path = f"{part}/{name}" if part else name
-        if manifest.get(path) != (len(data), hashlib.sha256(data).hexdigest()):
+        if manifest and manifest.get(path) != (len(data), hashlib.sha256(data).hexdigest()):
             raise DataError(
                 f"{place}: {name} has changed since the run started; restore the file and start "
                 "the same job again, or start another run (run=...)"

@@ -8,8 +8,9 @@ import pytest
 
 from dist_tl.cli.doctor import _temporary_folder as examine_temporary_folder
 from dist_tl.cluster import session_folder
-from dist_tl.cluster.session_folder import new_session_folder, session_parent
+from dist_tl.cluster.session_folder import PREFIX, session_parent
 from dist_tl.errors import WorkerError
+from dist_tl.storage.scratch import ScratchFolder
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def folders(tmp_path, monkeypatch):
 
 def test_the_folder_is_private_and_in_tmpdir(folders):
     tmpdir, _ = folders("mine")
-    folder = new_session_folder()
+    folder = ScratchFolder(PREFIX, parent=str(session_parent())).path
     assert folder.parent == tmpdir
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     check = examine_temporary_folder()
