@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from types import FrameType
@@ -28,8 +29,9 @@ _received: set[int] = set()
 
 def stop_on_sigterm() -> None:
     """Makes SIGTERM, by which a cluster manager stops a process, stop the command like Ctrl-C."""
-    _received.clear()
-    signal.signal(signal.SIGTERM, _interrupt)
+    if threading.current_thread() is threading.main_thread():  # Python allows no other to
+        _received.clear()
+        signal.signal(signal.SIGTERM, _interrupt)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
