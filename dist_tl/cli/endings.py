@@ -29,8 +29,8 @@ _received: set[int] = set()
 
 def stop_on_sigterm() -> None:
     """Makes SIGTERM, by which a cluster manager stops a process, stop the command like Ctrl-C."""
-    _received.clear()
-    if threading.current_thread() is threading.main_thread():  # others cannot set a handler
+    if threading.current_thread() is threading.main_thread():  # Python allows no other to
+        _received.clear()
         signal.signal(signal.SIGTERM, _interrupt)
 
 

@@ -109,8 +109,8 @@ class _Pins:
         digest = digest_of(manifest)
         if insisted and insisted != digest:
             raise DataError(
-                f"{path}: expected the content with the digest {insisted}, as the job file says, found "
-                f"{digest}; restore the files, or change the digest"
+                f"{path}: expected the content with the digest {insisted}, as the job file says, "
+                f"found {digest}; restore the files, or change the digest"
             )
         self.manifests.append(manifest)
         # Workers may have another working directory. The name of a hub's model is not a path.

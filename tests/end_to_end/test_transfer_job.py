@@ -237,7 +237,7 @@ def test_no_credentials_are_written(undisturbed):
 def test_killed_and_without_its_source_data_a_run_ends_as_if_undisturbed(
     undisturbed, source_folder, tmp_path, temporary
 ):
-    """kill -9 after the source phase, source data deleted, then the same command again."""
+    """kill -9 after the source phase, source data deleted, a flipped bit; then the same command."""
     kept = tmp_path / "source"
     shutil.copytree(source_folder, kept)
     # The folder's path is part of the job, so the undisturbed run's folder must be the one read.
@@ -252,8 +252,17 @@ def test_killed_and_without_its_source_data_a_run_ends_as_if_undisturbed(
     assert len(folders) == 1
     assert [*temporary.iterdir()], "the embedded server's folder stays until the next start"
     shutil.rmtree(source_folder)
+    damaged = tmp_path / "run" / layout.shard_key("pp-shards", 3)
+    data = bytearray(damaged.read_bytes())
+    data[700] ^= 1
+    damaged.write_bytes(bytes(data))
     try:
-        results = finish(start(job, temporary=temporary))
+        process = start(job, temporary=temporary)
+        out, err = process.communicate(timeout=500)
+        assert process.returncode == 0, err[-4000:]
+        results = json.loads(out)
+        assert "shard 3 of stage 'pp-shards'" in " ".join(err.split())
+        assert "it is made again" in " ".join(err.split())
     finally:
         shutil.copytree(kept, source_folder)
     assert [*temporary.iterdir(), *(shared_memory() - before)] == []
@@ -323,4 +332,4 @@ def test_a_second_start_takes_the_run_over_and_the_first_stops(
     # The same first samples: warm-up is as long a share of another length, so not for ever.
     assert mine[1] == theirs[1]
     marks = (tmp_path / "run" / "attempts").iterdir()
-    assert sorted(path.name for path in marks) == ["000001.json", "000002.json"]
+    assert sorted(path.name[:6] for path in marks) == ["000001", "000002"]
