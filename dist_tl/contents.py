@@ -101,9 +101,10 @@ class _HashCache:
     """Hashes of the files below one folder, in the user's cache folder."""
 
     def __init__(self, folder: str) -> None:
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        # Not Path.expanduser, which fails for a user without a home.
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         name = hashlib.sha256(folder.encode()).hexdigest()[:32]
-        self._path = Path(home).expanduser() / "dist_tl" / "hashes" / f"{name}.json"
+        self._path = Path(home) / "dist_tl" / "hashes" / f"{name}.json"
         self._known: dict[str, list] = {}
         with contextlib.suppress(OSError, ValueError):
             known = json.loads(self._path.read_bytes())
@@ -130,6 +131,8 @@ class _HashCache:
 
     def _store(self, used: dict[str, list]) -> None:
         """A cache that cannot be written is no cache."""
+        if not self._path.is_absolute():
+            return
         temporary = self._path.with_suffix(f".{secrets.token_hex(4)}.part")
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -97,8 +97,9 @@ def test_a_file_that_has_just_been_written_is_not_cached(files, hashed):
     assert hashed.count("2.png") == 1
 
 
-def test_without_a_writable_cache_everything_is_hashed(files, hashed, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")
+@pytest.mark.parametrize("home", ["/proc/nothing", "~nobody-here/cache"])
+def test_without_a_writable_cache_everything_is_hashed(files, hashed, monkeypatch, home):
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
     assert manifest_of(files) == manifest_of(files)
     assert len(hashed) == 6
 

@@ -1,8 +1,9 @@
 """Plans predictions: the stored hub, its input, and the shards of its predictions."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from dist_tl.cluster.inputs import RowsInput, StageInput, input_plan, input_shape
+from dist_tl.cluster.inputs import RowsInput, StageInput, input_manifest, input_plan, input_shape
 from dist_tl.config import fingerprint
 from dist_tl.errors import ConfigError
 from dist_tl.jobs.plan import PlanTable, TaskRow, plan_table
@@ -65,7 +66,7 @@ def plan(job: PredictJob, store: ObjectStore) -> PredictPlan:
             f"{job.session.num_cpus}. These are shares, not cores: they may exceed the cores of "
             "the machine"
         )
-    identity = fingerprint([hub_fingerprint(store, job.model), source.model_dump(mode="json")])
+    identity = fingerprint([hub_fingerprint(store, job.model), _content(source)])
     fields = {"stage": STAGE, "purpose": STAGE, "format": "npy", "fingerprint": identity}
     manifest = StageManifest(
         plan=input_plan(source).model_copy(update=fields),
@@ -77,6 +78,13 @@ def plan(job: PredictJob, store: ObjectStore) -> PredictPlan:
         created_by=versions(),
     )
     return PredictPlan(job, hub, source, manifest)
+
+
+def _content(source: StageInput | RowsInput) -> Any:
+    """What identifies the input, wherever it lies: shards follow from their manifest."""
+    if isinstance(source, StageInput):
+        return input_manifest(source).fingerprint
+    return source.model_dump(mode="json")
 
 
 def _input(job: PredictJob) -> StageInput | RowsInput:
