@@ -129,6 +129,7 @@ def test_running_jobs_are_selected_by_the_url_of_the_run_and_not_by_its_name(boa
     [
         ({"status": "SUCCEEDED"}, 0),
         ({"status": "FAILED", "driver_exit_code": 2}, 2),
+        ({"status": "FAILED", "driver_exit_code": 0}, LOST_EXIT),
         ({"status": "FAILED", "driver_exit_code": -9}, LOST_EXIT),
         ({"status": "STOPPED"}, LOST_EXIT),
     ],

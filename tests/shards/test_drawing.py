@@ -306,6 +306,15 @@ def test_a_stage_with_other_samples_is_rejected(store):
         open_generate_stage(store, spec_of(batch_size=2), None, created_by={})
 
 
+def test_the_conditions_of_another_job_are_never_overwritten(store):
+    spec, q_NK = spec_of(SOFT, conditions_fingerprint="theirs"), probabilities()
+    open_generate_stage(store, spec, q_NK, created_by={})
+    other = spec_of(SOFT, conditions_fingerprint="ours")
+    with pytest.raises(ConfigError, match="already holds other samples"):
+        open_generate_stage(store, other, probabilities(seed=1), created_by={})
+    assert torch.equal(read_conditions(store, spec), q_NK)
+
+
 def test_shards_hold_images_labels_and_provenance_and_no_pickle(store):
     spec = spec_of(SOFT, num_samples=8)
     order = spec.plan().order(0)

@@ -135,7 +135,7 @@ def test_windows_needed_follows_the_order_in_which_batches_open_windows(plan, sh
     }
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=600)
 @given(PLANS, st.integers(1, 30), st.integers(0, 12))
 def test_a_batch_needs_no_shard_beyond_the_reach_of_epoch_zero(plan, share, step):
     order, batch_size = DataOrder(plan), share * plan.lanes

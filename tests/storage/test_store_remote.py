@@ -38,6 +38,7 @@ def test_exactly_one_of_many_create_only_writes_wins_if_the_store_supports_them(
     [
         (500, "InternalError"),
         (503, "SlowDown"),
+        (503, "ServiceUnavailable"),
         (429, "TooMany"),
         (409, "ConditionalRequestConflict"),
     ],

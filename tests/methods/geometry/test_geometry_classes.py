@@ -54,6 +54,12 @@ def test_rare_classes_are_merged_into_their_prefix_repeatedly():
     assert (table.lookup(found) == DROPPED).sum() == 5
 
 
+def test_a_class_of_exactly_min_count_is_not_rare():
+    found = labels(((0, 1), 20), ((1, 0), 19))
+    table = ClassTable.of(histogram(found), RareConfig(rare="drop", min_count=20))
+    assert (table.names, table.dropped) == (((0, 1),), 19)
+
+
 @pytest.mark.parametrize("min_count", [1, 5, 20, 60])
 @pytest.mark.parametrize("rare", ["merge_to_prefix", "drop", "keep"])
 def test_every_item_is_in_a_class_or_counted_as_dropped(rare, min_count):

@@ -6,7 +6,9 @@ import torch
 from dist_tl.errors import NonFiniteLossError
 from dist_tl.methods.hidden_manifold.sampling import ManifoldConfig, draw_tasks, sample_chunk
 from dist_tl.methods.hidden_manifold.student import (
+    Student,
     TrainingConfig,
+    _loss,
     draw_student,
     scratch_training,
     train_student,
@@ -80,3 +82,11 @@ def test_a_diverging_training_is_an_error():
 def test_students_from_scratch_see_each_sample_often_enough(num, epochs, batch):
     config = scratch_training(num)
     assert (config.epochs, config.batch_size) == (epochs, batch)
+
+
+def test_the_penalty_divides_the_first_layer_by_the_number_of_inputs():
+    """So that it equals the readout's in weight, however many inputs there are."""
+    student = Student(torch.full((2, 5), 3.0), torch.tensor([1.0, 2.0]), "tanh")
+    x_ND, y_N = torch.zeros(4, 5), torch.ones(4)
+    penalty = _loss(student, x_ND, y_N, 0.1) - _loss(student, x_ND, y_N, 0.0)
+    assert float(penalty) == pytest.approx(0.5 * 0.1 * (5.0 + 90.0 / 5))
