@@ -15,6 +15,7 @@ from dist_tl.cluster.trainers import TrainerGroup
 from dist_tl.errors import NonFiniteLossError, NumericsError
 from dist_tl.storage import layout
 from dist_tl.storage.attempts import begin_attempt
+from dist_tl.storage.model_files import SUMS
 from dist_tl.storage.objects import ObjectStore
 from dist_tl.train.checkpoints import CheckpointConfig
 from dist_tl.train.engine import OptimizerConfig
@@ -59,6 +60,7 @@ def test_a_stage_is_trained_by_all_workers_and_its_result_is_stored(store, undis
     assert set(contents(store, layout.stage_model_prefix("undisturbed"))) == {
         layout.MODEL_TENSORS,
         layout.MODEL_CONFIG,
+        SUMS,
     }
 
 

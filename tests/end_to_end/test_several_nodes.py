@@ -26,7 +26,7 @@ from dist_tl.storage.objects import ObjectStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 TRUNK, SHARDS = "pp-trunk-seed0", "pp-shards"
-STEPS = 3000  # long enough for all that happens meanwhile
+STEPS = 2400  # long enough for all that happens meanwhile
 
 
 def job_file(folder, source_folder):

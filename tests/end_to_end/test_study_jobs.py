@@ -14,7 +14,9 @@ import pytest
 import torch
 import webdataset
 import yaml
+from inline_workers import open_inline_workers
 
+from dist_tl.jobs import run as jobs_run
 from dist_tl.models.files import load_network
 from dist_tl.storage import layout
 
@@ -127,6 +129,22 @@ def finish(process):
     return json.loads(out)
 
 
+@pytest.fixture
+def inline(alone, command, monkeypatch):
+    """Runs jobs in this process: what they compute does not depend on Ray."""
+    monkeypatch.setattr(jobs_run, "open_workers", open_inline_workers)
+    threads = torch.get_num_threads()
+
+    def run(folder, job, verb="run", **changes):
+        code, out, err = command(verb, job_file(folder, job, **changes), "--json")
+        assert code == 0, err[-3000:]
+        return json.loads(out)
+
+    torch.set_num_threads(1)
+    yield run
+    torch.set_num_threads(threads)
+
+
 def measured(results):
     return {key: results[key] for key in ("tables", "charts", "heat_maps", "verdict", "findings")}
 
@@ -173,8 +191,8 @@ def test_one_cpu_and_sigterm_change_nothing(manifold, tmp_path):
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())
 
 
-def test_a_forecast_tells_what_each_map_needs_and_how_far_it_is_off(tmp_path):
-    results = finish(start(tmp_path, FORECAST, verb="forecast"))
+def test_a_forecast_tells_what_each_map_needs_and_how_far_it_is_off(tmp_path, inline):
+    results = inline(tmp_path, FORECAST, verb="forecast")
     needed, checks = results["tables"]
     assert [row[0] for row in needed["rows"]] == ["pixels", "random", "last"]
     assert len(checks["rows"]) == 6
@@ -225,13 +243,13 @@ def test_what_was_selected_is_a_model_that_loads(layer_search):
     assert any("Exported for all classes at K = 4" in line for line in layer_search["findings"])
 
 
-def test_one_label_a_class_can_be_handled_by_views_and_batches_do_not_matter(tmp_path):
+def test_one_label_a_class_can_be_handled_by_views_and_batches_do_not_matter(tmp_path, inline):
     changes = {"search": {"permutations": 0, "one_shot": "augmented_views"}, "trained": None}
     changes |= {"held_out": None, "export_shots": None, "session": {"num_cpus": 2}}
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    one = finish(start(tmp_path / "one", LAYER_SEARCH, **changes))
-    two = finish(start(tmp_path / "two", LAYER_SEARCH, **changes, rows_per_task=1000))
+    one = inline(tmp_path / "one", LAYER_SEARCH, **changes)
+    two = inline(tmp_path / "two", LAYER_SEARCH, **changes, rows_per_task=1000)
     assert any("K = 1" in line and "augmented_views" in line for line in one["findings"])
     assert measured(one) == measured(two)
 
@@ -313,6 +331,7 @@ def test_chunks_and_cpus_change_no_label_and_no_result(geometry, tmp_path):
         ),
     ],
 )
+@pytest.mark.usefixtures("inline")  # one of them is found out after its features are known
 def test_jobs_that_cannot_work_say_why(command, tmp_path, job, changes, told):
     code, _, err = command("run", job_file(tmp_path, job, **changes))
     assert code == 2
