@@ -10,6 +10,7 @@ from contextlib import suppress
 import pytest
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from small_stages import workers_named
 from stored_hubs import LOCATION, NAMES, ROWS, SOURCE, predictions, small_hub, store_hub
 
@@ -324,12 +325,21 @@ def second_node(ray_local):
     node.wait()
 
 
+class Guest:
+    """An actor that only takes room."""
+
+
 def test_experts_of_a_lost_node_restart_on_another(stored, second_node):
     """Experts run on both nodes; the cluster notices the loss of one only after a while."""
     store, hub, plan = stored
+    driver_node = ray.get_runtime_context().get_node_id()
+    # Leaves no room for all experts on this node, until they run.
+    here = NodeAffinitySchedulingStrategy(driver_node, soft=False)
+    guest = ray.remote(Guest).options(num_cpus=3, scheduling_strategy=here).remote()
+    ray.get(guest.__ray_ready__.remote())
     with pool(store, cpus=2, routers=2) as experts:
         experts.wait_until_up()
-        driver_node = ray.get_runtime_context().get_node_id()
+        ray.kill(guest)
         nodes = {
             ray.get(actor.__ray_call__.remote(_node_of))
             for replicas in experts.replicas

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import ray
 import torch
 import webdataset
 import yaml
@@ -143,6 +144,7 @@ def inline(alone, command, monkeypatch):
     torch.set_num_threads(1)
     yield run
     torch.set_num_threads(threads)
+    assert not ray.is_initialized(), "a job that starts Ray by itself cannot be run inline"
 
 
 def measured(results):
@@ -322,7 +324,11 @@ def test_chunks_and_cpus_change_no_label_and_no_result(geometry, tmp_path):
             {"pool": {"source": "folder", "path": "/pool", "unlabelled": True}},
             "without labels there are no human_labels and no pairs",
         ),
-        (GEOMETRY, {"rare": {"min_count": 400}}, "lower it, shorten m"),
+        (
+            GEOMETRY,
+            {"rare": {"min_count": 400}, "anchors": {"data": GEOMETRY["pool"]}},
+            "lower it, shorten m",
+        ),
         (LAYER_SEARCH, {"episodes": {"ways": 9}}, "expected at least 9 classes for 9 ways, got 5"),
         (
             LAYER_SEARCH,
