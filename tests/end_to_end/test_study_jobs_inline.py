@@ -1,13 +1,9 @@
-"""Jobs that measure, without Ray: what they compute does not depend on where it is computed.
-
-Apart from `test_study_jobs.py`, so that no process that starts Ray has joined a process group.
-"""
+"""Jobs that measure, without Ray: what they compute does not depend on where it is computed."""
 
 import json
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 from inline_workers import open_inline_workers
 from test_study_jobs import FORECAST, GEOMETRY, LAYER_SEARCH, MANIFOLD, job_file, measured
@@ -29,6 +25,8 @@ def inline(alone, command, monkeypatch):
     torch.set_num_threads(1)
     yield run
     torch.set_num_threads(threads)
+    import ray  # after dist_tl.cluster, which sets what Ray reads when it is imported
+
     assert not ray.is_initialized(), "a job that starts Ray by itself cannot be run inline"
 
 
