@@ -36,7 +36,7 @@ def check_same_job(job: JobConfig, manifests: Sequence[Manifest], store: ObjectS
         ConfigError: it holds another job; the message names the fields that differ.
         DataError: the job is the same, but not its inputs; the message names the files.
     """
-    stored = _stored(store)
+    stored = stored_job(store)
     if stored is None:
         _check_same_fingerprint(job, store)
         return
@@ -64,7 +64,7 @@ def claim(job: JobConfig, manifests: Sequence[Manifest], store: ObjectStore) -> 
     """Writes the manifests of the inputs and job.json, unless they are there."""
     for manifest in manifests:
         write_manifest(store, manifest)
-    if _stored(store) is None:
+    if stored_job(store) is None:
         plain = job.model_dump(mode="json")
         record = JobRecord(job=plain, fingerprint=identity(job), versions=versions())
         write_record(store, layout.JOB, record)
@@ -76,7 +76,7 @@ def _identifying(job: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(without_places(json.dumps(fields)))
 
 
-def _stored(store: ObjectStore) -> JobRecord | None:
+def stored_job(store: ObjectStore) -> JobRecord | None:
     """Returns job.json, or None if it is missing or damaged: the attempts name the job too."""
     try:
         return read_record(store, layout.JOB, JobRecord, remedy="")

@@ -14,14 +14,12 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from pydantic import BaseModel
 
 from dist_tl.contents import Manifest, digest_of, manifest_of, pinned, split_pin
-from dist_tl.errors import ConfigError, DamagedError, DataError
+from dist_tl.errors import ConfigError, DataError
+from dist_tl.jobs.identity import stored_job
 from dist_tl.jobs.places import names_model
 from dist_tl.jobs.spec import JobConfig
-from dist_tl.report.results import JobRecord
-from dist_tl.storage import layout
 from dist_tl.storage.model_files import model_manifest
 from dist_tl.storage.objects import ObjectStore
-from dist_tl.storage.records import read_record
 
 Job = TypeVar("Job", bound=JobConfig)
 
@@ -120,10 +118,7 @@ class _Pins:
 
 def _pins_of_run(store: ObjectStore) -> dict[str, str]:
     """Returns the pinned places of the run's job.json by the place; none if it is damaged."""
-    try:
-        record = read_record(store, layout.JOB, JobRecord, remedy="")
-    except DamagedError:
-        return {}
+    record = stored_job(store)
     places = _strings(record.job) if record else []
     return {split_pin(place)[0]: place for place in places if split_pin(place)[1]}
 

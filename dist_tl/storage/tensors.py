@@ -25,8 +25,11 @@ def sealed_tensors(
     data = save(dict(tensors), metadata={**(metadata or {}), "sha256": _ZEROS})
     place = _DIGEST.search(data)
     assert place is not None, "the metadata was just written"
-    digest = hashlib.sha256(data).hexdigest().encode()
-    return data[: place.start(1)] + digest + data[place.end(1) :]
+    return _with_digest(data, place, hashlib.sha256(data).hexdigest())
+
+
+def _with_digest(data: bytes, place: re.Match[bytes], digest: str) -> bytes:
+    return data[: place.start(1)] + digest.encode() + data[place.end(1) :]
 
 
 def write_tensors(
@@ -54,7 +57,7 @@ def read_sealed(store: ObjectStore, key: str) -> bytes:
     if data is None:
         raise damaged(key, "it is missing", remedy=REMEDY)
     place = _DIGEST.search(data)
-    blank = data if place is None else data[: place.start(1)] + b"0" * 64 + data[place.end(1) :]
+    blank = data if place is None else _with_digest(data, place, _ZEROS)
     if place is None or hashlib.sha256(blank).hexdigest().encode() != place[1]:
         raise damaged(key, "it is not the file that was written", remedy=REMEDY)
     return data

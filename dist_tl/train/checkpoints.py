@@ -22,12 +22,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from dist_tl.config import StrictModel, validate
-from dist_tl.errors import CheckpointError, CheckpointMismatchError, ConfigError
+from dist_tl.config import StrictModel
+from dist_tl.errors import CheckpointError, CheckpointMismatchError, ConfigError, DamagedError
 from dist_tl.storage import layout
 from dist_tl.storage.attempts import Attempt
 from dist_tl.storage.objects import ObjectStore
-from dist_tl.storage.records import unseal, write_record
+from dist_tl.storage.records import parse_record, write_record
 from dist_tl.train.engine import Engine
 
 FORMAT = 1
@@ -135,14 +135,16 @@ class Checkpoints:
         """
         while (commit := self._latest()) is not None:
             self._check_matches(commit)
-            problem, tensors = "", None
+            problem, own = "", None
             try:
-                tensors = self._read_own_files(engine, commit)
+                own = self._read_own_files(engine, commit)
             except _Damage as damage:
                 problem = str(damage)
             problems = [found for found in self._gather([problem]) if found]
             if not problems:
-                assert tensors is not None, "this rank found no problem"
+                assert own is not None, "this rank found no problem"
+                # Not before all ranks have their files: a dropped checkpoint leaves no metrics.
+                tensors, self.restored_metrics = own
                 engine.load_local_state(tensors, num_updates=commit.step)
                 return TrainState(commit.step, commit.cursor)
             self._drop(commit.step, problems[0])
@@ -161,7 +163,8 @@ class Checkpoints:
                 f"resume with trainers.workers={commit.world_size}, or use another run name"
             )
 
-    def _read_own_files(self, engine: Engine, commit: Commit) -> dict[str, Tensor]:
+    def _read_own_files(self, engine: Engine, commit: Commit) -> tuple[dict[str, Tensor], bytes]:
+        """Returns the tensors of this rank, and on rank 0 the metrics."""
         key_parts = (self._stage, commit.step, self._rank, commit.attempt)
         state = self._read(layout.rank_state_key(*key_parts), commit)
         tensors = self._read(layout.rank_tensors_key(*key_parts), commit)
@@ -171,10 +174,9 @@ class Checkpoints:
                 "this job; another version of the software made the checkpoint: use that version, "
                 "or another run name"
             )
-        if self._rank == 0:
-            key = layout.checkpoint_metrics_key(self._stage, commit.step, commit.attempt)
-            self.restored_metrics = self._read(key, commit)
-        return load_tensors(tensors)
+        metrics_key = layout.checkpoint_metrics_key(self._stage, commit.step, commit.attempt)
+        metrics = self._read(metrics_key, commit) if self._rank == 0 else b""
+        return load_tensors(tensors), metrics
 
     def _drop(self, step: int, problem: str) -> None:
         """Removes a damaged checkpoint. Every rank waits until it is gone."""
@@ -249,17 +251,12 @@ class Checkpoints:
         if key is None:
             return None
         try:
-            fields = json.loads(unseal(data))
-        except ValueError as error:
-            self._drop(step, f"{key} is damaged: {error}")
+            return parse_record(data, key, Commit, remedy="the one before is used")
+        except DamagedError as damage:
+            self._drop(step, str(damage))
             return self._latest()
-        try:
-            return validate(Commit, fields, source=key)
         except ConfigError as error:
-            raise CheckpointError(
-                f"{error}; another version of the software wrote it: use that version, or another "
-                "run name"
-            ) from None
+            raise CheckpointError(str(error)) from None
 
     def _read(self, key: str, commit: Commit) -> bytes:
         """Reads a file of the checkpoint and verifies its digest."""

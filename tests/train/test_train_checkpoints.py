@@ -327,3 +327,27 @@ def test_all_ranks_fall_back_together(two_ranks, store, name):
     assert two_ranks(restore_on, store.url) == ["TrainState(step=1, cursor=1)"] * 2
     store.write(f"{layout.checkpoint_prefix(STAGE, 1)}/{name}", b"{")
     assert two_ranks(restore_on, store.url) == ["TrainState(step=0, cursor=0)"] * 2
+
+
+def metrics_after_restoring(rank, world_size, url):
+    engine = new_engine(seed=1)
+    checkpoints = checkpoints_in(ObjectStore(url), rank=rank, world_size=2)
+    checkpoints.restore(engine)
+    engine.close()
+    return checkpoints.restored_metrics
+
+
+def save_with_metrics(rank, world_size, url):
+    engine = new_engine(zero_stage=1)
+    take_step(engine)
+    checkpoints = checkpoints_in(ObjectStore(url), rank=rank, world_size=world_size)
+    checkpoints.save(engine, TrainState(1, 1), METRICS)
+    engine.close()
+
+
+def test_a_checkpoint_that_another_rank_drops_leaves_no_metrics(two_ranks, store):
+    """Otherwise a stage that begins again would log its first steps twice."""
+    two_ranks(save_with_metrics, store.url)
+    assert two_ranks(metrics_after_restoring, store.url) == [METRICS, b""]
+    store.write(layout.rank_tensors_key(STAGE, 1, 1), b"{")
+    assert two_ranks(metrics_after_restoring, store.url) == [b"", b""]
